@@ -1,0 +1,1 @@
+"""P1: a class- and domain-conditional DDPM with classifier-free guidance on MNIST-M and SVHN digits."""

@@ -1,0 +1,117 @@
+"""Measures what samplers, steps and guidance cost and bring, on one machine in one run.
+
+    python -m p1_cfg_ddpm.benchmark            # writes report/results/p1_benchmark.json
+
+The ladder: seconds for the grader's images (the network loaded, files not written), accuracy and Frechet distance by the bundled
+classifiers, for each sampler and number of steps; with the classic 500-step guided DDPM as reference, on fewer images. The sweep: the
+same scores for a range of guidance weights. Formats: the network's images per second in fp32, bf16 and fp16.
+"""
+
+import argparse
+import platform
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .data import to_model
+from .device import DTYPES, pick_device, pick_dtype
+from .evaluate import grade
+from .files import ROOT, run, writable_folder, write_json
+from .inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from .model import DOMAINS
+
+RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
+LADDER = [("ddim", 50), ("ddpm", 50), ("dpmpp_2m", 20), ("ddim", 20), ("dpmpp_2m", 15), ("dpmpp_2m", 10), ("ddim", 10), ("dpmpp_2m", 8), ("dpmpp_2m", 6),
+          ("ddim", 6), ("dpmpp_2m", 5)]
+CLASSIC = Sampling(sampler="ddpm", steps=500, guidance_interval=(0.0, 1.0))
+WEIGHTS = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
+
+
+def measure(model, diffusion, sampling, images_per_digit, batch_size):
+    """Draws and grades images_per_digit x 20 images. Returns the row: settings, seconds, images per second and scores."""
+    jobs = all_jobs(images_per_digit)
+    started = time.perf_counter()
+    images = np.stack([image for _, image in generate(model, diffusion, jobs, sampling, batch_size, progress=False)])
+    seconds = time.perf_counter() - started
+    found = {}
+    for domain in DOMAINS:
+        keep = np.array([job.domain == domain for job in jobs])
+        found[domain] = (images[keep], np.array([job.digit for job in jobs])[keep], None)
+    scores, _ = grade(found, device=next(model.parameters()).device)
+    row = asdict(sampling) | {"images": len(jobs), "seconds": seconds, "images_per_second": len(jobs) / seconds, "mean_accuracy": scores["mean_accuracy"]}
+    for domain in DOMAINS:
+        row[domain] = {name: scores[domain][name] for name in ("accuracy", "frechet_distance", "feature_diversity", "pixel_diversity")}
+    return row
+
+
+def show(row):
+    print(f"{row['sampler']:9} {row['steps']:4} steps  w {row['guidance_weight']:<5g} in {row['guidance_interval'][0]:g}-{row['guidance_interval'][1]:g}  "
+          f"{row['images']:5} images {row['seconds']:7.1f} s {row['images_per_second']:7.1f} img/s  accuracy "
+          f"{row['mnistm']['accuracy']:.1%} {row['svhn']['accuracy']:.1%}  "
+          f"Frechet {row['mnistm']['frechet_distance']:.2f} {row['svhn']['frechet_distance']:.2f}  "
+          f"diversity {row['mnistm']['feature_diversity']:.2f} {row['svhn']['feature_diversity']:.2f}", flush=True)
+
+
+def formats(checkpoint, device, batch_size=100, repeats=3):
+    """Images per second of one forward pass, per number format (median of `repeats`)."""
+    rates = {}
+    for name, dtype in DTYPES.items():
+        model, _ = load_generator(checkpoint, device, dtype)
+        x = to_model(np.zeros((batch_size, 28, 28, 3), np.uint8), device).to(dtype)
+        zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(repeats + 1):  # the first is a warm-up
+                started = time.perf_counter()
+                model(x, zeros, zeros, zeros).float().sum().item()  # .item() waits for the device
+                seconds.append(time.perf_counter() - started)
+        rates[name] = batch_size / float(np.median(seconds[1:]))
+        print(f"{name}: {rates[name]:.0f} images per second through the network", flush=True)
+    return rates
+
+
+def machine(device):
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    return {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
+            "python": platform.python_version(), "date": date.today().isoformat()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
+    parser.add_argument("--images-per-digit", type=int, default=50, help="per domain; fewer is quicker and less exact")
+    parser.add_argument("--classic-images-per-digit", type=int, default=5, help="for the 500-step reference; 0 leaves it out")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    writable_folder(args.output.parent)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
+    model, diffusion = load_generator(args.checkpoint, device, dtype)
+    default = Sampling()
+
+    def rows(samplings, images_per_digit):
+        for sampling in samplings:
+            row = measure(model, diffusion, sampling, images_per_digit, args.batch_size)
+            show(row)
+            yield row
+
+    results["default"] = next(rows([default], args.images_per_digit))
+    results["ladder"] = list(rows([replace(default, sampler=sampler, steps=steps) for sampler, steps in LADDER], args.images_per_digit))
+    results["guidance"] = list(rows([replace(default, guidance_weight=w) for w in WEIGHTS], args.images_per_digit))
+    if args.classic_images_per_digit:
+        results["classic"] = next(rows([replace(CLASSIC, guidance_weight=default.guidance_weight)], args.classic_images_per_digit))
+    write_json(args.output, results)
+    print(f"wrote {args.output}\nnext: bash scripts/p1_figures.sh")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""Digit classifiers for grading: the course's own (`Classifier.pth`) and a small one per domain that is trained here.
+
+    python -m p1_cfg_ddpm.classifier --domain svhn --data hw2_data/digits
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from .data import default_data, load_digits, to_model
+from .device import DTYPES, pick_device, pick_dtype
+from .files import BUNDLED, UserError, fill, load_pickle_safely, load_weights, run, save_weights, writable_folder
+from .model import DOMAINS, NUM_DIGITS
+
+
+class DigitClassifier(nn.Module):
+    """A residual network of 0.8 M parameters. Images [B, 3, 28, 28] in [-1, 1] -> logits [B, 10]."""
+
+    num_features = 128
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.stages = nn.Sequential(Downsample(32, 64), Residual(64), Residual(64), Downsample(64, 128), Residual(128), Residual(128))
+        self.norm = nn.GroupNorm(8, 128)
+        self.head = nn.Linear(128, NUM_DIGITS)
+
+    def features(self, x):
+        """The pooled activations before the last layer, [B, 128]."""
+        return F.silu(self.norm(self.stages(self.stem(x)))).mean(dim=(2, 3))
+
+    def logits(self, features):
+        return self.head(features)
+
+    def forward(self, x):
+        return self.logits(self.features(x))
+
+
+class Residual(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+                         nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Downsample(nn.Sequential):
+    def __init__(self, in_channels, out_channels):
+        super().__init__(nn.GroupNorm(8, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1))
+
+
+class CourseClassifier(nn.Module):
+    """The course's MNIST-M grader: two convolutions with max-pooling, three linear layers. Same interface as above."""
+
+    num_features = 64
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(256, 128)
+        self.fc2 = nn.Linear(128, 64)
+        self.fc3 = nn.Linear(64, NUM_DIGITS)
+
+    def features(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
+        return F.relu(self.fc2(F.relu(self.fc1(x))))
+
+    def logits(self, features):
+        return self.fc3(features)
+
+    def forward(self, x):
+        return self.logits(self.features(x))
+
+
+def load_classifier(path, device="cpu"):
+    """A classifier from a file: ours (.safetensors) or the course's format (a dictionary with `state_dict`, read safely)."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        model = fill(DigitClassifier(), {name: tensor.float() for name, tensor in load_weights(path)[0].items()}, path)
+    else:
+        content = load_pickle_safely(path, "classifier")
+        state_dict = content.get("state_dict") if isinstance(content, dict) else None
+        if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+            raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth, or a .safetensors of p1_cfg_ddpm.classifier")
+        model = fill(CourseClassifier(), state_dict, path)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def bundled_classifier(domain):
+    return BUNDLED / f"classifier_{domain}.safetensors"
+
+
+@torch.inference_mode()
+def classify(model, images, batch_size=500):
+    """images: uint8 numpy [N, 28, 28, 3] -> (predicted digits int64 [N], features float64 [N, F]), on the CPU."""
+    device = next(model.parameters()).device
+    features = torch.cat([model.features(to_model(images[i:i + batch_size], device)) for i in range(0, len(images), batch_size)])
+    return model.logits(features).argmax(dim=1).cpu(), features.double().cpu()
+
+
+def augment(x, generator):
+    """Small random rotation, scale and shift, contrast and brightness per colour channel. x: [B, 3, 28, 28] in [-1, 1]."""
+    def uniform(low, high, *shape):
+        return torch.rand(len(x), *shape, generator=generator).to(x.device) * (high - low) + low
+
+    angle, scale = uniform(-0.2, 0.2), uniform(0.85, 1.15)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    affine = torch.stack([torch.stack([cos, -sin, uniform(-0.15, 0.15)], 1), torch.stack([sin, cos, uniform(-0.15, 0.15)], 1)], 1)
+    x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    return (x * uniform(0.6, 1.4, 3, 1, 1) + uniform(-0.3, 0.3, 3, 1, 1)).clamp(-1, 1)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--domain", choices=DOMAINS, required=True)
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write; the bundled classifier if not given")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, one cycle")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    output = args.output or bundled_classifier(args.domain)
+    writable_folder(output.parent)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))
+    images, digit = torch.from_numpy(train.images).to(device), torch.from_numpy(train.digit).to(device)
+
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = DigitClassifier().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    batches = max(len(train) // args.batch_size, 1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
+    bar = tqdm(total=args.epochs * batches, unit="step", desc=f"classifier {args.domain}")
+    for _ in range(args.epochs):
+        order = torch.randperm(len(train), generator=generator)
+        for i in range(batches):
+            index = order[i * args.batch_size:(i + 1) * args.batch_size].to(device)
+            x = augment(to_model(images[index]), generator).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), digit[index], label_smoothing=0.05)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            cycle.step()
+            bar.update()
+            if i % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+    bar.close()
+    correct = classify(model.eval().float(), val.images)[0].numpy() == val.digit
+    facts = {"domain": args.domain, "train_images": len(train), "val_images": len(val), "val_accuracy": float(correct.mean()),
+             "epochs": args.epochs, "seed": args.seed}
+    save_weights(output, model.half().state_dict(), facts)
+    print(f"wrote {output}: {json.dumps(facts)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""The digits in the course's layout, `digits/{mnistm,svhn}/{data/*.png, train.csv, val.csv}`, checked and decoded once."""
+
+import csv
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .files import ROOT, UserError, atomic_path
+from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+
+COURSE_DATA = ROOT / "hw2_data" / "digits"
+MINI_DATA = ROOT / "hw2_data" / "mini" / "digits"
+
+
+@dataclass
+class Digits:
+    """images: uint8 [N, 28, 28, 3]; digit, domain: int64 [N] (domain indexes `DOMAINS`)."""
+
+    images: np.ndarray
+    digit: np.ndarray
+    domain: np.ndarray
+
+    def __len__(self):
+        return len(self.images)
+
+    def of_domain(self, name):
+        keep = self.domain == DOMAINS.index(name)
+        return Digits(self.images[keep], self.digit[keep], self.domain[keep])
+
+
+def default_data():
+    """The course's digits where they have been downloaded, otherwise the bundled stand-in."""
+    return COURSE_DATA if COURSE_DATA.is_dir() else MINI_DATA
+
+
+def load_digits(folder, split, domains=DOMAINS, cache=None):
+    """Reads one split ("train" or "val") of the named domains. Decoded images are kept in `cache` (a folder; default
+    `folder/.cache`, skipped when it cannot be written), keyed by the CSV's content and the images' sizes and times."""
+    folder = Path(folder)
+    parts = [load_domain(folder / name, split, index, Path(cache) if cache else folder / ".cache")
+             for index, name in enumerate(DOMAINS) if name in domains]
+    return Digits(*(np.concatenate([getattr(part, field) for part in parts]) for field in ("images", "digit", "domain")))
+
+
+def load_domain(folder, split, domain, cache):
+    names, labels = read_csv(folder / f"{split}.csv")
+    paths = [folder / "data" / name for name in names]
+    digest = hashlib.sha256()
+    for path, label in zip(paths, labels):
+        try:
+            stat = path.stat()
+        except OSError:
+            raise UserError(f"{folder / f'{split}.csv'} names {path.name}, but {path} does not exist") from None
+        digest.update(f"{path}:{label}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+    cached = cache / f"{folder.name}_{split}_{digest.hexdigest()[:16]}.npy"
+    try:
+        images = np.load(cached, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        images = decode(paths, f"{folder.name} {split}")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with atomic_path(cached) as temporary:
+                np.save(temporary, images)
+        except (OSError, UserError):
+            pass  # a read-only data folder only means decoding again next time
+    return Digits(images, np.array(labels, dtype=np.int64), np.full(len(labels), domain, dtype=np.int64))
+
+
+def read_csv(path):
+    """Returns (image names, labels 0..9) of a CSV with the columns image_name,label."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Expected digits/{{mnistm,svhn}}/{{data/*.png,train.csv,val.csv}}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from None
+    if not rows or [column.strip() for column in rows[0]] != ["image_name", "label"]:
+        raise UserError(f"{path} line 1: expected the columns image_name,label")
+    names, labels = [], []
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        if len(row) != 2 or row[1].strip() not in [str(d) for d in range(NUM_DIGITS)]:
+            raise UserError(f"{path} line {number}: expected an image name and a label from 0 to 9, not {','.join(row)[:80]!r}")
+        names.append(row[0].strip())
+        labels.append(int(row[1]))
+    if not names:
+        raise UserError(f"{path} lists no images")
+    return names, labels
+
+
+def read_image(path):
+    """uint8 [28, 28, 3]; other sizes (SVHN is also handed out at 32x32) are resized."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+                image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def decode(paths, title):
+    with ThreadPoolExecutor() as pool:
+        images = tqdm(pool.map(read_image, paths), total=len(paths), desc=f"decoding {title}", unit="img", leave=False, disable=len(paths) < 1000)
+        return np.stack(list(images))
+
+
+def to_model(images, device="cpu"):
+    """uint8 [B, H, W, 3] (numpy or tensor) -> float32 [B, 3, H, W] in [-1, 1], channels-last in memory."""
+    return torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float [B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

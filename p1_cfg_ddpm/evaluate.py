@@ -1,0 +1,186 @@
+"""Grades a folder of generated digits: accuracy as the course does, and quality beyond it.
+
+    python -m p1_cfg_ddpm.evaluate OUT
+
+Accuracy: the share of files whose digit (the first character of the name) a classifier reads back. Frechet distance and diversity
+compare with the real validation images, in the features of the bundled classifiers. The nearest training images show
+that nothing was memorised; that check runs where the training data is.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .classifier import bundled_classifier, classify, load_classifier
+from .data import COURSE_DATA, load_digits, read_image
+from .device import pick_device
+from .files import UserError, run, save_image, writable_folder, write_json
+from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+from .reference import frechet_distance, load_reference, statistics
+
+
+def read_folder(folder):
+    """Reads OUT/{domain}/{digit}_*.png: {domain: (images uint8 [N, 28, 28, 3], digits int [N], file names)}."""
+    found = {}
+    for domain in DOMAINS:
+        if not (folder / domain).is_dir():
+            raise UserError(f"{folder / domain} does not exist; expected {folder}/{{mnistm,svhn}}/{{digit}}_{{001..050}}.png")
+        paths = sorted((folder / domain).glob("*.png"))
+        if not paths:
+            raise UserError(f"{folder / domain} has no .png files; expected {{digit}}_{{001..050}}.png")
+        for path in paths:
+            if path.name[0] not in "0123456789" or path.name[1:2] != "_":
+                raise UserError(f"{path}: the name must begin with the digit, as in 0_001.png")
+            check_size(path)
+        found[domain] = (np.stack([read_image(path) for path in paths]), np.array([int(path.name[0]) for path in paths]), [path.name for path in paths])
+    return found
+
+
+def check_size(path):
+    """Refuses a picture of another size: the graders expect 28x28, and resizing would hide the mistake."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from None
+    if size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise UserError(f"{path} is {size[0]}x{size[1]}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
+
+
+def grade_domain(classifier, domain, images, digit, reference):
+    """Scores of one domain's images: accuracies in [0, 1] and, with `reference` statistics, distance and diversity."""
+    predicted, features = classify(classifier, images)
+    predicted = predicted.numpy()
+    confusion = np.zeros((NUM_DIGITS, NUM_DIGITS), dtype=int)
+    np.add.at(confusion, (digit, predicted), 1)
+    per_digit = {str(d): float((predicted[digit == d] == d).mean()) for d in range(NUM_DIGITS) if (digit == d).any()}
+    scores = {"images": len(images), "accuracy": float((predicted == digit).mean()), "accuracy_per_digit": per_digit, "confusion": confusion.tolist()}
+    if reference and len(images) > 1:
+        own = statistics(images, digit, features)
+        scores |= {"frechet_distance": frechet_distance(own, reference),
+                   # as shares of the real images' diversity, over the digits that have at least two images
+                   "feature_diversity": (own.feature_diversity / reference.feature_diversity).nanmean().item(),
+                   "pixel_diversity": (own.pixel_diversity / reference.pixel_diversity).nanmean().item()}
+    return scores, predicted
+
+
+def grade(found, classifiers=None, device="cpu"):
+    """Grades {domain: (images, digit, names)}. `classifiers`: {domain: path} in place of the bundled ones.
+
+    Returns (scores, {domain: predicted digits}). Distance and diversity are measured by the bundled classifiers only."""
+    references, facts = load_reference()
+    scores, predictions = {}, {}
+    for domain, (images, digit, _) in found.items():
+        bundled = load_classifier(bundled_classifier(domain), device)
+        scores[domain], predictions[domain] = grade_domain(bundled, domain, images, digit, references[domain])
+        scores[domain]["real"] = facts[domain]
+        if classifiers and classifiers.get(domain):
+            other, predictions[domain] = grade_domain(load_classifier(classifiers[domain], device), domain, images, digit, None)
+            scores[domain] |= other
+        scores[domain]["classifier"] = str((classifiers or {}).get(domain) or "bundled")
+    scores["mean_accuracy"] = float(np.mean([scores[domain]["accuracy"] for domain in found]))
+    return scores, predictions
+
+
+def mistakes_picture(found, scores, predictions, most=20):
+    """The confusion matrix of each domain, with the misread images below it: "wanted > read as"."""
+    cell, font = 26, ImageFont.load_default(12)
+    rows = max(-(-min(int((predictions[d] != found[d][1]).sum()), most) // 5) for d in found)
+    width, top = (NUM_DIGITS + 1) * cell, 24
+    picture = Image.new("RGB", (len(found) * (width + 30) + 10, top + (NUM_DIGITS + 2) * cell + rows * 76 + 10), "white")
+    draw = ImageDraw.Draw(picture)
+    for column, (domain, (images, digit, _)) in enumerate(found.items()):
+        left = 10 + column * (width + 30)
+        draw.text((left, 4), f"{domain}: {scores[domain]['accuracy']:.1%}, rows wanted, columns read", "black", font)
+        confusion = np.array(scores[domain]["confusion"])
+        for i in range(NUM_DIGITS):
+            draw.text((left + (i + 1.35) * cell, top), str(i), "gray", font)
+            draw.text((left + 8, top + (i + 1.2) * cell), str(i), "gray", font)
+            for j in range(NUM_DIGITS):
+                share = confusion[i, j] / max(confusion[i].sum(), 1)
+                x, y = left + (j + 1) * cell, top + (i + 1) * cell
+                color = (int(255 - 200 * share),) * 2 + (255,) if i == j else (255,) + (int(255 - 255 * min(4 * share, 1)),) * 2
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
+                if confusion[i, j]:
+                    draw.text((x + 3, y + 5), str(confusion[i, j]), "black", font)
+        wrong = np.flatnonzero(predictions[domain] != digit)[:most]
+        for place, k in enumerate(wrong):
+            x, y = left + (place % 5) * 57, top + (NUM_DIGITS + 2) * cell + (place // 5) * 76
+            picture.paste(Image.fromarray(images[k]).resize((56, 56), Image.Resampling.NEAREST), (x, y))
+            draw.text((x + 8, y + 58), f"{digit[k]} > {predictions[domain][k]}", "black", font)
+    return picture
+
+
+def nearest_training_images(found, data_folder):
+    """For one image of each digit: the nearest training image in pixels (root mean square, 0..255). Returns (scores, picture).
+
+    `ratio` compares the mean distance with that of real validation images to their nearest training image: a model that
+    copied its training images would be far below 1."""
+    scores, strips = {}, []
+    for domain, (images, digit, _) in found.items():
+        train, val = (load_digits(data_folder, split, (domain,)) for split in ("train", "val"))
+        first = [int(np.flatnonzero(digit == d)[0]) for d in range(NUM_DIGITS) if (digit == d).any()]
+        every, index = nearest_of(images, train.images)
+        real, _ = nearest_of(val.images[:500], train.images)
+        scores[domain] = {"mean_distance": float(every.mean()), "real_mean_distance": float(real.mean()), "ratio": float(every.mean() / real.mean()),
+                          "smallest": float(every.min())}
+        strips += [np.concatenate(list(images[first]), axis=1), np.concatenate(list(train.images[index[first]]), axis=1)]
+    picture = Image.fromarray(np.concatenate(strips, axis=0))
+    return scores, picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
+
+
+def nearest_of(images, others):
+    """(root mean square distance, index) of the nearest of `others` for each of `images`, both uint8 [N, 28, 28, 3]."""
+    a, b = (torch.from_numpy(x.reshape(len(x), -1)).float() for x in (images, others))
+    squared = (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0) / a.shape[1]
+    distance, index = squared.sqrt().min(dim=1)
+    return distance.numpy(), index.numpy()
+
+
+def print_table(scores):
+    print(f"{'domain':8} {'images':>6} {'accuracy':>9} {'worst digit':>12} {'Frechet':>8} {'(500 real)':>10} {'diversity: features':>20} {'pixels':>7}"
+          "  classifier")
+    for domain in DOMAINS:
+        s = scores[domain]
+        digit, worst = min(s["accuracy_per_digit"].items(), key=lambda item: item[1])
+        print(f"{domain:8} {s['images']:6} {s['accuracy']:9.2%} {f'{digit}: {worst:.0%}':>12} {s['frechet_distance']:8.2f} "
+              f"{s['real']['frechet_of_500_real']:10.2f} {s['feature_diversity']:20.2f} {s['pixel_diversity']:7.2f}  {s['classifier']}")
+    print(f"mean accuracy {scores['mean_accuracy']:.2%}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Grades generated digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("images", type=Path, metavar="OUT", help="folder with {mnistm,svhn}/{digit}_*.png")
+    for domain in DOMAINS:
+        parser.add_argument(f"--classifier-{domain}", type=Path, default=None,
+                            help="the course's Classifier.pth, or a .safetensors of p1_cfg_ddpm.classifier (default: the bundled one)")
+    parser.add_argument("--data", type=Path, default=COURSE_DATA, help="training images for the nearest-image check; skipped where there are none")
+    parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and the pictures (default: OUT_grade beside OUT)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    report = args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade")
+    found = read_folder(args.images)
+    writable_folder(report)
+    scores, predictions = grade(found, {domain: getattr(args, f"classifier_{domain}") for domain in DOMAINS}, pick_device(args.device))
+    for domain in DOMAINS:
+        counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)
+        if set(counts) != {50}:
+            print(f"note: {domain} has {counts.tolist()} images of the digits 0-9; the grader expects 50 of each")
+    print_table(scores)
+    save_image(mistakes_picture(found, scores, predictions), report / "mistakes.png")
+    if args.data.is_dir():
+        scores["nearest_training_image"], picture = nearest_training_images(found, args.data)
+        save_image(picture, report / "nearest.png")
+        for domain, s in scores["nearest_training_image"].items():
+            print(f"{domain}: nearest training image at {s['mean_distance']:.1f} grey levels on average, {s['ratio']:.2f} times a real image's distance")
+    else:
+        print(f"no training images in {args.data}: the nearest-training-image check was skipped")
+    write_json(report / "grade.json", scores)
+    print(f"wrote grade.json, mistakes.png{' and nearest.png' if args.data.is_dir() else ''} to {report}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""Statistics of sets of images in a classifier's features, and those of the real images, bundled as numbers.
+
+    python -m p1_cfg_ddpm.reference --data hw2_data/digits      # writes weights/reference.safetensors
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .classifier import bundled_classifier, classify, load_classifier
+from .data import default_data, load_digits
+from .files import BUNDLED, UserError, load_weights, run, save_weights
+from .model import DOMAINS, NUM_DIGITS
+
+REFERENCE = BUNDLED / "reference.safetensors"
+
+
+@dataclass
+class Statistics:
+    """mean [F] and covariance [F, F] of the features; mean distance between two images of the same digit, per digit [10],
+    in the features and in the pixels (root mean square, 0..255). All float64."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    feature_diversity: torch.Tensor
+    pixel_diversity: torch.Tensor
+
+
+def statistics(images, digit, features):
+    """images uint8 [N, 28, 28, 3], digit int [N] (what each was meant to be), features float64 [N, F]."""
+    pixels = torch.from_numpy(images.reshape(len(images), -1)).double()
+    groups = [torch.from_numpy(np.flatnonzero(digit == d)) for d in range(NUM_DIGITS)]
+    return Statistics(features.mean(dim=0), features.T.cov(),
+                      torch.stack([mean_pairwise_distance(features[g]) for g in groups]),
+                      torch.stack([mean_pairwise_distance(pixels[g]) for g in groups]) / pixels.shape[1] ** 0.5)
+
+
+def mean_pairwise_distance(x):
+    """Mean Euclidean distance over all pairs of different rows of x [N, F]; NaN for fewer than two rows."""
+    return torch.pdist(x).mean()
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two `Statistics` (Heusel et al. 2017), here in a classifier's features.
+
+    The trace of the root of C1 C2 is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric."""
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross)
+
+
+def load_reference():
+    """Returns ({domain: Statistics} of the real validation images, facts about them)."""
+    tensors, facts = load_weights(REFERENCE)
+    try:
+        return {d: Statistics(*(tensors[f"{d}.{name}"].double() for name in Statistics.__annotations__)) for d in DOMAINS}, facts
+    except KeyError as error:
+        raise UserError(f"{REFERENCE} lacks {error}; make it again with python -m p1_cfg_ddpm.reference") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Computes the reference statistics of the real validation images, with the bundled classifiers.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout")
+    args = parser.parse_args()
+    tensors, facts = {}, {}
+    for domain in DOMAINS:
+        classifier = load_classifier(bundled_classifier(domain))
+        result = {}
+        for split in ("val", "train"):
+            data = load_digits(args.data, split, (domain,))
+            if split == "train":  # as many as the grader's files: what a perfect generator would score
+                keep = np.concatenate([np.flatnonzero(data.digit == d)[:50] for d in range(NUM_DIGITS)])
+                data.images, data.digit = data.images[keep], data.digit[keep]
+            predicted, features = classify(classifier, data.images)
+            result[split] = statistics(data.images, data.digit, features)
+            if split == "val":
+                accuracy = float((predicted.numpy() == data.digit).mean())
+        facts[domain] = {"images": len(load_digits(args.data, "val", (domain,))), "accuracy_on_real": accuracy,
+                         "frechet_of_500_real": frechet_distance(result["train"], result["val"]),
+                         "feature_diversity": result["val"].feature_diversity.mean().item(),
+                         "pixel_diversity": result["val"].pixel_diversity.mean().item()}
+        tensors |= {f"{domain}.{name}": value.float() for name, value in vars(result["val"]).items()}
+    save_weights(REFERENCE, tensors, facts)
+    print(f"wrote {REFERENCE}: {facts}")
+
+
+if __name__ == "__main__":
+    run(main)

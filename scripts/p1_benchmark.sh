@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Measures samplers, steps and guidance:  p1_benchmark.sh   (--help lists the flags)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec "$python" -m p1_cfg_ddpm.benchmark "$@"

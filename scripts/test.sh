@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up, then checks the style and runs the tests. Arguments go to pytest:  test.sh -k ddim
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh" --dev
+cd "${scripts%/*}"
+"$python" -m ruff check .
+exec "$python" -m pytest -c .pytest.ini --rootdir . "$@"
