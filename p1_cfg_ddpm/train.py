@@ -78,11 +78,11 @@ def main():
     net = UNet(SIZES[args.size])
     diffusion = Diffusion(DiffusionConfig(args.schedule, args.prediction))
     ema = AveragedModel(net, multi_avg_fn=ema_update(args.ema))
-    step, history = 0, []
+    step, history, recent = 0, [], []
     if state:
         net.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        step, history = state["step"], state["history"]
+        step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
     net, ema = (m.to(device=device, memory_format=torch.channels_last) for m in (net, ema))
     model, optimizer = accelerator.prepare(net, make_optimizer(net, args))
     if state:
@@ -90,7 +90,7 @@ def main():
 
     accelerator.print(f"{len(data)} images from {args.data}, {args.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
                       f"parameters on {world} x {device}, {precision if precision != 'no' else 'fp32'}" + (f", going on at step {step}" if step else ""))
-    recent, started, first_step = [], time.perf_counter(), step
+    started, first_step = time.perf_counter(), step
     bar = tqdm(total=args.steps, initial=step, unit="step", desc="training P1", disable=not accelerator.is_main_process)
     while step < args.steps:
         batch = draw_batch(step, args, len(data), diffusion.config.num_timesteps, device)
@@ -120,7 +120,7 @@ def main():
                 save_image(sample_grid(ema.module, diffusion, device, args.seed), folder / f"samples_{step:06d}.png")
             if step % args.save_every == 0 or step == args.steps:
                 content = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                           "step": step, "history": history, "settings": settings}
+                           "step": step, "history": history, "recent": [loss.item() for loss in recent], "settings": settings}
                 with atomic_path(state_file) as temporary:
                     torch.save(content, temporary)
                 write_json(folder / "history.json", history)

@@ -1,6 +1,7 @@
 """The mathematics: against diffusers' schedulers, and against the closed form where the data is Gaussian."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_spaced_timesteps():
     assert spaced_timesteps(4) == [999, 749, 499, 249]
     for n in (1, 3, 7, 333):
         steps = spaced_timesteps(n)
-        assert len(steps) == n and steps[0] == 999 and all(a > b >= 0 for a, b in zip(steps, steps[1:]))
+        assert len(steps) == n and steps[0] == 999 and all(a > b >= 0 for a, b in pairwise(steps))
     with pytest.raises(ValueError):
         spaced_timesteps(1001)
     assert math.isclose(float(make_alpha_bar("linear", 1000)[0]), 0.9999)

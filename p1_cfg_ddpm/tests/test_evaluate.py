@@ -1,0 +1,144 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p1_cfg_ddpm.classifier import CourseClassifier, bundled_classifier, classify, load_classifier
+from p1_cfg_ddpm.data import MINI_DATA, load_digits
+from p1_cfg_ddpm.evaluate import grade, nearest_of, read_folder
+from p1_cfg_ddpm.files import UserError
+from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from p1_cfg_ddpm.model import DOMAINS
+from p1_cfg_ddpm.reference import Statistics, frechet_distance, load_reference, mean_pairwise_distance
+
+GRADE = "p1_cfg_ddpm.evaluate"
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """OUT with five images a digit and domain, drawn by the bundled model."""
+    folder = tmp_path_factory.mktemp("drawn")
+    model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
+    for job, image in generate(model, diffusion, all_jobs(5), Sampling(), 100, progress=False):
+        (folder / job.domain).mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{job.name}.png")
+    return folder
+
+
+def gaussian(mean, covariance):
+    return Statistics(torch.as_tensor(mean).double(), torch.as_tensor(covariance).double(), None, None)
+
+
+def test_frechet_distance_in_closed_form():
+    a, b = gaussian([0.0, 0.0], [[4.0, 0.0], [0.0, 1.0]]), gaussian([3.0, 4.0], [[1.0, 0.0], [0.0, 9.0]])
+    assert frechet_distance(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (1 - 3) ** 2)  # commuting: sum of (s1 - s2)^2
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, b = gaussian(torch.zeros(5), x @ x.T), gaussian(torch.zeros(5), y @ y.T)
+    root = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real.sum()  # a second way to the same trace
+    assert frechet_distance(a, b) == pytest.approx(float((a.covariance + b.covariance).trace() - 2 * root), rel=1e-6)
+
+
+def test_mean_pairwise_distance():
+    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])).item() == pytest.approx(10 / 3)
+
+
+def test_the_nearest_image_is_found():
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
+    distance, index = nearest_of(images[[7, 3]], images)
+    assert index.tolist() == [7, 3] and distance == pytest.approx(0, abs=0.05)
+    distance, _ = nearest_of(np.zeros((1, 28, 28, 3), np.uint8), np.full((1, 28, 28, 3), 10, np.uint8))
+    assert distance[0] == pytest.approx(10)
+
+
+def test_the_bundled_model_draws_what_it_is_asked_for(drawn):
+    scores, _ = grade(read_folder(drawn))
+    for domain in DOMAINS:
+        assert scores[domain]["images"] == 50
+        assert scores[domain]["accuracy"] >= 0.92
+        assert 0.6 < scores[domain]["pixel_diversity"] < 1.4
+
+
+def test_wrong_images_score_badly(drawn, tmp_path):
+    """The same images under other digits' names: accuracy falls to nothing and the confusion leaves the diagonal."""
+    for domain in DOMAINS:
+        (tmp_path / domain).mkdir()
+        for path in (drawn / domain).iterdir():
+            shutil.copy(path, tmp_path / domain / f"{(int(path.name[0]) + 1) % 10}{path.name[1:]}")
+    scores, _ = grade(read_folder(tmp_path))
+    assert scores["mean_accuracy"] < 0.1
+    noise = {d: (np.random.default_rng(0).integers(0, 256, (50, 28, 28, 3), dtype=np.uint8), np.arange(50) % 10, None) for d in DOMAINS}
+    good, bad = grade(read_folder(drawn))[0], grade(noise)[0]
+    assert all(bad[d]["frechet_distance"] > 3 * good[d]["frechet_distance"] for d in DOMAINS)
+
+
+def test_the_bundled_classifiers_and_reference():
+    _, facts = load_reference()
+    assert facts["mnistm"]["accuracy_on_real"] >= 0.97 and facts["svhn"]["accuracy_on_real"] >= 0.92
+    # on real recipe MNIST-M of other photographs, which no training here has seen
+    data = load_digits(MINI_DATA, "train").of_domain("mnistm")
+    predicted, _ = classify(load_classifier(bundled_classifier("mnistm")), data.images)
+    assert (predicted.numpy() == data.digit).mean() >= 0.9
+
+
+def test_the_command(command, drawn, tmp_path):
+    code, out, err = command(GRADE, drawn, "--report", tmp_path / "grade", "--data", MINI_DATA)
+    assert code == 0, err
+    scores = json.loads((tmp_path / "grade" / "grade.json").read_text())
+    assert f"mean accuracy {scores['mean_accuracy']:.2%}" in out and "the grader expects 50 of each" in out
+    assert scores["nearest_training_image"]["svhn"]["smallest"] > 5
+    assert {path.name for path in (tmp_path / "grade").iterdir()} == {"grade.json", "mistakes.png", "nearest.png"}
+    with Image.open(tmp_path / "grade" / "mistakes.png") as image:
+        assert image.width > 500
+
+
+def test_the_courses_classifier_is_read_safely(command, drawn, tmp_path):
+    torch.manual_seed(0)
+    model = CourseClassifier()
+    path = tmp_path / "Classifier.pth"
+    torch.save({"state_dict": model.state_dict(), "optimizer": {"lr": 0.1}}, path)
+    images = load_digits(MINI_DATA, "val").images[:8]
+    torch.testing.assert_close(classify(load_classifier(path), images)[1], classify(model.eval(), images)[1])
+    code, out, err = command(GRADE, drawn, "--report", tmp_path / "grade", "--classifier-mnistm", path, "--data", "/nonexistent")
+    assert code == 0 and str(path) in out and "check was skipped" in out, err
+
+    def refused(match):
+        with pytest.raises(UserError, match=match) as error:
+            load_classifier(path)
+        assert "\n" not in str(error.value)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    refused("cannot be read as a classifier")
+    torch.save({"state_dict": Evil()}, path)
+    refused("cannot be read as a classifier")
+    assert not (tmp_path / "executed").exists()
+    torch.save({"weights": 1}, path)
+    refused("has no state_dict")
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(6, 3, 5, 5)}}, path)
+    refused("missing conv1.bias")
+    path.write_bytes(b"")
+    refused("cannot be read as a classifier")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda out: shutil.rmtree(out / "svhn"), "svhn does not exist"),
+    (lambda out: [path.unlink() for path in (out / "svhn").iterdir()], "has no .png files"),
+    (lambda out: (out / "svhn" / "3_001.png").rename(out / "svhn" / "x_001.png"), "the name must begin with the digit"),
+    (lambda out: (out / "svhn" / "3_001.png").write_bytes(b"no picture"), "cannot read the image"),
+    (lambda out: Image.new("RGB", (32, 32)).save(out / "svhn" / "3_001.png"), "is 32x32, expected 28x28"),
+])  # fmt: skip
+def test_bad_folders_end_in_one_line(drawn, tmp_path, spoil, message):
+    out = shutil.copytree(drawn, tmp_path / "out")
+    spoil(out)
+    with pytest.raises(UserError, match=message) as error:
+        read_folder(out)
+    assert "\n" not in str(error.value)

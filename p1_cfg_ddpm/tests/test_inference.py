@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+
+INFER = "p1_cfg_ddpm.inference"
+
+
+def draw(model, jobs, batch_size, **options):
+    options = {"steps": 5, "guidance_weight": 1.0} | options
+    return {job.name: image for job, image in generate(model, Diffusion(), jobs, Sampling(**options), batch_size, progress=False)}
+
+
+@pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}])
+def test_an_image_does_not_depend_on_the_others(tiny_model, options):
+    jobs = all_jobs(2)
+    whole = draw(tiny_model, jobs, 1000, **options)
+    assert len(whole) == 40 and len({image.tobytes() for image in whole.values()}) == 40
+    for jobs_, batch_size in ((jobs, 1), (jobs, 7), (jobs[::-3], 5)):
+        for name, image in draw(tiny_model, jobs_, batch_size, **options).items():
+            assert np.abs(image.astype(int) - whole[name]).max() <= 1, name
+    assert all((image == whole[name]).all() for name, image in draw(tiny_model, jobs, 1000, **options).items())  # twice the same
+    assert any((image != whole[name]).any() for name, image in draw(tiny_model, jobs, 1000, **options, seed=1).items())
+
+
+def test_the_bundled_model_is_independent_of_the_batch_too():
+    model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
+    jobs = all_jobs(1)[::3]
+    one, all_ = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, Sampling(), n, progress=False)} for n in (1, 50))
+    assert max(np.abs(one[name] - all_[name]).max() for name in one) <= 1
+
+
+def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path):
+    out = tmp_path / "a folder with spaces, Ünïcode"
+    code, text, err = command(INFER, out, "--checkpoint", tiny_checkpoint, "--images-per-digit", 3, "--steps", 2)
+    assert code == 0, err
+    expected = {f"{domain}/{digit}_{index:03d}.png" for domain in ("mnistm", "svhn") for digit in range(10) for index in (1, 2, 3)}
+    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == expected
+    with Image.open(out / "svhn" / "7_002.png") as image:
+        assert image.size == (28, 28) and image.mode == "RGB"
+    assert "wrote 60 images" in text and "next: bash scripts/p1_grade.sh" in text
+    # any subset gives the same files
+    command(INFER, tmp_path / "b", "--checkpoint", tiny_checkpoint, "--images-per-digit", 2, "--steps", 2, "--domains", "svhn", "--digits", "7", "0")
+    assert sorted(path.name for path in (tmp_path / "b").rglob("*.png")) == ["0_001.png", "0_002.png", "7_001.png", "7_002.png"]
+    for path in (tmp_path / "b").rglob("*.png"):
+        with Image.open(path) as ours, Image.open(out / "svhn" / path.name) as theirs:
+            # bf16, where it is native, may round otherwise in another batch
+            assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 6
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--checkpoint", "/nonexistent.safetensors"], "no such checkpoint: /nonexistent.safetensors"),
+    (["--checkpoint", __file__], "is not a readable safetensors file"),
+    (["--steps", "0"], "--steps must be between 1 and 1000"),
+    (["--eta", "2"], "--eta must be between 0 and 1"),
+    (["--guidance-interval", "0.9", "0.1"], "--guidance-interval must be two numbers"),
+    (["--images-per-digit", "0"], "--images-per-digit must be between 1 and 999"),
+    (["--batch-size", "-1"], "--batch-size must be at least 1"),
+    (["--device", "abacus"], "abacus"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(command, tmp_path, flags, message):
+    code, _, err = command(INFER, tmp_path / "out", *flags)
+    assert code != 0 and err.startswith("error: ") and message in err and err.strip().count("\n") == 0
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_unwritable_folder_ends_in_one_line(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(INFER, tmp_path / "file" / "out")
+    assert code != 0 and err.startswith("error: cannot write into folder") and err.strip().count("\n") == 0

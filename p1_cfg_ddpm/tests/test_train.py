@@ -1,0 +1,83 @@
+"""Training through the real command: killed runs, several processes, bad settings."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from p1_cfg_ddpm.data import MINI_DATA
+from p1_cfg_ddpm.model import load_model
+
+TRAIN = "p1_cfg_ddpm.train"
+SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 8, "--save-every", 5, "--sample-every", 0, "--dtype", "fp32", "--device", "cpu"]
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_ends_with_the_same_weights(command, tmp_path):
+    settings = [*SETTINGS, "--steps", 40]
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole", **THREADS)
+    assert code == 0, err
+    assert "next: bash scripts/p1_infer.sh" in out
+    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False, **THREADS)
+    while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "model.safetensors").exists()
+    assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed", **THREADS)
+    assert code == 0 and "going on at step" in out, err
+    whole, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
+    assert (tmp_path / "whole" / "history.json").read_text() == (tmp_path / "killed" / "history.json").read_text()
+
+
+def test_two_processes_train_as_one(command, tmp_path):
+    settings = [*SETTINGS, "--steps", 6, "--warmup", 1]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    assert command(TRAIN, *settings, "--output", tmp_path / "one", **THREADS)[0] == 0
+    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "two", launcher=launch, **THREADS)
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    assert one[-1][1] == pytest.approx(two[-1][1], rel=1e-4)
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["ema"] for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3
+
+
+def test_training_learns_and_samples_on_the_way(command, tmp_path):
+    settings = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 32, "--steps", 150, "--sample-every", 150, "--warmup", 20, "--lr", "3e-3"]
+    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "run")
+    assert code == 0, err
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history[-1][1] < 0.8 * history[0][1]  # the first entry is a mean over the first 50 steps
+    assert Image.open(tmp_path / "run" / "samples_000150.png").size == (840, 168)
+    model, metadata = load_model(tmp_path / "run" / "model.safetensors")
+    assert metadata["training"]["steps"] == 150 and metadata["training"]["images"] == 400
+    assert model.config.widths == (16, 32)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "/nonexistent"], "cannot read /nonexistent/mnistm/train.csv"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--drop-condition", "2"], "--drop-condition must be between 0 and 1"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--output", "/dev/null/run"], "/dev/null/run"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(command, tmp_path, flags, message):
+    code, _, err = command(TRAIN, *SETTINGS, "--output", tmp_path, *flags)
+    assert code != 0 and "Traceback" not in err
+    assert err.strip().count("\n") == 0 and err.startswith("error: ") and message in err
+
+
+def test_other_settings_are_not_resumed(command, tmp_path):
+    settings = [*SETTINGS, "--output", tmp_path, "--steps", 1]
+    assert command(TRAIN, *settings)[0] == 0
+    code, _, err = command(TRAIN, *settings, "--lr", "0.5")
+    assert code != 0 and "other settings (lr 0.0008 is now 0.5)" in err and "Traceback" not in err
+    (tmp_path / "state.pt").write_bytes(b"half a file")
+    code, _, err = command(TRAIN, *settings)
+    assert code != 0 and "state.pt cannot be read" in err and "Traceback" not in err
