@@ -1,5 +1,6 @@
 """Training through the real command: killed runs, several processes, bad settings."""
 
+import argparse
 import json
 import signal
 import time
@@ -10,6 +11,7 @@ from PIL import Image
 
 from p1_cfg_ddpm.data import MINI_DATA
 from p1_cfg_ddpm.model import load_model
+from p1_cfg_ddpm.train import make_optimizers
 
 TRAIN = "p1_cfg_ddpm.train"
 SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 8, "--save-every", 5, "--sample-every", 0, "--dtype", "fp32", "--device", "cpu"]
@@ -60,6 +62,23 @@ def test_training_learns_and_samples_on_the_way(command, tmp_path):
     assert model.config.widths == (16, 32)
 
 
+def test_every_parameter_moves(tiny_model):
+    """Also the kernels, which Muon sees as matrices that share their memory."""
+    model = tiny_model.to(memory_format=torch.channels_last)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = make_optimizers(model, argparse.Namespace(lr=0.1, weight_decay=0.0))
+    digit, domain = torch.arange(11), torch.arange(11) % 3
+    x = torch.randn(11, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    model(x, torch.arange(11) * 90, digit, domain).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    kernel = model.middle[0].residual.conv1.weight
+    step = (before["middle.0.residual.conv1.weight"] - kernel.detach()).permute(0, 2, 3, 1).flatten(1)
+    values = torch.linalg.svdvals(step)  # Muon's step is the gradient with its singular values made (about) equal
+    assert values.max() / values.min() < 2
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "/nonexistent"], "cannot read /nonexistent/mnistm/train.csv"),
     (["--steps", "0"], "--steps must be at least 1"),
@@ -77,7 +96,7 @@ def test_other_settings_are_not_resumed(command, tmp_path):
     settings = [*SETTINGS, "--output", tmp_path, "--steps", 1]
     assert command(TRAIN, *settings)[0] == 0
     code, _, err = command(TRAIN, *settings, "--lr", "0.5")
-    assert code != 0 and "other settings (lr 0.0008 is now 0.5)" in err and "Traceback" not in err
+    assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
     (tmp_path / "state.pt").write_bytes(b"half a file")
     code, _, err = command(TRAIN, *settings)
     assert code != 0 and "state.pt cannot be read" in err and "Traceback" not in err
