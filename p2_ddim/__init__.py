@@ -1,0 +1,1 @@
+"""P2: DDIM sampling, interpolation and inversion on an unconditional face UNet."""

@@ -1,0 +1,93 @@
+"""Grades generated faces against reference images: MSE of 0..255 pixels per image, which must be below 20.
+
+    python -m p2_ddim.evaluate OUT GT
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import UserError, run, save_image, writable_folder, write_json
+
+LIMIT = 20.0  # the course's: an image passes below this
+
+
+def read_picture(path):
+    """uint8 [H, W, 3]"""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}") from None
+
+
+def read_pairs(output, truth):
+    """{name: (result, reference)}, uint8 [H, W, 3] each, for every reference image."""
+    for folder in (output, truth):
+        if not folder.is_dir():
+            raise UserError(f"no such folder: {folder}")
+    names = sorted(path.name for path in truth.glob("*.png"))
+    if not names:
+        raise UserError(f"{truth} has no .png files; expected the reference images 00.png, 01.png, ...")
+    pairs = {}
+    for name in names:
+        if not (output / name).is_file():
+            raise UserError(f"{output / name} is missing; {truth} has {name}")
+        pairs[name] = read_picture(output / name), read_picture(truth / name)
+        if pairs[name][0].shape != pairs[name][1].shape:
+            ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
+            raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
+    return pairs
+
+
+def mse(a, b):
+    """Mean squared difference of two uint8 images, in squared grey levels."""
+    return float(np.square(a.astype(float) - b.astype(float)).mean())
+
+
+def psnr(error):
+    """Peak signal to noise ratio in dB of an MSE in squared grey levels; infinite for 0."""
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def comparison(pairs, scores, gain=8):
+    """A picture with a column per image: result, reference, and their difference, magnified."""
+    side = max(max(image.shape[:2]) for image, _ in pairs.values())
+    picture = Image.new("RGB", (70 + len(pairs) * (side + 4), 3 * (side + 4) + 22), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for row, title in enumerate(("result", "reference", f"{gain} x diff.")):
+        draw.text((4, 22 + row * (side + 4) + side // 2), title, "black", font, anchor="lm")
+    for column, (name, (result, reference)) in enumerate(pairs.items()):
+        left = 70 + column * (side + 4)
+        draw.text((left + side // 2, 10), f"{scores[name]['mse']:.3f}", "black", font, anchor="mm")
+        difference = (np.abs(result.astype(int) - reference) * gain).clip(0, 255).astype(np.uint8)
+        for row, image in enumerate((result, reference, difference)):
+            picture.paste(Image.fromarray(image), (left, 22 + row * (side + 4)))
+    return picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Grades generated faces against references.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder of the results")
+    parser.add_argument("truth", type=Path, metavar="GT", help="folder of the reference images")
+    parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and comparison.png (default: OUT_grade beside OUT)")
+    args = parser.parse_args()
+    pairs = read_pairs(args.output, args.truth)
+    report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
+    scores = {}
+    for name, (result, reference) in pairs.items():
+        error = mse(result, reference)
+        scores[name] = {"mse": error, "psnr": None if error == 0 else psnr(error), "passed": error < LIMIT}
+        print(f"{name}  MSE {error:8.4f}  PSNR {psnr(error):6.2f} dB  {'pass' if error < LIMIT else 'FAIL'}")
+    mean, passed = float(np.mean([s["mse"] for s in scores.values()])), sum(s["passed"] for s in scores.values())
+    print(f"mean  MSE {mean:8.4f}  {passed} of {len(scores)} pass (below {LIMIT:g})")
+    write_json(report / "grade.json", {"images": scores, "mean_mse": mean, "passed": passed})
+    save_image(comparison(pairs, scores), report / "comparison.png")
+    print(f"wrote grade.json and comparison.png to {report}")
+
+
+if __name__ == "__main__":
+    run(main)

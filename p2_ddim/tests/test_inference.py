@@ -1,0 +1,130 @@
+"""The grader's call and the grading, through the real commands, with a small untrained network."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p2_ddim.ddim import DDIMConfig
+from p2_ddim.evaluate import mse, psnr, read_pairs
+from p2_ddim.files import ROOT, UserError
+from p2_ddim.inference import generate, predictor, read_noise, read_noises, to_pictures
+from p2_ddim.model import UNet, UNetConfig
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return UNet(UNetConfig((32, 32), (), 1)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def files(network, tmp_path):
+    """A noise folder (00, 01, 02) and a checkpoint in the course's format."""
+    (tmp_path / "noise").mkdir()
+    for i in range(3):
+        x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(i))
+        torch.save(x if i else x[0], tmp_path / "noise" / f"{i:02d}.pt")
+    torch.save(network.state_dict(), tmp_path / "UNet.pt")
+    return tmp_path
+
+
+def command(module, *arguments):
+    result = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_an_image_does_not_depend_on_the_others(network, eta):
+    noises = {f"{i:02d}": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    config = DDIMConfig(4, eta=eta)
+    whole = {name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, 5, progress=False)}
+    for batch_size, some in ((1, list(noises)), (2, list(noises)[::-2])):
+        for name, x in generate(predictor(network), {name: noises[name] for name in some}, config, batch_size, progress=False):
+            assert np.abs(to_pictures(x[None])[0] - whole[name]).max() <= 1
+
+
+def test_the_command_and_its_grading(files):
+    out = files / "a folder, Ünïcode"
+    code, text, err = command("p2_ddim.inference", files / "noise", out, files / "UNet.pt", "--steps", 3)
+    assert code == 0 and "wrote 3 images" in text, err
+    assert sorted(path.name for path in out.iterdir()) == ["00.png", "01.png", "02.png"]
+    with Image.open(out / "01.png") as image:
+        assert image.size == (16, 16) and image.mode == "RGB" and np.asarray(image).max() == 255
+    code, text, err = command("p2_ddim.evaluate", out, out, "--report", files / "grade")
+    assert code == 0 and "3 of 3 pass" in text, err
+    assert json.loads((files / "grade" / "grade.json").read_text())["mean_mse"] == 0
+    assert (files / "grade" / "comparison.png").exists()
+
+
+def test_mse_and_psnr():
+    a, b = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 10, np.uint8)
+    assert mse(a, b) == mse(b, a) == 100 and psnr(100) == pytest.approx(28.1308, abs=1e-4) and psnr(0) == float("inf")
+
+
+def test_bad_noise_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "00.pt"
+
+    def refused(match):
+        with pytest.raises(UserError, match=match) as error:
+            read_noise(path)
+        assert "\n" not in str(error.value)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    for content, message in ((torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\), expected"), (torch.zeros(2, 3, 8, 8), r"\(2, 3, 8, 8\), expected"),
+                             (torch.zeros(3, 8), "expected"), (torch.zeros(3, 8, 8, dtype=torch.long), "int64"), (["a"], "holds a list"),
+                             (torch.full((3, 8, 8), float("nan")), "not finite"), (torch.full((3, 8, 8), float("inf")), "not finite"),
+                             (Evil(), "cannot be read as a noise tensor")):
+        torch.save(content, path)
+        refused(message)
+    path.write_bytes(pickle.dumps(Evil()))
+    refused("cannot be read as a noise tensor")
+    assert not (tmp_path / "executed").exists()
+    path.write_bytes(b"")
+    refused("cannot be read as a noise tensor")
+    torch.save(torch.zeros(3, 8, 8, dtype=torch.float16), path)
+    assert read_noise(path).dtype == torch.float32
+    torch.save(torch.zeros(1, 3, 16, 16), tmp_path / "01.pt")
+    with pytest.raises(UserError, match="all noises must have one size"):
+        read_noises(tmp_path)
+
+
+def test_bad_calls_end_in_one_line_and_write_nothing(files):
+    empty = files / "empty"
+    empty.mkdir()
+    noise, out, checkpoint = files / "noise", files / "out", files / "UNet.pt"
+    odd = files / "odd"
+    odd.mkdir()
+    torch.save(torch.zeros(3, 15, 16), odd / "00.pt")
+    for arguments, message in (((files / "no", out, checkpoint), "no such folder of noises"), ((empty, out, checkpoint), "has no .pt files"),
+                               ((noise, out, files / "no.pt"), "no such UNet checkpoint"), ((noise, out, checkpoint, "--steps", 0), "number of steps"),
+                               ((odd, out, checkpoint), "multiples of 2"), ((noise, "/dev/null/out", checkpoint), "/dev/null/out")):
+        code, _, err = command("p2_ddim.inference", *arguments)
+        assert code != 0 and err.startswith("error: ") and message in err and err.strip().count("\n") == 0, err
+    assert not list(files.rglob("*.png"))
+
+
+def test_bad_grading_folders(files):
+    (files / "gt").mkdir()
+    (files / "result").mkdir()
+    with pytest.raises(UserError, match="has no"):
+        read_pairs(files / "result", files / "gt")
+    Image.new("RGB", (8, 8)).save(files / "gt" / "00.png")
+    with pytest.raises(UserError, match=r"00\.png is missing"):
+        read_pairs(files / "result", files / "gt")
+    Image.new("RGB", (8, 9)).save(files / "result" / "00.png")
+    with pytest.raises(UserError, match=r"00\.png is 8x9, but .*gt.00\.png is 8x8"):
+        read_pairs(files / "result", files / "gt")
+    (files / "result" / "00.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot read the picture"):
+        read_pairs(files / "result", files / "gt")

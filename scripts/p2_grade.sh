@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Grades faces against references:  p2_grade.sh OUT GT   (--help lists the flags)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec "$python" -m p2_ddim.evaluate "$@"
