@@ -46,12 +46,12 @@ class Diffusion:
         self.config = config or DiffusionConfig()
         if self.config.prediction not in ("eps", "v"):
             raise ValueError(f"unknown prediction {self.config.prediction!r}")
-        self.alpha_bar = make_alpha_bar(self.config.schedule, self.config.num_timesteps)
+        self.alpha_bar = make_alpha_bar(self.config.schedule, self.config.num_timesteps)  # float64, on the CPU
+        self.signal, self.noise = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
 
     def coefficients(self, t):
         """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) for t int [B], as float32 [B, 1, 1, 1] on t's device."""
-        alpha_bar = self.alpha_bar[t.cpu()][:, None, None, None]
-        return alpha_bar.sqrt().float().to(t.device), (1 - alpha_bar).sqrt().float().to(t.device)
+        return tuple(table.to(t.device)[t][:, None, None, None] for table in (self.signal, self.noise))
 
     def add_noise(self, x0, eps, t):
         """q(x_t | x0), Ho et al. 2020 eq. 4."""
@@ -106,19 +106,18 @@ class Guided:
         self.digit, self.domain = digit, domain
 
     def output(self, x, t):
-        """The network's guided output. v is linear in eps at a given x_t, so guiding either is the same."""
+        """The network's guided output, float32. v is linear in eps at a given x_t, so guiding either is the same."""
         model, low, high = self.model, *self.interval
+        x = x.to(next(model.parameters()).dtype)
         if self.w == 0 or not low <= t / self.diffusion.config.num_timesteps <= high:
-            return model(x, torch.full_like(self.digit, t), self.digit, self.domain)
+            return model(x, torch.full_like(self.digit, t), self.digit, self.domain).float()
         digit = torch.cat([self.digit, torch.full_like(self.digit, model.null_digit)])
         domain = torch.cat([self.domain, torch.full_like(self.domain, model.null_domain)])
-        cond, uncond = model(torch.cat([x, x]), torch.full_like(digit, t), digit, domain).chunk(2)
+        cond, uncond = model(torch.cat([x, x]), torch.full_like(digit, t), digit, domain).float().chunk(2)
         return (1 + self.w) * cond - self.w * uncond
 
     def __call__(self, x, t):
-        dtype = next(self.model.parameters()).dtype
-        output = self.output(x.to(dtype), t).float()
-        x0, eps = self.diffusion.x0_and_eps(output, x, torch.full_like(self.digit, t))
+        x0, eps = self.diffusion.x0_and_eps(self.output(x, t), x, torch.full_like(self.digit, t))
         return x0.clamp(-1, 1) if self.clip else x0, eps
 
 

@@ -66,6 +66,8 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -87,7 +89,8 @@ def main():
         ema.load_state_dict(state["ema"])
         step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
     net, ema = (m.to(device=device, memory_format=torch.channels_last) for m in (net, ema))
-    model, *optimizers = accelerator.prepare(net, *make_optimizers(net, args))
+    adamw, muon = make_optimizers(net, args)
+    model, *optimizers = accelerator.prepare(net, adamw, muon)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -107,6 +110,7 @@ def main():
         xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=torch.channels_last)
         loss = (model(xt, t).float() - eps).square().mean()  # Ho et al. 2020, algorithm 1
         accelerator.backward(loss)
+        muon.take_gradients()
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -195,10 +199,11 @@ class ConvolutionMuon(torch.optim.Muon):
         self.kernels = kernels
         super().__init__([torch.nn.Parameter(as_matrix(kernel)) for kernel in kernels], **options)
 
-    def step(self, closure=None):
+    def take_gradients(self):
+        """Lets the matrices' gradients share the kernels' memory; to be called after each backward pass, before clipping or unscaling."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
+            kernel.grad = kernel.grad.contiguous(memory_format=torch.channels_last)
             matrix.grad = as_matrix(kernel.grad)
-        super().step(closure)
 
 
 def as_matrix(kernel):

@@ -69,9 +69,15 @@ def test_every_parameter_moves(tiny_model):
     optimizers = make_optimizers(model, argparse.Namespace(lr=0.1, weight_decay=0.0))
     digit, domain = torch.arange(11), torch.arange(11) % 3
     x = torch.randn(11, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    model(x, torch.arange(11) * 90, digit, domain).square().sum().backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as fp16 on a GPU has it
+    scaler.scale(model(x, torch.arange(11) * 90, digit, domain).square().sum()).backward()
+    optimizers[1].take_gradients()
     for optimizer in optimizers:
-        optimizer.step()
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert norm.isfinite() and torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) == pytest.approx(1, rel=1e-3)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
     kernel = model.middle[0].residual.conv1.weight
     step = (before["middle.0.residual.conv1.weight"] - kernel.detach()).permute(0, 2, 3, 1).flatten(1)

@@ -1,0 +1,114 @@
+"""Seconds per 256x256 face with the full-size network (random weights: time does not depend on them), several ways side by side.
+
+    python -m p2_ddim.benchmark      # writes report/results/p2_benchmark.json
+
+Each way runs in a process of its own, so that its peak memory is its own. A step is timed, as the median of several, and multiplied by the
+50 of a face. What bf16 costs in quality is measured on the miniature: the MSE of its pictures against its reference images.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .ddim import DDIMConfig, ddim
+from .device import DTYPES, pick_device
+from .evaluate import mse, read_picture
+from .files import ROOT, UserError, run, writable_folder, write_json
+from .inference import MINI, generate, predictor, read_noises, to_pictures
+from .model import UNet, UNetConfig, load_unet
+
+RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
+WAYS = {  # name: (which network, dtype, channels-last, batch size)
+    "plain loop, fp32": ("ours", "fp32", False, 1),
+    "diffusers, fp32": ("diffusers", "fp32", False, 1),
+    "this project, fp32": ("ours", "fp32", True, None),
+    "this project, bf16": ("ours", "bf16", True, None),
+}
+
+
+def measure(way, batch_size, side, repeats, device):
+    """Seconds per image and step, and peak memory in GB, of one way."""
+    kind, dtype, channels_last, own_batch = WAYS[way]
+    torch.manual_seed(0)
+    model = UNet(UNetConfig()).eval().requires_grad_(False)
+    if kind == "diffusers":
+        from .reference import to_diffusers
+
+        theirs = to_diffusers(model).to(device)
+
+        def predict(x, t):
+            return theirs(x, t).sample
+    else:
+        model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        predict = predictor(model, DTYPES[dtype]) if channels_last else lambda x, t: model(x, torch.full((len(x),), t, device=device))
+    n = own_batch or batch_size
+    seconds = []
+    with torch.inference_mode():
+        started = time.perf_counter()
+        for _, state in zip(range(repeats + 1), ddim(predict, torch.randn(n, 3, side, side, device=device), DDIMConfig())):
+            state.x.sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds_per_step": float(np.median(seconds[1:])) / n, "batch_size": n, "peak_memory_gb": peak / 1e9}  # the first is a warm-up
+
+
+def miniature_mse(device):
+    """MSE of the miniature's pictures against its reference images, per number format."""
+    noises, model = read_noises(MINI / "noise"), load_unet(MINI / "UNet.pt", device)
+    results = {}
+    for name in ("fp32", "bf16"):
+        pictures = {k: to_pictures(x[None])[0] for k, x in generate(predictor(model, DTYPES[name]), noises, DDIMConfig(), 5, device=device, progress=False)}
+        results[name] = float(np.mean([mse(picture, read_picture(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times the full-size face network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
+    parser.add_argument("--batch-size", type=int, default=2, help="of this project's ways")
+    parser.add_argument("--side", type=int, default=256, help="of the images")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; their median counts")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--way", choices=list(WAYS), default=None, help=argparse.SUPPRESS)  # one way, in this process
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.way:
+        print(json.dumps(measure(args.way, args.batch_size, args.side, args.repeats, device)))
+        return
+    writable_folder(args.output.parent)
+    rows = {}
+    for way in tqdm(WAYS, desc="ways", unit="way"):
+        command = [sys.executable, "-m", "p2_ddim.benchmark", "--way", way, "--device", args.device]
+        command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("batch-size", "side", "repeats")]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"{way}: {result.stderr.strip().splitlines()[-1]}")
+        rows[way] = json.loads(result.stdout.strip().splitlines()[-1])
+    plain = rows["plain loop, fp32"]["seconds_per_step"]
+    for way, row in rows.items():
+        row |= {"seconds_per_image": 50 * row["seconds_per_step"], "speed_up": plain / row["seconds_per_step"]}
+        print(f"{way:22} {row['seconds_per_step']:7.3f} s a step  {row['seconds_per_image']:7.1f} s an image  "
+              f"{row['speed_up']:5.2f} x  {row['peak_memory_gb']:5.2f} GB  batch {row['batch_size']}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    results = {"machine": {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
+                           "date": date.today().isoformat()}, "side": args.side, "ways": rows}
+    if (MINI / "UNet.pt").is_file():
+        results["miniature_mse"] = miniature_mse(device)
+        print("MSE of the miniature against its references: " + ", ".join(f"{k} {v:.4f}" for k, v in results["miniature_mse"].items()))
+    write_json(args.output, results)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""The report's figures of P2.
+
+    python -m p2_ddim.figures        # writes report/figures/p2_*.png and report/results/p2_figures.json
+
+The eta grid (noise 00-03 by eta), the slerp row and the lerp row, and three that explain: the norm of the interpolated noise (why lerp fails),
+the predicted x0 along the steps, and an inversion round trip with its error.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .ddim import ddim, invert
+from .evaluate import mse, psnr
+from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder, write_json
+from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
+from .interpolation import lerp, slerp
+from .model import load_unet
+
+ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ALPHAS = tuple(i / 10 for i in range(11))
+ROUND_TRIP_STEPS = (20, 50, 100, 250)
+
+
+def grid(rows, row_titles, column_titles, left=64):
+    """rows: lists of uint8 [H, W, 3] -> one picture with titles."""
+    height, width = rows[0][0].shape[:2]
+    picture = Image.new("RGB", (left + len(column_titles) * (width + 4), 22 + len(rows) * (height + 4)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for column, title in enumerate(column_titles):
+        draw.text((left + column * (width + 4) + width // 2, 10), str(title), "black", font, anchor="mm")
+    for row, (images, title) in enumerate(zip(rows, row_titles)):
+        draw.text((4, 22 + row * (height + 4) + height // 2), str(title), "black", font, anchor="lm")
+        for column, image in enumerate(images):
+            picture.paste(Image.fromarray(image), (left + column * (width + 4), 22 + row * (height + 4)))
+    return picture
+
+
+def drawn(predict, noises, config, batch_size, seed, device):
+    """The pictures of {name: noise}, in order: a list of uint8 [H, W, 3]."""
+    return [to_pictures(x[None])[0] for _, x in generate(predict, noises, config, batch_size, seed, device)]
+
+
+def norm_chart(a, b, path):
+    """The norm of slerp and lerp along alpha, as shares of what standard normal noise has, with the band in which nearly all noise lies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    alphas, expected = np.linspace(0, 1, 101), a.numel() ** 0.5
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, function in (("slerp", slerp), ("lerp", lerp)):
+        axis.plot(alphas, [function(a, b, float(alpha)).norm().item() / expected for alpha in alphas], label=name)
+    spread = 4 / (2 * a.numel()) ** 0.5  # the norm of n standard normals has standard deviation 1/sqrt(2), around sqrt(n)
+    axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 standard deviations of noise")
+    axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="lerp leaves the sphere the network was trained on, slerp stays on it")
+    axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+@torch.inference_mode()
+def round_trips(predict, noise, config, iterations):
+    """Noise to image, back to noise, to image again, for several numbers of steps: {steps: (image, image again, PSNR in dB)}."""
+    results = {}
+    for steps in ROUND_TRIP_STEPS:
+        settings = replace(config, num_steps=steps, eta=0.0)
+        *_, image = ddim(predict, noise[None], settings)
+        *_, back = invert(predict, image.x, settings, iterations)
+        *_, again = ddim(predict, back.x, settings)
+        first, second = to_pictures(image.x)[0], to_pictures(again.x)[0]
+        results[steps] = first, second, psnr(mse(first, second))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws the report's figures of P2.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--noise", type=Path, default=MINI / "noise", help="folder with 00.pt .. 03.pt")
+    parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "p2_figures.json", help="where the numbers go")
+    parser.add_argument("--iterations", type=int, default=3, help="fixed-point iterations per step of the inversion; 1 is the usual inversion")
+    add_arguments(parser)
+    args = parser.parse_args()
+    config, device, dtype, batch_size = settings_of(args)
+    noises = read_noises(args.noise)
+    if len(noises) < 4:
+        raise UserError(f"{args.noise} has {len(noises)} noises; the figures need four")
+    for folder in (args.output, args.results.parent):
+        writable_folder(folder)
+    model = load_unet(args.checkpoint, device)
+    check_size(model.config, next(iter(noises.values())).shape)
+    predict = predictor(torch.compile(model) if args.compile else model, dtype)
+    names = list(noises)[:4]
+    a, b = noises[names[0]], noises[names[1]]
+
+    rows = [drawn(predict, {name: noises[name] for name in names}, replace(config, eta=eta), batch_size, args.seed, device) for eta in ETAS]
+    save_image(grid(rows, [f"eta {eta:g}" for eta in ETAS], names), args.output / "p2_eta.png")
+    rows = [drawn(predict, {f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}, replace(config, eta=0.0), batch_size, args.seed, device)
+            for function in (slerp, lerp)]
+    save_image(grid(rows, ["slerp", "lerp"], ALPHAS), args.output / "p2_interpolation.png")
+    norm_chart(a, b, args.output / "p2_norm.png")
+    with torch.inference_mode():
+        states = list(ddim(predict, a[None].to(device), replace(config, eta=0.0)))
+    chosen = [states[i] for i in np.linspace(0, len(states) - 1, 10).round().astype(int)]
+    rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
+    save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), args.output / "p2_steps.png")
+    trips = round_trips(predict, a.to(device), config, args.iterations)
+    rows = [[trip[i] for trip in trips.values()] for i in (0, 1)]
+    rows.append([(np.abs(trip[0].astype(int) - trip[1]) * 8).clip(0, 255).astype(np.uint8) for trip in trips.values()])
+    titles = [f"{steps}: {trip[2]:.1f} dB" for steps, trip in trips.items()]
+    save_image(grid(rows, ["image", "round trip", "8 x difference"], titles, 92), args.output / "p2_inversion.png")
+    numbers = {"round_trip_psnr": {str(steps): trip[2] for steps, trip in trips.items()}, "iterations": args.iterations}
+    write_json(args.results, numbers)
+    print(f"wrote p2_eta, p2_interpolation, p2_norm, p2_steps and p2_inversion .png to {args.output}, {args.results.name} to {args.results.parent}")
+
+
+if __name__ == "__main__":
+    run(main)
