@@ -73,18 +73,18 @@ def charts(results, folder):
         accuracy = [100 * row[domain]["accuracy"] for row in rows]
         axis.plot(distance, accuracy, "o-", color="tab:blue")
         for x, y, row in zip(distance, accuracy, rows):
-            text = f"w={row['guidance_weight']:g}\ndiversity {row[domain]['feature_diversity']:.2f}"
+            text = f"w={row['guidance_weight']:g}\ndiversity {row[domain]['pixel_diversity']:.2f}"
             axis.annotate(text, (x, y), fontsize=7, textcoords="offset points", xytext=(5, -14))
         axis.set(title=domain, xlabel="Fréchet distance to real images (less is better)", ylabel="accuracy, %")
         axis.margins(0.2)
     paths = [save_chart(figure, folder / "p1_guidance.png")]
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    rows = results["ladder"] + [results["default"]] + ([results["classic"]] if "classic" in results else [])
-    for sampler in sorted({row["sampler"] for row in rows}):
-        own = sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["steps"])
+    rows = results["ladder"] + ([results["classic"]] if "classic" in results else [])
+    for kind in sorted({(row["sampler"], row["spacing"]) for row in rows}):
+        own = sorted((row for row in rows if (row["sampler"], row["spacing"]) == kind), key=lambda row: row["steps"])
         seconds = [1000 / row["images_per_second"] for row in own]
-        axis.plot(seconds, [100 * row["mean_accuracy"] for row in own], "o-", label=sampler)
+        axis.plot(seconds, [100 * row["mean_accuracy"] for row in own], "o-", label=", ".join(kind))
         for x, row in zip(seconds, own):
             axis.annotate(row["steps"], (x, 100 * row["mean_accuracy"]), fontsize=8, textcoords="offset points", xytext=(4, 4))
     axis.set(xscale="log", xlabel=f"seconds for 1,000 images on {results['machine']['device']}, {results['machine']['threads']} threads",

@@ -180,6 +180,15 @@ def test_guidance_is_the_formula():
         torch.testing.assert_close(eps, (1 + 1.7) * cond - 1.7 * uncond, rtol=0, atol=1e-5)
 
 
+def test_clipping_keeps_x0_and_eps_together():
+    predict, diffusion = guided(DiffusionConfig(), w=4.0, clip=True)
+    x, t = 2 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)), torch.full((2,), 600)
+    with torch.inference_mode():
+        x0, eps = predict(x, 600)
+    assert x0.abs().max() == 1
+    torch.testing.assert_close(diffusion.add_noise(x0, eps, t), x, rtol=0, atol=1e-5)
+
+
 def test_no_unconditional_half_where_guidance_is_off():
     for options, images in (({"w": 0.0}, 20), ({"w": 1.0}, 40), ({"w": 1.0, "interval": (0.25, 0.75)}, 30)):
         predict, diffusion = guided(DiffusionConfig(), **options)
