@@ -66,17 +66,22 @@ def charts(results, folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, domain in zip(axes, DOMAINS):
-        rows = results["guidance"]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    rows = results["guidance"]
+    weights = [row["guidance_weight"] for row in rows]
+    for (above, below), domain in zip(axes.T, DOMAINS):
         distance = [row[domain]["frechet_distance"] for row in rows]
         accuracy = [100 * row[domain]["accuracy"] for row in rows]
-        axis.plot(distance, accuracy, "o-", color="tab:blue")
-        for x, y, row in zip(distance, accuracy, rows):
-            text = f"w={row['guidance_weight']:g}\ndiversity {row[domain]['pixel_diversity']:.2f}"
-            axis.annotate(text, (x, y), fontsize=7, textcoords="offset points", xytext=(5, -14))
-        axis.set(title=domain, xlabel="Fréchet distance to real images (less is better)", ylabel="accuracy, %")
-        axis.margins(0.2)
+        above.plot(distance, accuracy, "o-", color="tab:blue")
+        for i, (x, y, w) in enumerate(zip(distance, accuracy, weights)):
+            above.annotate(f"w={w:g}", (x, y), fontsize=8, textcoords="offset points", xytext=(-4, 6 + 9 * (i % 2)))
+        above.set(title=f"{domain}, {rows[0]['images'] // 2} images each", xlabel="Fréchet distance to real images (less is better)", ylabel="accuracy, %")
+        above.margins(0.15)
+        below.plot(weights, [row[domain]["pixel_diversity"] for row in rows], "o-", label="in pixels")
+        below.plot(weights, [row[domain]["feature_diversity"] for row in rows], "o-", label="in features")
+        below.axhline(1, color="gray", linewidth=1)
+        below.set(xlabel="guidance weight w", ylabel="diversity, real images = 1")
+        below.legend()
     paths = [save_chart(figure, folder / "p1_guidance.png")]
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
