@@ -28,7 +28,7 @@ RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
 LADDER = [("ddpm", 50, "trailing"), ("ddim", 50, "trailing"), ("ddim", 20, "trailing"), ("dpmpp_2m", 20, "trailing"), ("dpmpp_2m", 10, "trailing"),
           ("dpmpp_2m", 6, "trailing"), ("ddim", 10, "logsnr"), ("dpmpp_2m", 10, "logsnr"), ("dpmpp_2m", 8, "logsnr"), ("dpmpp_2m", 6, "logsnr"),
           ("dpmpp_2m", 5, "logsnr"), ("dpmpp_2m", 4, "logsnr")]  # (sampler, steps, spacing)
-CLASSIC = Sampling(sampler="ddpm", steps=500, spacing="trailing", guidance_interval=(0.0, 1.0))
+CLASSIC = Sampling(sampler="ddpm", steps=500, spacing="trailing")
 WEIGHTS = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0]
 
 

@@ -96,12 +96,14 @@ def read_csv(path):
     return names, labels
 
 
-def read_image(path):
-    """uint8 [28, 28, 3]; other sizes (SVHN is also handed out at 32x32) are resized."""
+def read_image(path, resize=True):
+    """uint8 [28, 28, 3]; other sizes (SVHN is also handed out at 32x32) are resized or, without `resize`, refused."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
             if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+                if not resize:
+                    raise UserError(f"{path} is {image.width}x{image.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
                 image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

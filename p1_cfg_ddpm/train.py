@@ -7,6 +7,7 @@
 import argparse
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -158,16 +159,10 @@ def draw_batch(step, args, num_images, num_timesteps, device):
     return torch.stack(index).to(device), t, eps, drop
 
 
-_permutations = {}
-
-
+@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
 def permutation(seed, epoch, length):
-    """The order of the images in an epoch; the last one asked for is kept."""
-    if (seed, epoch, length) not in _permutations:
-        while len(_permutations) > 1:
-            _permutations.pop(next(iter(_permutations)))
-        _permutations[seed, epoch, length] = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return _permutations[seed, epoch, length]
+    """The order of the images in an epoch."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def learning_rate(step, args):

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,8 +28,7 @@ def stage(title, module, *arguments):
     """Runs one module of the project; its seconds."""
     print(f"\n== {title}", flush=True)
     started = time.perf_counter()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    code = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False, env=os.environ | {"PYTHONPATH": path}).returncode
+    code = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode  # env.sh set PYTHONPATH
     if code:
         sys.exit(code)
     return time.perf_counter() - started

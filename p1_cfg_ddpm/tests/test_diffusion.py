@@ -7,7 +7,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig, Guided, ImageNoise, ddim, ddpm, dpmpp_2m, make_alpha_bar, sample, spaced_timesteps
+from p1_cfg_ddpm.diffusion import (
+    Diffusion,
+    DiffusionConfig,
+    Guided,
+    ImageNoise,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    logsnr_timesteps,
+    make_alpha_bar,
+    sample,
+    spaced_timesteps,
+)
 
 CONFIGS = [DiffusionConfig(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "v")]
 SHAPE = (2, 3, 8, 8)
@@ -235,6 +247,19 @@ def test_image_noise_belongs_to_the_image():
     assert torch.equal(first[1], one()[0]) and torch.equal(second[1], one()[0])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first, second)
     assert not torch.equal(ImageNoise(1, ["mnistm/3_001"], (3, 4, 4))()[0], first[1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_logsnr_timesteps(schedule):
+    alpha_bar = make_alpha_bar(schedule)
+    lambda_ = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
+    found = lambda_[logsnr_timesteps(6, alpha_bar)]
+    torch.testing.assert_close(found, torch.linspace(-2.0, 1.7, 6, dtype=torch.float64), rtol=0, atol=0.02)
+    for n in (1, 2, 50, 500):
+        steps = logsnr_timesteps(n, alpha_bar)
+        assert len(steps) == n and all(a > b >= 0 for a, b in pairwise(steps))
+    with pytest.raises(ValueError):
+        logsnr_timesteps(1000, alpha_bar)
 
 
 def test_spaced_timesteps():
