@@ -65,10 +65,10 @@ def norm_chart(a, b, path):
 
 
 @torch.inference_mode()
-def round_trips(predict, noise, config, iterations):
+def round_trips(predict, noise, config, iterations, numbers_of_steps=ROUND_TRIP_STEPS):
     """Noise to image, back to noise, to image again, for several numbers of steps: {steps: (image, image again, PSNR in dB)}."""
     results = {}
-    for steps in ROUND_TRIP_STEPS:
+    for steps in numbers_of_steps:
         settings = replace(config, num_steps=steps, eta=0.0)
         *_, image = ddim(predict, noise[None], settings)
         *_, back = invert(predict, image.x, settings, iterations)

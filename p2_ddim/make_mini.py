@@ -30,10 +30,12 @@ SIDE = 64
 DRAW = """
 import { createAvatar } from '@dicebear/core';
 import * as personas from '@dicebear/personas';
+import { createHash } from 'node:crypto';
 const [first, count, seed] = process.argv.slice(2).map(Number);
 const svgs = [];
 for (let i = first; i < first + count; i++) svgs.push(createAvatar(personas, {
-  seed: `${seed}/${i}`, scale: 135, translateY: 8, facialHairProbability: 20,
+  seed: createHash('sha256').update(`${seed}/${i}`).digest('hex'),  // DiceBear's own hash draws faces alike from seeds alike
+  scale: 135, translateY: 8, facialHairProbability: 20,
   backgroundColor: ['b6e3f4', 'ffd5dc', 'd1f4d9', 'f6e3b4', 'c0aede', 'ffffff'],
   mouth: ['smile', 'frown', 'surprise', 'bigSmile', 'smirk', 'lips'],
 }).toString());

@@ -31,13 +31,13 @@ def parse_args():
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures; p2_ddim.make_mini --faces draws some")
     parser.add_argument("--output", type=Path, default=Path("runs/p2"), help="folder of the run: its state, sample grids and UNet.pt")
     parser.add_argument("--image-size", type=int, default=64, help="pictures are cropped to squares of this side")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96, 128], help="channels at each resolution, multiples of 32")
-    parser.add_argument("--attention", type=int, nargs="*", default=[3], help="levels with self-attention; 0 is the finest")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 32, 64, 96, 128], help="channels at each resolution, multiples of 32")
+    parser.add_argument("--attention", type=int, nargs="*", default=[4], help="levels with self-attention; 0 is the finest")
     parser.add_argument("--blocks", type=int, default=1, help="residual blocks per level")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps in all")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step, over all processes together")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps in all")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step, over all processes together")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of Muon (in AdamW's step size) and AdamW alike")
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which it falls to zero")
@@ -88,7 +88,9 @@ def main():
         net.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
-    net, ema = (m.to(device=device, memory_format=torch.channels_last) for m in (net, ema))
+    # channels-last is the faster layout for a GPU's tensor cores; on a CPU the backward pass of GroupNorm is slow in it
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    net, ema = (m.to(device=device, memory_format=layout) for m in (net, ema))
     adamw, muon = make_optimizers(net, args)
     model, *optimizers = accelerator.prepare(net, adamw, muon)
     if state:
@@ -107,7 +109,7 @@ def main():
         x0 = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
         x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
         ab = alpha_bar[t][:, None, None, None]
-        xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=torch.channels_last)
+        xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=layout)
         loss = (model(xt, t).float() - eps).square().mean()  # Ho et al. 2020, algorithm 1
         accelerator.backward(loss)
         muon.take_gradients()
@@ -202,13 +204,14 @@ class ConvolutionMuon(torch.optim.Muon):
     def take_gradients(self):
         """Lets the matrices' gradients share the kernels' memory; to be called after each backward pass, before clipping or unscaling."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
-            kernel.grad = kernel.grad.contiguous(memory_format=torch.channels_last)
+            kernel.grad = kernel.grad.contiguous(memory_format=torch.contiguous_format if kernel.is_contiguous() else torch.channels_last)
             matrix.grad = as_matrix(kernel.grad)
 
 
 def as_matrix(kernel):
-    """A channels-last kernel [out, in, k, k] as a matrix [out, k * k * in] that shares its memory."""
-    return kernel.detach().permute(0, 2, 3, 1).flatten(1)
+    """A kernel [out, in, k, k] as a matrix [out, in * k * k] that shares its memory, whichever of the two layouts it has."""
+    kernel = kernel.detach()
+    return (kernel if kernel.is_contiguous() else kernel.permute(0, 2, 3, 1)).flatten(1)
 
 
 def ema_update(decay):

@@ -1,10 +1,7 @@
 """The grader's call and the grading, through the real commands, with a small untrained network."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from PIL import Image
 
 from p2_ddim.ddim import DDIMConfig
 from p2_ddim.evaluate import mse, psnr, read_pairs
-from p2_ddim.files import ROOT, UserError
+from p2_ddim.files import UserError
 from p2_ddim.inference import generate, predictor, read_noise, read_noises, to_pictures
 from p2_ddim.model import UNet, UNetConfig
 
@@ -35,12 +32,6 @@ def files(network, tmp_path):
     return tmp_path
 
 
-def command(module, *arguments):
-    result = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                            capture_output=True, text=True)
-    return result.returncode, result.stdout, result.stderr
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_an_image_does_not_depend_on_the_others(network, eta):
     noises = {f"{i:02d}": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)}
@@ -51,7 +42,7 @@ def test_an_image_does_not_depend_on_the_others(network, eta):
             assert np.abs(to_pictures(x[None])[0] - whole[name]).max() <= 1
 
 
-def test_the_command_and_its_grading(files):
+def test_the_command_and_its_grading(command, files):
     out = files / "a folder, Ünïcode"
     code, text, err = command("p2_ddim.inference", files / "noise", out, files / "UNet.pt", "--steps", 3)
     assert code == 0 and "wrote 3 images" in text, err
@@ -99,7 +90,7 @@ def test_bad_noise_is_refused_in_one_line(tmp_path):
         read_noises(tmp_path)
 
 
-def test_bad_calls_end_in_one_line_and_write_nothing(files):
+def test_bad_calls_end_in_one_line_and_write_nothing(command, files):
     empty = files / "empty"
     empty.mkdir()
     noise, out, checkpoint = files / "noise", files / "out", files / "UNet.pt"

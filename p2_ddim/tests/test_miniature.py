@@ -1,0 +1,59 @@
+"""The bundled miniature, through the commands that users run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p2_ddim.ddim import DDIMConfig
+from p2_ddim.figures import round_trips
+from p2_ddim.inference import MINI, generate, predictor, read_noises, to_pictures
+from p2_ddim.model import load_unet
+from p2_ddim.reference import sample, to_diffusers
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_unet(MINI / "UNet.pt")
+
+
+@pytest.mark.parametrize("dtype, limit", [("fp32", 0.5), ("bf16", 20)])
+def test_the_references_are_reached(command, tmp_path, dtype, limit):
+    """They were made by diffusers."""
+    code, out, err = command("p2_ddim.inference", MINI / "noise", tmp_path / "out", MINI / "UNet.pt", "--dtype", dtype)
+    assert code == 0 and "wrote 10 images" in out, err
+    code, out, err = command("p2_ddim.evaluate", tmp_path / "out", MINI / "GT", "--report", tmp_path / "grade")
+    assert code == 0 and "10 of 10 pass" in out, err
+    assert json.loads((tmp_path / "grade" / "grade.json").read_text())["mean_mse"] < limit
+
+
+def test_the_references_are_what_diffusers_draws(network):
+    noises = read_noises(MINI / "noise")
+    picture = to_pictures(sample(network, noises["03"][None]))[0]
+    with Image.open(MINI / "GT" / "03.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - picture).max() <= 1
+
+
+def test_forward_agrees_with_diffusers(network):
+    theirs = to_diffusers(network)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for t in (1, 501, 981):
+            assert (network(x, torch.full((2,), t)) - theirs(x, t).sample).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_any_batch_size_gives_the_same_pictures(network, eta):
+    noises = dict(list(read_noises(MINI / "noise").items())[:4])
+    config = DDIMConfig(20, eta=eta)
+    one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, n, progress=False)} for n in (1, 3))
+    assert max(np.abs(one[name] - three[name]).max() for name in noises) <= 1
+
+
+def test_a_generated_face_survives_the_way_to_its_noise_and_back(network):
+    noise = read_noises(MINI / "noise")["00"]
+    (trip,) = round_trips(predictor(network), noise, DDIMConfig(), iterations=3, numbers_of_steps=(50,)).values()
+    assert trip[2] > 30
+    assert trip[0].std() > 30  # a picture, not a plain ground

@@ -1,0 +1,113 @@
+"""Training through the real command: killed runs, several processes, bad settings."""
+
+import argparse
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p2_ddim.files import UserError
+from p2_ddim.model import UNet, UNetConfig, load_unet
+from p2_ddim.train import make_optimizers, read_pictures
+
+TRAIN = "p2_ddim.train"
+SETTINGS = ["--image-size", 16, "--widths", 32, 32, "--attention", 1, "--batch-size", 4, "--save-every", 5, "--sample-every", 0, "--warmup", 1,
+            "--dtype", "fp32", "--device", "cpu", "--dropout", 0.1, "--flip"]
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten 20x16 pictures of a disc on a plain ground."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    y, x = np.mgrid[:16, :20]
+    for i in range(10):
+        inside = ((y - rng.uniform(5, 11)) ** 2 + (x - rng.uniform(7, 13)) ** 2 < rng.uniform(9, 25))[..., None]
+        Image.fromarray(np.where(inside, rng.integers(0, 256, 3), rng.integers(0, 256, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_killed_run_ends_with_the_same_weights(command, pictures, tmp_path):
+    settings = [*SETTINGS, "--data", pictures, "--steps", 40]
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole", **THREADS)
+    assert code == 0 and "next: bash scripts/p2_infer.sh" in out, err
+    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False, **THREADS)
+    while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "UNet.pt").exists()
+    assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed", **THREADS)
+    assert code == 0 and "going on at step" in out, err
+    whole, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
+    assert (tmp_path / "whole" / "history.json").read_text() == (tmp_path / "killed" / "history.json").read_text()
+    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "whole", "--lr", "0.5")
+    assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
+
+
+def test_two_processes_train_as_one(command, pictures, tmp_path):
+    settings = [*SETTINGS, "--data", pictures, "--steps", 6, "--dropout", 0]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    assert command(TRAIN, *settings, "--output", tmp_path / "one", **THREADS)[0] == 0
+    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "two", launcher=launch, **THREADS)
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    assert one[-1][1] == pytest.approx(two[-1][1], rel=1e-4)
+    one, two = (load_unet(tmp_path / name / "UNet.pt").state_dict() for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3
+
+
+def test_training_learns_and_its_result_draws(command, pictures, tmp_path):
+    settings = [*SETTINGS[:-3], "--data", pictures, "--steps", 150, "--batch-size", 16, "--sample-every", 150, "--dtype", "auto"]
+    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "run")
+    assert code == 0, err
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history[-1][1] < 0.7 * history[0][1]  # the first entry is a mean over the first 50 steps
+    assert Image.open(tmp_path / "run" / "samples_000150.png").size == (8 * 16, 2 * 16)
+    assert load_unet(tmp_path / "run" / "UNet.pt").config == UNetConfig((32, 32), (1,), 1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_parameter_moves(layout):
+    """Also the kernels, which Muon sees as matrices that share their memory, in either layout."""
+    torch.manual_seed(0)
+    model = UNet(UNetConfig((32, 32), (1,), 1)).to(memory_format=layout)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = make_optimizers(model, argparse.Namespace(lr=0.1, weight_decay=0.0))
+    model(torch.randn(4, 3, 16, 16), torch.arange(4) * 90).square().sum().backward()
+    optimizers[1].take_gradients()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    step = (before["mid1.resblocks.conv1.weight"] - model.mid1.resblocks.conv1.weight.detach()).flatten(1)
+    values = torch.linalg.svdvals(step)  # Muon's step is the gradient with its singular values made (about) equal
+    assert values.max() / values.min() < 2
+
+
+def test_pictures_are_cropped_to_their_middle(pictures):
+    Image.fromarray(np.tile(np.arange(20, dtype=np.uint8)[None, :, None], (16, 1, 3))).save(pictures / "0.png")
+    images = read_pictures(pictures, 16)
+    assert images.shape == (10, 16, 16, 3) and (images[0, 0, :, 0] == np.arange(2, 18)).all()
+    assert (read_pictures(pictures, 8)[0, 0, :, 0] == np.arange(2, 18).reshape(8, 2).mean(1).round()).all()
+
+
+def test_bad_flags_and_pictures_end_in_one_line(command, pictures, tmp_path):
+    for flags, message in ((["--data", tmp_path / "no"], "no such folder of pictures"), (["--steps", 0], "--steps must be at least 1"),
+                           (["--widths", 20], "multiples of 32"), (["--image-size", 15], "cannot be halved"), (["--output", "/dev/null/run"], "/dev/null/run")):
+        code, _, err = command(TRAIN, *SETTINGS, "--data", pictures, "--output", tmp_path / "run", *flags)
+        assert code != 0 and err.startswith("error: ") and err.strip().count("\n") == 0 and message in err, err
+    (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"cannot read the picture .*0\.png"):
+        read_pictures(pictures, 16)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="has no pictures"):
+        read_pictures(tmp_path / "none", 16)

@@ -1,0 +1,1 @@
+"""P3: CLIP zero-shot classification, and personalising Stable Diffusion by textual inversion."""

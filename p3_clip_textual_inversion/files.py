@@ -1,0 +1,88 @@
+"""Files and errors: one exception for everything a user can cause, atomic writes, safe loading of tensors."""
+
+import json
+import os
+import pickle
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, where, and what would be right."""
+
+
+def run(main):
+    """Calls `main()` and turns a `UserError` (or Ctrl-C) into one line on stderr and a non-zero exit code."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+@contextmanager
+def atomic_path(path):
+    """Yields a temporary name beside `path` and renames it to `path` at the end, so that a kill never leaves half a file."""
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; an output is as readable as any other
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def writable_folder(folder):
+    """Makes `folder` and checks that a file can be written there, before any long work starts. Returns its path."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into folder {folder}: {error.strerror}") from None
+    return folder
+
+
+def write_json(path, content):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_image(image, path):
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+def load_pickle_safely(path, what):
+    """`torch.load` of a file that may come from anywhere: tensors and plain containers only, never code."""
+    path = existing_file(path, what)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError,
+            OSError, UnicodeDecodeError, AssertionError) as error:
+        raise UserError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
+
+
+def existing_file(path, what):
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such {what}: {path}")
+    return path

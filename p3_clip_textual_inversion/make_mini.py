@@ -1,0 +1,117 @@
+"""Makes the pictures of P3's miniature. Needs npm and `scripts/requirements-dev.txt`.
+
+    python -m p3_clip_textual_inversion.make_mini drawings runs/emoji.npz     # all drawings, to train on
+    python -m p3_clip_textual_inversion.make_mini pictures runs/emoji.npz     # hw2_data/mini/clip_zeroshot and textual_inversion
+
+The drawings are seven emoji sets under free licences (hw2_data/mini/README.md lists them), under the same English names.
+"""
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder, write_json
+from .world import COLOURS, KEPT_OUT, SIDE, SILHOUETTES, STYLES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, words
+
+PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
+            "emojione": "1.2.3", "noto-v1": "1.2.5"}
+MINI = ROOT / "hw2_data" / "mini"
+NUM_CLASSES, PER_CLASS, PER_CONCEPT = 50, 10, 5
+
+
+def read_sets(folder):
+    """{style: {name: SVG}} from the npm packages, and the names worth learning: those that most sets have, without skin tones, flags, symbols."""
+    sets = {}
+    for style in PACKAGES:
+        package = folder / "node_modules" / "@iconify-json" / style
+        content = json.loads((package / "icons.json").read_text(encoding="utf-8"))
+        icons = {name: icon for name, icon in content["icons"].items()}
+        icons |= {name: icons[alias["parent"]] for name, alias in content.get("aliases", {}).items() if set(alias) == {"parent"} and alias["parent"] in icons}
+        sets[style] = {name: f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {icon.get("width", content.get("width", 16))} '
+                             f'{icon.get("height", content.get("height", 16))}">{icon["body"].replace("currentColor", "#000")}</svg>'
+                       for name, icon in icons.items()}
+    categories = json.loads((folder / "node_modules/@iconify-json/twemoji/metadata.json").read_text(encoding="utf-8"))["categories"]
+    counts = Counter(name for icons in sets.values() for name in icons)
+    variants = re.compile("skin-tone|oclock|thirty|beard|(^|-)(man|woman|men|women)-")
+    names = {name for category, members in categories.items() if category not in ("Flags", "Symbols") for name in members}
+    return sets, sorted(name for name in names if counts[name] >= 5 and not variants.search(name))
+
+
+def render_drawings(path):
+    """Renders every set at 64x64 (from three times that, averaged) into one .npz: pixels RGBA, names, styles."""
+    import resvg_py
+
+    with tempfile.TemporaryDirectory() as temporary:
+        packages = [f"@iconify-json/{style}@{version}" for style, version in PACKAGES.items()]
+        try:
+            subprocess.run(["npm", "install", "--silent", "--no-save", "--prefix", temporary, *packages], cwd=temporary, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"npm failed: {(getattr(error, 'stderr', b'') or str(error).encode()).decode().strip().splitlines()[-1]}") from None
+        sets, names = read_sets(Path(temporary))
+    jobs = [(name, style) for name in names for style in PACKAGES if name in sets[style]]
+    pixels = np.zeros((len(jobs), SIDE, SIDE, 4), np.uint8)
+    for row, (name, style) in enumerate(tqdm(jobs, desc="drawing", unit="drawing")):
+        png = bytes(resvg_py.svg_to_bytes(svg_string=sets[style][name], width=3 * SIDE, height=3 * SIDE))
+        picture = Image.open(io.BytesIO(png)).convert("RGBA")
+        large = Image.new("RGBA", (3 * SIDE, 3 * SIDE))
+        large.paste(picture, ((large.width - picture.width) // 2, (large.height - picture.height) // 2))
+        pixels[row] = np.asarray(large.resize((SIDE, SIDE), Image.Resampling.BOX))
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, pixels=pixels, names=np.array([name for name, _ in jobs]), styles=np.array([style for _, style in jobs]))
+    print(f"wrote {len(jobs)} drawings of {len(names)} subjects to {path}")
+
+
+def to_image(picture):
+    """float [3, H, W] in -1..1 -> PIL."""
+    return Image.fromarray(((picture + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def make_pictures(drawings, output, seed):
+    """clip_zeroshot/ and textual_inversion/ in the course's layout."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    colours = list(COLOURS)
+    classes = sorted(rng.permutation(SUBJECTS)[:NUM_CLASSES].tolist())
+    zero_shot = output / "clip_zeroshot"
+    writable_folder(zero_shot / "val")
+    scenes = [Scene((drawings.table[name][UNSEEN_STYLE],), str(rng.choice(colours)), "") for name in classes for _ in range(PER_CLASS)]
+    for i, picture in enumerate(compose(drawings, scenes, generator)):
+        save_image(to_image(picture), zero_shot / "val" / f"{i // PER_CLASS}_{i % PER_CLASS}.png")
+    write_json(zero_shot / "id2label.json", {str(i): words(name) for i, name in enumerate(classes)})
+    concepts = [[(KEPT_OUT[0], "twemoji")] * PER_CONCEPT, [(name, SILHOUETTES) for name in rng.permutation(SUBJECTS)[:PER_CONCEPT]]]
+    for number, concept in enumerate(concepts):
+        folder = writable_folder(output / "textual_inversion" / str(number))
+        scenes = [Scene((drawings.table[name][style],), colour, "") for (name, style), colour in zip(concept, rng.permutation(colours))]
+        for i, picture in enumerate(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0))):
+            save_image(to_image(picture), folder / f"{i:02d}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Makes the pictures of P3's miniature.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawings = commands.add_parser("drawings", help="render the emoji sets", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    drawings.add_argument("path", type=Path, metavar="NPZ", help="file to write")
+    pictures = commands.add_parser("pictures", help="make hw2_data/mini's pictures of P3", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    pictures.add_argument("path", type=Path, metavar="NPZ", help="file that `drawings` wrote")
+    pictures.add_argument("--output", type=Path, default=MINI)
+    pictures.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.command == "drawings":
+        writable_folder(args.path.parent)
+        render_drawings(args.path)
+    else:
+        make_pictures(Drawings(args.path), writable_folder(args.output), args.seed)
+        print(f"wrote {args.output / 'clip_zeroshot'} and {args.output / 'textual_inversion'}; {', '.join(STYLES)} and these are disjoint")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""The miniature's world: emoji as captioned pictures. A subject (its English name) drawn in a style (the set it is from), alone or beside another.
+
+`make_mini drawings` renders the sets once, to an .npz of RGBA drawings; pictures are composed from them afresh at every training step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .files import UserError
+
+SIDE = 64
+STYLES = ("twemoji", "openmoji", "fluent-emoji-flat", "emojione", "noto-v1")  # what the miniature of Stable Diffusion sees
+SILHOUETTES = "fluent-emoji-high-contrast"  # CLIP sees it too; Stable Diffusion learns it by textual inversion only
+UNSEEN_STYLE = "noto"  # nothing is trained on it: the zero-shot classes are drawn in it
+KEPT_OUT = ("penguin", "panda", "unicorn", "robot")  # subjects that nothing is trained on
+SUBJECTS = tuple("""
+dog-face cat-face mouse-face hamster rabbit-face fox bear koala tiger-face lion cow-face pig-face frog monkey-face chicken duck eagle owl bat wolf
+horse-face honeybee bug butterfly snail lady-beetle ant spider turtle snake octopus squid shrimp crab blowfish tropical-fish dolphin spouting-whale
+shark crocodile elephant camel rooster cactus evergreen-tree palm-tree four-leaf-clover maple-leaf mushroom tulip rose sunflower red-apple pear
+tangerine lemon banana watermelon grapes strawberry cherries peach pineapple kiwi-fruit tomato avocado eggplant carrot ear-of-corn hot-pepper
+croissant bread pancakes hamburger french-fries pizza hot-dog taco egg doughnut cookie birthday-cake lollipop soft-ice-cream automobile bus
+fire-engine ambulance tractor bicycle locomotive airplane rocket helicopter sailboat house castle umbrella balloon soccer-ball basketball guitar
+trumpet violin drum camera television light-bulb key crown top-hat glasses t-shirt dress alarm-clock snowman star sun crescent-moon cloud fire
+rainbow red-heart gem-stone bomb wrapped-gift jack-o-lantern christmas-tree ghost alien skull
+""".split())  # the everyday subjects of the miniature of Stable Diffusion
+COLOURS = {"white": (255, 255, 255), "gray": (200, 200, 200), "yellow": (250, 235, 150), "orange": (250, 200, 140), "pink": (250, 200, 215),
+           "purple": (215, 195, 240), "blue": (175, 215, 250), "green": (190, 235, 190)}  # grounds: light, so that silhouettes are seen
+
+
+def words(name):
+    """The words of a name: "four-leaf-clover" -> "four leaf clover"."""
+    return name.replace("-", " ")
+
+
+def drawing_of(name):
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {words(name)}"
+
+
+class Drawings:
+    """The rendered sets. pixels: uint8 RGBA [N, 64, 64, 4]; table: {name: {style: row of pixels}}."""
+
+    def __init__(self, path):
+        try:
+            with np.load(path) as content:  # allow_pickle is off
+                self.pixels, names, styles = (content[key] for key in ("pixels", "names", "styles"))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot read the drawings {path} ({error}); make them with python -m p3_clip_textual_inversion.make_mini drawings {path}") from None
+        self.table = {}
+        for row, (name, style) in enumerate(zip(names.tolist(), styles.tolist())):
+            self.table.setdefault(name, {})[style] = row
+
+
+@dataclass
+class Scene:
+    """One picture to compose: rows of drawings (one, or two side by side), the ground's colour and its caption."""
+    rows: tuple
+    colour: str
+    caption: str
+
+
+def random_scene(rng, drawings, name, styles, other=None, tell_style=0.5, tell_colour=0.5):
+    """A scene of `name` (beside `other`, if given) in one of the styles, its caption telling style and ground now and then."""
+    names = [n for n in (name, other) if n is not None]
+    common = [style for style in styles if all(style in drawings.table[n] for n in names)]
+    style, colour = rng.choice(common), rng.choice(list(COLOURS))
+    caption = " next to ".join(drawing_of(n) for n in names)
+    if rng.random() < 0.5 and other is None:
+        caption = f"a drawing of {caption}"
+    if rng.random() < tell_colour:
+        caption += f" on a {colour} background"
+    if rng.random() < tell_style:
+        caption += f" in the style of {words(str(style))}"
+    return Scene(tuple(drawings.table[n][str(style)] for n in names), str(colour), caption)
+
+
+def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=12, turn=0.1):
+    """Pictures [B, 3, 64, 64] in -1..1 of scenes: each drawing shifted, scaled and turned a little, on its jittered ground.
+
+    generator: of torch, on the CPU. shift: largest, as a share of the side; turn: largest, in radians; jitter: largest, in grey levels."""
+    count = len(scenes)
+    ground = torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.float32)
+    picture = (ground + uniform(generator, (count, 3), -jitter, jitter)).clamp(0, 255)[:, :, None, None].expand(count, 3, SIDE, SIDE)
+    two = torch.tensor([len(scene.rows) == 2 for scene in scenes])
+    for place in (0, 1):
+        scale, angle = uniform(generator, (count,), *scales), uniform(generator, (count,), -turn, turn)
+        x, y = uniform(generator, (2, count), -shift, shift)
+        scale = torch.where(two, 0.5 * scale, scale)
+        x = torch.where(two, 0.5 * x + (place - 0.5), x)  # grid coordinates: -1..1 over the picture
+        rows = [scene.rows[min(place, len(scene.rows) - 1)] for scene in scenes]
+        rgba = torch.from_numpy(drawings.pixels[rows]).permute(0, 3, 1, 2).float()
+        alpha = rgba[:, 3:] / 255
+        premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)
+        cos, sin = angle.cos() / scale, angle.sin() / scale
+        theta = torch.stack([torch.stack([cos, sin, -cos * x - sin * y], 1), torch.stack([-sin, cos, sin * x - cos * y], 1)], 1)
+        moved = resample(premultiplied, theta, two)
+        if place == 1:
+            moved = moved * two[:, None, None, None]
+        picture = moved[:, :3] + (1 - moved[:, 3:]) * picture
+    return picture / 127.5 - 1
+
+
+def resample(images, theta, small):
+    """grid_sample; where the drawing becomes small it is first reduced by half, so that nothing is skipped over."""
+    reduced = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    images = torch.where(small[:, None, None, None], reduced, images)
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), mode="bilinear", align_corners=False)
+
+
+def uniform(generator, shape, low, high):
+    return low + (high - low) * torch.rand(shape, generator=generator)
