@@ -24,6 +24,12 @@ class UNetConfig:
     num_blocks: int = 2
     dropout: float = 0.0
 
+    @property
+    def groups(self):
+        """Of every GroupNorm: 32, as the course's network has, but at least four channels each. Alone in its group, a channel would lose its
+        mean, and the network the image's overall colour."""
+        return min(32, self.widths[0] // 4)
+
 
 class TimeEmbedding(nn.Module):
     """t [B] -> [B, dim]: first all sines, then all cosines of t * inv_freq (a buffer, as in the course's file)."""
@@ -40,12 +46,12 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, plus the time, then the same again with dropout; a 1x1 `skip` where the widths differ."""
 
-    def __init__(self, in_channels, out_channels, time_channels, dropout):
+    def __init__(self, in_channels, out_channels, time_channels, groups, dropout):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out_channels))
-        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -58,9 +64,9 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """One head over all positions, scaled by 1/sqrt(channels), residual."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -74,10 +80,10 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """A residual block and, where the level has it, self-attention."""
 
-    def __init__(self, in_channels, out_channels, time_channels, dropout, attention):
+    def __init__(self, in_channels, out_channels, time_channels, groups, dropout, attention):
         super().__init__()
-        self.resblocks = ResidualBlock(in_channels, out_channels, time_channels, dropout)
-        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+        self.resblocks = ResidualBlock(in_channels, out_channels, time_channels, groups, dropout)
+        self.attention = SelfAttention(out_channels, groups) if attention else nn.Identity()
 
     def forward(self, x, time):
         return self.attention(self.resblocks(x, time))
@@ -103,7 +109,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(TimeEmbedding(widths[0]), nn.Linear(widths[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
 
         def block(in_channels, out_channels, attention):
-            return Block(in_channels, out_channels, time_channels, config.dropout, attention)
+            return Block(in_channels, out_channels, time_channels, config.groups, config.dropout, attention)
 
         down, kept, channels = [nn.Conv2d(3, widths[0], 3, padding=1)], [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -125,7 +131,7 @@ class UNet(nn.Module):
         for name, modules in (("down", down), ("mid", mid), ("up", up)):
             for number, module in enumerate(modules, start=1):
                 self.add_module(f"{name}{number}", module)  # the course's names: down1 .. down18, mid1, mid2, up1 .. up23
-        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(config.groups, channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
 
     def stage(self, name):
         """The modules down1, down2, ... (or mid, up) in order."""

@@ -13,7 +13,7 @@ def to_diffusers(model):
         in_channels=3, out_channels=3, block_out_channels=config.widths, layers_per_block=config.num_blocks,
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-        downsample_padding=1, flip_sin_to_cos=False, freq_shift=0, norm_num_groups=32, norm_eps=1e-5, act_fn="silu",
+        downsample_padding=1, flip_sin_to_cos=False, freq_shift=0, norm_num_groups=config.groups, norm_eps=1e-5, act_fn="silu",
         attention_head_dim=None, time_embedding_dim=None)
     mapped = {f"conv_in.{p}": state[f"down1.{p}"] for p in ("weight", "bias")}
 

@@ -36,13 +36,15 @@ def parse_args():
     parser.add_argument("--blocks", type=int, default=1, help="residual blocks per level")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step, over all processes together")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of Muon (in AdamW's step size) and AdamW alike")
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which it falls to zero")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="not applied to norms and biases")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the result")
+    parser.add_argument("--max-weight", type=float, default=20.0,
+                        help="the loss is weighed by 1 / alpha_bar (as that of velocity is; Salimans and Ho 2022), up to this; 1 is plain DDPM")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -52,6 +54,8 @@ def parse_args():
     for name in ("steps", "batch_size", "save_every", "image_size", "blocks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.max_weight < 1:
+        raise UserError(f"--max-weight must be at least 1, not {args.max_weight}")
     for name in ("decay", "ema", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
@@ -110,7 +114,8 @@ def main():
         x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
         ab = alpha_bar[t][:, None, None, None]
         xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=layout)
-        loss = (model(xt, t).float() - eps).square().mean()  # Ho et al. 2020, algorithm 1
+        error = (model(xt, t).float() - eps).square().mean(dim=(1, 2, 3))  # Ho et al. 2020, algorithm 1
+        loss = (error / alpha_bar[t].clamp(min=1 / args.max_weight)).mean()
         accelerator.backward(loss)
         muon.take_gradients()
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

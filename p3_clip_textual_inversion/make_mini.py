@@ -35,7 +35,7 @@ def read_sets(folder):
     for style in PACKAGES:
         package = folder / "node_modules" / "@iconify-json" / style
         content = json.loads((package / "icons.json").read_text(encoding="utf-8"))
-        icons = {name: icon for name, icon in content["icons"].items()}
+        icons = dict(content["icons"])
         icons |= {name: icons[alias["parent"]] for name, alias in content.get("aliases", {}).items() if set(alias) == {"parent"} and alias["parent"] in icons}
         sets[style] = {name: f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {icon.get("width", content.get("width", 16))} '
                              f'{icon.get("height", content.get("height", 16))}">{icon["body"].replace("currentColor", "#000")}</svg>'

@@ -15,7 +15,7 @@ SIDE = 64
 STYLES = ("twemoji", "openmoji", "fluent-emoji-flat", "emojione", "noto-v1")  # what the miniature of Stable Diffusion sees
 SILHOUETTES = "fluent-emoji-high-contrast"  # CLIP sees it too; Stable Diffusion learns it by textual inversion only
 UNSEEN_STYLE = "noto"  # nothing is trained on it: the zero-shot classes are drawn in it
-KEPT_OUT = ("penguin", "panda", "unicorn", "robot")  # subjects that nothing is trained on
+KEPT_OUT = ("penguin", "panda", "unicorn")  # subjects that nothing is trained on
 SUBJECTS = tuple("""
 dog-face cat-face mouse-face hamster rabbit-face fox bear koala tiger-face lion cow-face pig-face frog monkey-face chicken duck eagle owl bat wolf
 horse-face honeybee bug butterfly snail lady-beetle ant spider turtle snake octopus squid shrimp crab blowfish tropical-fish dolphin spouting-whale
@@ -25,7 +25,7 @@ croissant bread pancakes hamburger french-fries pizza hot-dog taco egg doughnut 
 fire-engine ambulance tractor bicycle locomotive airplane rocket helicopter sailboat house castle umbrella balloon soccer-ball basketball guitar
 trumpet violin drum camera television light-bulb key crown top-hat glasses t-shirt dress alarm-clock snowman star sun crescent-moon cloud fire
 rainbow red-heart gem-stone bomb wrapped-gift jack-o-lantern christmas-tree ghost alien skull
-""".split())  # the everyday subjects of the miniature of Stable Diffusion
+""".split())  # noqa: SIM905  the everyday subjects of the miniature of Stable Diffusion
 COLOURS = {"white": (255, 255, 255), "gray": (200, 200, 200), "yellow": (250, 235, 150), "orange": (250, 200, 140), "pink": (250, 200, 215),
            "purple": (215, 195, 240), "blue": (175, 215, 250), "green": (190, 235, 190)}  # grounds: light, so that silhouettes are seen
 
@@ -47,7 +47,7 @@ class Drawings:
             with np.load(path) as content:  # allow_pickle is off
                 self.pixels, names, styles = (content[key] for key in ("pixels", "names", "styles"))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read the drawings {path} ({error}); make them with python -m p3_clip_textual_inversion.make_mini drawings {path}") from None
+            raise UserError(f"cannot read the drawings {path} ({error}); python -m p3_clip_textual_inversion.make_mini drawings {path} makes them") from None
         self.table = {}
         for row, (name, style) in enumerate(zip(names.tolist(), styles.tolist())):
             self.table.setdefault(name, {})[style] = row
@@ -82,31 +82,32 @@ def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=
     generator: of torch, on the CPU. shift: largest, as a share of the side; turn: largest, in radians; jitter: largest, in grey levels."""
     count = len(scenes)
     ground = torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.float32)
-    picture = (ground + uniform(generator, (count, 3), -jitter, jitter)).clamp(0, 255)[:, :, None, None].expand(count, 3, SIDE, SIDE)
+    picture = (ground + uniform(generator, (count, 3), -jitter, jitter)).clamp(0, 255)[:, :, None, None].repeat(1, 1, SIDE, SIDE)
     two = torch.tensor([len(scene.rows) == 2 for scene in scenes])
     for place in (0, 1):
         scale, angle = uniform(generator, (count,), *scales), uniform(generator, (count,), -turn, turn)
         x, y = uniform(generator, (2, count), -shift, shift)
-        scale = torch.where(two, 0.5 * scale, scale)
-        x = torch.where(two, 0.5 * x + (place - 0.5), x)  # grid coordinates: -1..1 over the picture
-        rows = [scene.rows[min(place, len(scene.rows) - 1)] for scene in scenes]
-        rgba = torch.from_numpy(drawings.pixels[rows]).permute(0, 3, 1, 2).float()
-        alpha = rgba[:, 3:] / 255
-        premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)
-        cos, sin = angle.cos() / scale, angle.sin() / scale
-        theta = torch.stack([torch.stack([cos, sin, -cos * x - sin * y], 1), torch.stack([-sin, cos, sin * x - cos * y], 1)], 1)
-        moved = resample(premultiplied, theta, two)
-        if place == 1:
-            moved = moved * two[:, None, None, None]
-        picture = moved[:, :3] + (1 - moved[:, 3:]) * picture
+        for pair, where in ((True, two.nonzero()[:, 0]), (False, (~two).nonzero()[:, 0])):
+            if len(where) == 0 or (place == 1 and not pair):
+                continue
+            rgba = torch.from_numpy(drawings.pixels[[scenes[i].rows[place] for i in where]]).permute(0, 3, 1, 2).float()
+            alpha = rgba[:, 3:] / 255
+            premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)
+            if pair:  # half as large, each in the middle of its half; reduced first, so that sampling skips nothing
+                premultiplied = F.avg_pool2d(premultiplied, 2)
+                moved = place_drawing(premultiplied, 0.5 * scale[where], angle[where], 0.5 * x[where] + (place - 0.5), y[where])
+            else:
+                moved = place_drawing(premultiplied, scale[where], angle[where], x[where], y[where])
+            picture[where] = moved[:, :3] + (1 - moved[:, 3:]) * picture[where]
     return picture / 127.5 - 1
 
 
-def resample(images, theta, small):
-    """grid_sample; where the drawing becomes small it is first reduced by half, so that nothing is skipped over."""
-    reduced = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    images = torch.where(small[:, None, None, None], reduced, images)
-    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), mode="bilinear", align_corners=False)
+def place_drawing(images, scale, angle, x, y):
+    """Images [B, C, h, w], scaled, turned, and moved to (x, y), where -1..1 spans the picture: [B, C, 64, 64]."""
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([torch.stack([cos, sin, -cos * x - sin * y], 1), torch.stack([-sin, cos, sin * x - cos * y], 1)], 1)
+    grid = F.affine_grid(theta, [len(images), images.shape[1], SIDE, SIDE], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
 
 def uniform(generator, shape, low, high):

@@ -14,14 +14,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "out", help="folder for everything that is made")
     args = parser.parse_args()
-    images, report, pictures = args.output / "p1", args.output / "p1_grade", args.output / "p1_figures"
-    seconds = [stage("P1 1/3: draw 1,000 guided digits", "p1_cfg_ddpm.inference", images),
-               stage("P1 2/3: grade them", "p1_cfg_ddpm.evaluate", images, "--report", report),
-               stage("P1 3/3: show them", "p1_cfg_ddpm.figures", "--output", pictures)]
-    scores = json.loads((report / "grade.json").read_text(encoding="utf-8"))
+    out, face = args.output, ROOT / "hw2_data" / "mini" / "face"
+    digits = [stage("P1 1/3: draw 1,000 guided digits", "p1_cfg_ddpm.inference", out / "p1"),
+              stage("P1 2/3: grade them", "p1_cfg_ddpm.evaluate", out / "p1", "--report", out / "p1_grade"),
+              stage("P1 3/3: show them", "p1_cfg_ddpm.figures", "--output", out / "p1_figures")]
+    faces = [stage("P2 1/2: draw ten faces", "p2_ddim.inference", face / "noise", out / "p2", face / "UNet.pt"),
+             stage("P2 2/2: grade them", "p2_ddim.evaluate", out / "p2", face / "GT", "--report", out / "p2_grade")]
+    p1, p2 = (json.loads((out / f"{problem}_grade" / "grade.json").read_text(encoding="utf-8")) for problem in ("p1", "p2"))
     print(f"\n{'problem':28} {'score':42} {'seconds':>7}  pictures")
-    score = f"accuracy {scores['mnistm']['accuracy']:.1%} MNIST-M, {scores['svhn']['accuracy']:.1%} SVHN"
-    print(f"{'P1 guided DDPM on digits':28} {score:42} {sum(seconds):7.0f}  {pictures / 'p1_grid_mnistm.png'}, {pictures / 'p1_grid_svhn.png'}")
+    score = f"accuracy {p1['mnistm']['accuracy']:.1%} MNIST-M, {p1['svhn']['accuracy']:.1%} SVHN"
+    print(f"{'P1 guided DDPM on digits':28} {score:42} {sum(digits):7.0f}  {out / 'p1_figures'}/p1_grid_mnistm.png, p1_grid_svhn.png")
+    score = f"mean squared error {p2['mean_mse']:.4f} (limit 20)"
+    print(f"{'P2 DDIM faces (miniature)':28} {score:42} {sum(faces):7.0f}  {out / 'p2_grade' / 'comparison.png'}")
 
 
 def stage(title, module, *arguments):

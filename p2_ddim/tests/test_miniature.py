@@ -53,7 +53,7 @@ def test_any_batch_size_gives_the_same_pictures(network, eta):
 
 
 def test_a_generated_face_survives_the_way_to_its_noise_and_back(network):
-    noise = read_noises(MINI / "noise")["00"]
-    (trip,) = round_trips(predictor(network), noise, DDIMConfig(), iterations=3, numbers_of_steps=(50,)).values()
-    assert trip[2] > 30
-    assert trip[0].std() > 30  # a picture, not a plain ground
+    noise = torch.stack(list(read_noises(MINI / "noise").values())[:2])
+    ((images, _, psnrs),) = round_trips(predictor(network), noise, DDIMConfig(), iterations=3, numbers_of_steps=(50,)).values()
+    assert min(psnrs) > 30
+    assert images.std() > 30  # pictures, not plain grounds

@@ -1,0 +1,125 @@
+"""What the miniature's models are worth: retrieval by CLIP, reconstruction by the VAE, and whether CLIP recognises what Stable Diffusion draws.
+
+    python -m p3_clip_textual_inversion.mini_scores --drawings runs/emoji.npz      # report/results/p3_mini.json, report/figures/p3_mini.png
+
+Needs the file of make_mini drawings. Models that are not there are left out.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from .device import DTYPES, pick_device, pick_dtype
+from .files import ROOT, run, save_image, writable_folder, write_json
+from .model import load_clip
+from .world import KEPT_OUT, SIDE, SILHOUETTES, STYLES, UNSEEN_STYLE, Drawings, compose, drawing_of, random_scene, words
+from .zero_shot import MINI, read_data, text_classifier
+
+COUNT = 1000
+
+
+def to_uint8(pictures):
+    """[N, 3, H, W] in -1..1 -> uint8 numpy [N, H, W, 3]"""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.inference_mode()
+def retrieval(clip, tokenizer, drawings, device):
+    """Recall@1 of names among all trained ones, on new renderings in trained styles."""
+    rng, generator = np.random.default_rng(10**6), torch.Generator().manual_seed(10**6)  # no training step's seed
+    names = [name for name in drawings.table if name not in KEPT_OUT]
+    chosen = rng.permutation(len(names))[:COUNT]
+    scenes = [random_scene(rng, drawings, names[i], (*STYLES, SILHOUETTES), tell_style=0, tell_colour=0) for i in chosen]
+    pictures = compose(drawings, scenes, generator)
+    features = torch.cat([clip.encode_image(pictures[i:i + 100].to(device), normalize=True) for i in range(0, len(pictures), 100)])
+    directions = text_classifier(clip, tokenizer, [words(name) for name in names], ["a drawing of a {}"], device)
+    found = (features @ directions.T).argmax(1).cpu().numpy()
+    return {"recall_at_1": float((found == chosen).mean()), "pictures": len(chosen), "names": len(names)}
+
+
+@torch.inference_mode()
+def reconstruction(vae, drawings, device):
+    """Mean PSNR in dB on drawings that the VAE never saw: a whole style, and the subjects kept out."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    unseen = [(name, UNSEEN_STYLE) for name in rng.permutation([n for n, styles in drawings.table.items() if UNSEEN_STYLE in styles])[:200]]
+    unseen += [(name, style) for name in KEPT_OUT for style in drawings.table[name]]
+    scenes = [random_scene(rng, drawings, str(name), (style,)) for name, style in unseen]
+    pictures = compose(drawings, scenes, generator)
+    again = torch.cat([vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in pictures.split(32)])
+    error = np.square(to_uint8(pictures).astype(float) - to_uint8(again)).mean(axis=(1, 2, 3))
+    return {"psnr": float((10 * np.log10(255**2 / error)).mean()), "pictures": len(pictures)}
+
+
+@torch.inference_mode()
+def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, steps, guidance):
+    """The share of pictures "a drawing of a {name}" that CLIP takes for that name among all; the pictures, uint8 [classes, per_class, H, W, 3]."""
+    directions = text_classifier(clip, tokenizer, names, ["a drawing of a {}"], device)
+    jobs = [(i, k) for i in range(len(names)) for k in range(per_class)]
+    pictures, started = [], time.perf_counter()
+    for start in tqdm(range(0, len(jobs), 8), desc="drawing", unit="8 pictures"):
+        batch = jobs[start:start + 8]
+        generators = [torch.Generator().manual_seed(1000 * k + i) for i, k in batch]
+        prompts = ["a drawing of " + drawing_of(names[i]) for i, _ in batch]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            pictures.append(pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, height=SIDE, width=SIDE,
+                                     output_type="pt").images.float() * 2 - 1)
+    seconds = (time.perf_counter() - started) / len(jobs)
+    pictures = torch.cat(pictures)
+    found = (clip.encode_image(pictures.to(device), normalize=True) @ directions.T).argmax(1).cpu()
+    truth = torch.tensor([i for i, _ in jobs])
+    result = {"top1": (found == truth).float().mean().item(), "pictures": len(jobs), "steps": steps, "guidance": guidance, "seconds_per_picture": seconds}
+    return result, to_uint8(pictures).reshape(len(names), per_class, SIDE, SIDE, 3)
+
+
+def contact_sheet(pictures, names, columns=10):
+    """Titles over pictures: every name's first picture."""
+    cell = SIDE + 18
+    sheet = Image.new("RGB", (columns * (SIDE + 6), -(-len(names) // columns) * cell), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
+    for i, name in enumerate(names):
+        left, top = i % columns * (SIDE + 6), i // columns * cell
+        draw.text((left + SIDE // 2, top + 8), name, "black", font, anchor="mm")
+        sheet.paste(Image.fromarray(pictures[i, 0]), (left, top + 16))
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Scores the miniature's models of P3.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that make_mini drawings wrote")
+    parser.add_argument("--clip", type=Path, default=MINI / "clip", help="folder of CLIP")
+    parser.add_argument("--sd", type=Path, default=MINI / "stable_diffusion", help="folder of Stable Diffusion")
+    parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_mini.json and figures/p3_mini.png")
+    parser.add_argument("--per-class", type=int, default=4, help="pictures per class by Stable Diffusion")
+    parser.add_argument("--steps", type=int, default=25, help="its sampling steps")
+    parser.add_argument("--guidance", type=float, default=4.0, help="its guidance scale, as diffusers counts it (1 is none)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="its number format; auto: bf16 where it is native")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    device, drawings = pick_device(args.device), Drawings(args.drawings)
+    for name in ("results", "figures"):
+        writable_folder(args.output / name)
+    clip, _, tokenizer = load_clip(str(args.clip), None, device)
+    scores = {"clip": retrieval(clip, tokenizer, drawings, device)}
+    if args.sd.is_dir():
+        vae = AutoencoderKL.from_pretrained(args.sd / "vae", local_files_only=True, torch_dtype=torch.float32).to(device).eval()
+        scores["vae"] = reconstruction(vae, drawings, device)
+        pipeline = StableDiffusionPipeline.from_pretrained(args.sd, local_files_only=True, torch_dtype=torch.float32, safety_checker=None).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        names = list(read_data(MINI / "clip_zeroshot")[2].values())
+        scores["stable_diffusion"], pictures = recognition(pipeline, clip, tokenizer, names, device, pick_dtype(args.dtype, device), args.per_class,
+                                                           args.steps, args.guidance)
+        save_image(contact_sheet(pictures, names), args.output / "figures" / "p3_mini.png")
+    write_json(args.output / "results" / "p3_mini.json", scores)
+    for name, row in scores.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    print(f"wrote {args.output / 'results' / 'p3_mini.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

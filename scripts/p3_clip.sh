@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# CLIP zero-shot classification:  p3_clip.sh [--data DIR] [--output DIR] [--model NAME --pretrained TAG]   (--help lists the flags)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec "$python" -m p3_clip_textual_inversion.zero_shot "$@"
