@@ -146,7 +146,9 @@ class UNet(nn.Module):
             h = module(h, time)
         for module in self.stage("up"):
             h = module(torch.cat([h, kept.pop()], dim=1), time) if isinstance(module, Block) else module(h)
-        return self.out(h)
+        # always in float32: the first steps magnify an error of eps 140 times in x0, and with it bf16's rounding of the output
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(h.float())
 
 
 def config_of(state_dict, path="the state dict"):
@@ -173,7 +175,7 @@ def config_of(state_dict, path="the state dict"):
     return config
 
 
-def load_unet(path, device="cpu", dtype=torch.float32):
+def load_unet(path, device="cpu"):
     """Reads a state dict in the course's format strictly. Returns the UNet in eval mode, channels-last."""
     state_dict = load_pickle_safely(path, "UNet checkpoint")
     if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
@@ -189,4 +191,4 @@ def load_unet(path, device="cpu", dtype=torch.float32):
     if problems:
         raise UserError(f"{path} does not fit the face UNet: {'; '.join(problems[:3])}" + (f" and {len(problems) - 3} more" if len(problems) > 3 else ""))
     model.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, assign=True)
-    return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -36,7 +36,7 @@ def parse_args():
     parser.add_argument("--blocks", type=int, default=1, help="residual blocks per level")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
-    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step, over all processes together")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of Muon (in AdamW's step size) and AdamW alike")
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")

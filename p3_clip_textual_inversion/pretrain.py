@@ -39,7 +39,7 @@ VAE_CONFIG = {
     "norm_num_groups": 32, "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
 UNET_CONFIG = {
-    "sample_size": SIDE // 4, "in_channels": 4, "out_channels": 4, "block_out_channels": (96, 192, 256), "layers_per_block": 1,
+    "sample_size": SIDE // 4, "in_channels": 4, "out_channels": 4, "block_out_channels": (96, 128, 192), "layers_per_block": 1,
     "cross_attention_dim": 192, "attention_head_dim": 4, "norm_num_groups": 32,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
