@@ -28,7 +28,7 @@ FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "devi
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures; p2_ddim.make_mini --faces draws some")
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures; p2_ddim.make_mini faces draws some")
     parser.add_argument("--output", type=Path, default=Path("runs/p2"), help="folder of the run: its state, sample grids and UNet.pt")
     parser.add_argument("--image-size", type=int, default=64, help="pictures are cropped to squares of this side")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 32, 64, 96, 128], help="channels at each resolution, multiples of 32")

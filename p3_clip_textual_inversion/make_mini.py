@@ -20,12 +20,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder, write_json
-from .world import COLOURS, KEPT_OUT, SIDE, SILHOUETTES, STYLES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, words
+from .files import UserError, atomic_path, run, save_image, writable_folder, write_json
+from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, to_uint8, words
 
 PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
             "emojione": "1.2.3", "noto-v1": "1.2.5"}
-MINI = ROOT / "hw2_data" / "mini"
 NUM_CLASSES, PER_CLASS, PER_CONCEPT = 50, 10, 5
 
 
@@ -71,11 +70,6 @@ def render_drawings(path):
     print(f"wrote {len(jobs)} drawings of {len(names)} subjects to {path}")
 
 
-def to_image(picture):
-    """float [3, H, W] in -1..1 -> PIL."""
-    return Image.fromarray(((picture + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
-
-
 def make_pictures(drawings, output, seed):
     """clip_zeroshot/ and textual_inversion/ in the course's layout."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -84,15 +78,15 @@ def make_pictures(drawings, output, seed):
     zero_shot = output / "clip_zeroshot"
     writable_folder(zero_shot / "val")
     scenes = [Scene((drawings.table[name][UNSEEN_STYLE],), str(rng.choice(colours)), "") for name in classes for _ in range(PER_CLASS)]
-    for i, picture in enumerate(compose(drawings, scenes, generator)):
-        save_image(to_image(picture), zero_shot / "val" / f"{i // PER_CLASS}_{i % PER_CLASS}.png")
+    for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator))):
+        save_image(Image.fromarray(picture), zero_shot / "val" / f"{i // PER_CLASS}_{i % PER_CLASS}.png")
     write_json(zero_shot / "id2label.json", {str(i): words(name) for i, name in enumerate(classes)})
     concepts = [[(KEPT_OUT[0], "twemoji")] * PER_CONCEPT, [(name, SILHOUETTES) for name in rng.permutation(SUBJECTS)[:PER_CONCEPT]]]
     for number, concept in enumerate(concepts):
         folder = writable_folder(output / "textual_inversion" / str(number))
         scenes = [Scene((drawings.table[name][style],), colour, "") for (name, style), colour in zip(concept, rng.permutation(colours))]
-        for i, picture in enumerate(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0))):
-            save_image(to_image(picture), folder / f"{i:02d}.png")
+        for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0)))):
+            save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
 
 
 def main():
@@ -110,7 +104,7 @@ def main():
         render_drawings(args.path)
     else:
         make_pictures(Drawings(args.path), writable_folder(args.output), args.seed)
-        print(f"wrote {args.output / 'clip_zeroshot'} and {args.output / 'textual_inversion'}; {', '.join(STYLES)} and these are disjoint")
+        print(f"wrote {args.output / 'clip_zeroshot'} and {args.output / 'textual_inversion'}")
 
 
 if __name__ == "__main__":

@@ -11,33 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
 from .files import ROOT, run, save_image, writable_folder, write_json
 from .model import load_clip
-from .world import KEPT_OUT, SIDE, SILHOUETTES, STYLES, UNSEEN_STYLE, Drawings, compose, drawing_of, random_scene, words
-from .zero_shot import MINI, read_data, text_classifier
+from .world import CLIP_STYLES, KEPT_OUT, MINI, SIDE, UNSEEN_STYLE, Drawings, compose, drawing_of, random_scene, to_uint8, words
+from .zero_shot import image_features, read_data, text_classifier
 
 COUNT = 1000
-
-
-def to_uint8(pictures):
-    """[N, 3, H, W] in -1..1 -> uint8 numpy [N, H, W, 3]"""
-    return ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.inference_mode()
 def retrieval(clip, tokenizer, drawings, device):
     """Recall@1 of names among all trained ones, on new renderings in trained styles."""
     rng, generator = np.random.default_rng(10**6), torch.Generator().manual_seed(10**6)  # no training step's seed
-    names = [name for name in drawings.table if name not in KEPT_OUT]
+    names = drawings.trained
     chosen = rng.permutation(len(names))[:COUNT]
-    scenes = [random_scene(rng, drawings, names[i], (*STYLES, SILHOUETTES), tell_style=0, tell_colour=0) for i in chosen]
+    scenes = [random_scene(rng, drawings, names[i], CLIP_STYLES, tell_style=0, tell_colour=0) for i in chosen]
     pictures = compose(drawings, scenes, generator)
-    features = torch.cat([clip.encode_image(pictures[i:i + 100].to(device), normalize=True) for i in range(0, len(pictures), 100)])
+    features = image_features(clip, pictures.split(100), device, torch.float32)
     directions = text_classifier(clip, tokenizer, [words(name) for name in names], ["a drawing of a {}"], device)
     found = (features @ directions.T).argmax(1).cpu().numpy()
     return {"recall_at_1": float((found == chosen).mean()), "pictures": len(chosen), "names": len(names)}
@@ -71,7 +66,7 @@ def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, step
                                      output_type="pt").images.float() * 2 - 1)
     seconds = (time.perf_counter() - started) / len(jobs)
     pictures = torch.cat(pictures)
-    found = (clip.encode_image(pictures.to(device), normalize=True) @ directions.T).argmax(1).cpu()
+    found = (image_features(clip, pictures.split(100), device, torch.float32) @ directions.T).argmax(1).cpu()
     truth = torch.tensor([i for i, _ in jobs])
     result = {"top1": (found == truth).float().mean().item(), "pictures": len(jobs), "steps": steps, "guidance": guidance, "seconds_per_picture": seconds}
     return result, to_uint8(pictures).reshape(len(names), per_class, SIDE, SIDE, 3)
@@ -107,10 +102,9 @@ def main():
     clip, _, tokenizer = load_clip(str(args.clip), None, device)
     scores = {"clip": retrieval(clip, tokenizer, drawings, device)}
     if args.sd.is_dir():
-        vae = AutoencoderKL.from_pretrained(args.sd / "vae", local_files_only=True, torch_dtype=torch.float32).to(device).eval()
-        scores["vae"] = reconstruction(vae, drawings, device)
         pipeline = StableDiffusionPipeline.from_pretrained(args.sd, local_files_only=True, torch_dtype=torch.float32, safety_checker=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        scores["vae"] = reconstruction(pipeline.vae, drawings, device)
         names = list(read_data(MINI / "clip_zeroshot")[2].values())
         scores["stable_diffusion"], pictures = recognition(pipeline, clip, tokenizer, names, device, pick_dtype(args.dtype, device), args.per_class,
                                                            args.steps, args.guidance)

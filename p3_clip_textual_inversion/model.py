@@ -5,7 +5,6 @@ import gzip
 from pathlib import Path
 
 import open_clip
-import torch
 from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -100,10 +99,3 @@ def load_clip(name, pretrained=None, device="cpu"):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {reason}; without internet, give a local file or folder") from None
     return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name, **tokenizer_options)
-
-
-@torch.inference_mode()
-def hidden_states(clip, tokens):
-    """open_clip's text hidden states after the last LayerNorm, [B, length, width]: what Stable Diffusion conditions on."""
-    x = clip.token_embedding(tokens) + clip.positional_embedding[:tokens.shape[1]]
-    return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:tokens.shape[1], :tokens.shape[1]]))

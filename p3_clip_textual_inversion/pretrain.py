@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
 from .model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
-from .world import KEPT_OUT, SIDE, SILHOUETTES, STYLES, SUBJECTS, Drawings, compose, random_scene
+from .world import CLIP_STYLES, SIDE, STYLES, SUBJECTS, Drawings, compose, random_scene, to_uint8
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "save_every", "sample_every", "device", "clip", "vae")  # between a run and its continuation
@@ -55,7 +55,6 @@ class ClipTask:
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device, self.folder = drawings, device, args.output
-        self.names = [name for name in drawings.table if name not in KEPT_OUT]
         write_merges(args.output / BPE_FILE, NUM_MERGES)
         self.tokenizer = open_clip.SimpleTokenizer(str(args.output / BPE_FILE), context_length=CONTEXT)
         self.model = open_clip.CLIP(**CLIP_CONFIG)
@@ -63,11 +62,11 @@ class ClipTask:
 
     def batch(self, rng, generator, count):
         """Each subject once, so that no caption fits two pictures; one picture in six shows two subjects."""
-        names = rng.permutation(self.names)
+        names = rng.permutation(self.drawings.trained)
         scenes = []
         for i in range(count):
             other = str(names[count + i]) if i % 6 == 0 and count + i < len(names) else None
-            scenes.append(random_scene(rng, self.drawings, str(names[i % len(names)]), (*STYLES, SILHOUETTES), other, tell_style=0.3, tell_colour=0.3))
+            scenes.append(random_scene(rng, self.drawings, str(names[i % len(names)]), CLIP_STYLES, other, tell_style=0.3, tell_colour=0.3))
         return recolour(compose(self.drawings, scenes, generator, shift=0.12, scales=(0.6, 1.05), turn=0.25), generator), scenes
 
     def loss(self, model, pictures, scenes, generator):
@@ -92,12 +91,11 @@ class VaeTask:
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device, self.folder = drawings, device, args.output
-        self.names = [name for name in drawings.table if name not in KEPT_OUT]
         self.model = AutoencoderKL(**VAE_CONFIG)
 
     def batch(self, rng, generator, count):
-        names = rng.choice(self.names, (count, 2))
-        scenes = [random_scene(rng, self.drawings, str(name), (*STYLES, SILHOUETTES), str(other) if i % 3 == 0 else None)
+        names = rng.choice(self.drawings.trained, (count, 2))
+        scenes = [random_scene(rng, self.drawings, str(name), CLIP_STYLES, str(other) if i % 3 == 0 else None)
                   for i, (name, other) in enumerate(names)]
         return recolour(compose(self.drawings, scenes, generator), generator), scenes
 
@@ -314,7 +312,7 @@ def main():
 
 def tile(pictures, columns):
     """[N, 3, H, W] in -1..1 -> one picture."""
-    grid = ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    grid = to_uint8(pictures)
     rows = [np.concatenate(list(grid[i:i + columns]), axis=1) for i in range(0, len(grid), columns)]
     return Image.fromarray(np.concatenate(rows))
 
@@ -325,10 +323,10 @@ def make_optimizers(net, lr, weight_decay):
     kernels = [p for name, p in named if p.ndim == 4 and min(p.shape[:2]) > 4]
     rest = [p for _, p in named if not any(p is kernel for kernel in kernels)]
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay}, {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)), KernelMuon(kernels, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)), ConvolutionMuon(kernels, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
-class KernelMuon(torch.optim.Muon):
+class ConvolutionMuon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix [out, in * k * k]."""
 
     def __init__(self, kernels, **options):

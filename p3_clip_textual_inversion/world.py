@@ -9,11 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import UserError
+from .files import ROOT, UserError
 
+MINI = ROOT / "hw2_data" / "mini"
 SIDE = 64
 STYLES = ("twemoji", "openmoji", "fluent-emoji-flat", "emojione", "noto-v1")  # what the miniature of Stable Diffusion sees
-SILHOUETTES = "fluent-emoji-high-contrast"  # CLIP sees it too; Stable Diffusion learns it by textual inversion only
+SILHOUETTES = "fluent-emoji-high-contrast"  # Stable Diffusion learns it by textual inversion only
+CLIP_STYLES = (*STYLES, SILHOUETTES)
 UNSEEN_STYLE = "noto"  # nothing is trained on it: the zero-shot classes are drawn in it
 KEPT_OUT = ("penguin", "panda", "unicorn")  # subjects that nothing is trained on
 SUBJECTS = tuple("""
@@ -40,7 +42,7 @@ def drawing_of(name):
 
 
 class Drawings:
-    """The rendered sets. pixels: uint8 RGBA [N, 64, 64, 4]; table: {name: {style: row of pixels}}."""
+    """The rendered sets. pixels: uint8 RGBA [N, 64, 64, 4]; table: {name: {style: row of pixels}}; trained: the names not kept out."""
 
     def __init__(self, path):
         try:
@@ -51,6 +53,7 @@ class Drawings:
         self.table = {}
         for row, (name, style) in enumerate(zip(names.tolist(), styles.tolist())):
             self.table.setdefault(name, {})[style] = row
+        self.trained = [name for name in self.table if name not in KEPT_OUT]
 
 
 @dataclass
@@ -100,6 +103,11 @@ def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=
                 moved = place_drawing(premultiplied, scale[where], angle[where], x[where], y[where])
             picture[where] = moved[:, :3] + (1 - moved[:, 3:]) * picture[where]
     return picture / 127.5 - 1
+
+
+def to_uint8(pictures):
+    """Pictures [N, 3, H, W] in -1..1 -> uint8 numpy [N, H, W, 3]."""
+    return ((pictures + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def place_drawing(images, scale, angle, x, y):

@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
-from .files import ROOT, UserError, atomic_path, run, writable_folder, write_json
+from .files import UserError, atomic_path, run, writable_folder, write_json
 from .model import load_clip
+from .world import MINI
 
-MINI = ROOT / "hw2_data" / "mini"
 PHOTO_TEMPLATES = ("a photo of a {}", "a bad photo of a {}", "a close-up photo of a {}", "a photo of the large {}", "a photo of the small {}",
                    "a drawing of a {}", "a {} in a video game")
 DRAWING_TEMPLATES = ("a {}", "a drawing of a {}", *(f"a drawing of a {{}} on a {colour} background" for colour in ("white", "blue", "green", "pink", "yellow")))
@@ -78,7 +78,7 @@ def image_features(clip, batches, device, dtype, total=None):
     with torch.inference_mode(), tqdm(total=total, unit="img", desc="reading pictures", disable=total is None) as bar:
         for batch in batches:
             with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-                features.append(clip.encode_image(batch.to(device), normalize=True).float())
+                features.append(clip.encode_image(batch.to(device)).float())
             bar.update(len(batch))
     return torch.nn.functional.normalize(torch.cat(features), dim=-1)
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.model import hidden_states, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
+from p3_clip_textual_inversion.model import load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
 
 TEXTS = ["a drawing of a four leaf clover on a green background", "a dog", "it's 42 degrees, ünder the sun!", ""]
+
+
+@torch.inference_mode()
+def hidden_states(clip, tokens):
+    """open_clip's text hidden states after the last LayerNorm, [B, length, width]: what Stable Diffusion conditions on."""
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:tokens.shape[1]]
+    return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:tokens.shape[1], :tokens.shape[1]]))
 
 
 def check_tokenizers(bpe_path, merges, length):
