@@ -25,6 +25,10 @@ from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_
 
 PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
             "emojione": "1.2.3", "noto-v1": "1.2.5"}
+CONCEPTS = (  # (number, src_image, token_name, prompts): a subject and a style, as in the course
+    ("0", "bird", "<new1>", ("a drawing of a {} on a blue background", "a {} next to a red apple")),
+    ("1", words(SILHOUETTES), "<new2>", ("a drawing of a dog face in the style of {}", "a drawing of a bus in the style of {}")),
+)
 NUM_CLASSES, PER_CLASS, PER_CONCEPT = 50, 10, 5
 
 
@@ -87,6 +91,9 @@ def make_pictures(drawings, output, seed):
         scenes = [Scene((drawings.table[name][style],), colour, "") for (name, style), colour in zip(concept, rng.permutation(colours))]
         for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0)))):
             save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
+    write_json(output / "textual_inversion" / "input.json", {
+        number: {"src_image": source, "token_name": token, "prompt": [prompt.format(token) for prompt in prompts],
+                 "prompt_4_clip_eval": [prompt.format(source) for prompt in prompts]} for number, source, token, prompts in CONCEPTS})
 
 
 def main():

@@ -1,21 +1,25 @@
+import importlib
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion.files import ROOT
-from p3_clip_textual_inversion.model import write_merges
+from p3_clip_textual_inversion.files import ROOT, run
+from p3_clip_textual_inversion.model import load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
 
 
 @pytest.fixture
 def command():
     """Runs `python -m MODULE ARGS...` as a user would; returns (exit code, stdout, stderr), or with wait=False the process."""
-    def run(module, *arguments, launcher=(), wait=True, **environment):
+    def start(module, *arguments, launcher=(), wait=True, **environment):
         line = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
         process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -23,7 +27,24 @@ def command():
             return process
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
-    return run
+    return start
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Like `command`, in this process, which has imported everything already."""
+    def run_here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        code = 0
+        try:
+            run(importlib.import_module(module).main)
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 1
+            if isinstance(stopped.code, str):
+                print(stopped.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run_here
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +62,34 @@ def tiny_clip(tmp_path_factory):
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tiny_clip, tmp_path_factory):
+    """The diffusers folder of an untrained Stable Diffusion v1 with its shape (four levels, two layers each), but narrow: 64x64 pixels, 8x8 latents."""
+    folder = tmp_path_factory.mktemp("sd")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 48, 64, 64), cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8)
+    vae = AutoencoderKL(block_out_channels=(16, 16, 32, 32), layers_per_block=2, latent_channels=4, sample_size=64, norm_num_groups=8,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    tokenizer = make_clip_tokenizer(read_merges(tiny_clip / "bpe.txt.gz"), 24)
+    encoder = to_text_encoder(load_clip(str(tiny_clip))[0], tokenizer)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    StableDiffusionPipeline(vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+                            feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def concepts_json(tmp_path):
+    """An input.json of two concepts, each with three pictures beside it."""
+    folder = tmp_path / "concepts"
+    rng = np.random.default_rng(0)
+    for number in "01":
+        (folder / number).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (70, 80, 3), np.uint8)).save(folder / number / f"{i}.png")
+    content = {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1> on a hill", "two <new1>"]},
+               "1": {"src_image": "red car", "token_name": "<new2>", "prompt": ["a house in the style of <new2>"]}}
+    (folder / "input.json").write_text(json.dumps(content))
+    return folder / "input.json"

@@ -90,8 +90,8 @@ def test_bad_data_ends_in_one_line(data):
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--output", "/dev/null/out"], "/dev/null/out"),
 ])  # fmt: skip
-def test_bad_calls_end_in_one_line(command, data, tiny_clip, tmp_path, flags, message):
-    code, _, err = command(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path, *flags)
+def test_bad_calls_end_in_one_line(call, data, tiny_clip, tmp_path, flags, message):
+    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path, *flags)
     assert code != 0 and err.startswith("error: ") and err.strip().count("\n") == 0 and message in err, err
 
 

@@ -1,0 +1,90 @@
+"""The course's layout of textual inversion: input.json and the folders of example pictures beside it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .files import UserError
+
+
+@dataclass
+class Concept:
+    """One entry of input.json. number: its key, and the name of its folder of pictures; baseline: [(image score, text score)] or None."""
+    number: str
+    src_image: str
+    token: str
+    prompts: list
+    eval_prompts: list
+    baseline: list | None
+
+
+def read_concepts(path):
+    """The concepts of an input.json, in its order, every entry checked."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f'{path} must be an object of concepts, {{"0": {{"token_name": "<new1>", "prompt": ["..."], ...}}, ...}}')
+    concepts = []
+    for number, entry in content.items():
+        where = f"{path}, concept {number!r}"
+        if not number or Path(number).name != number or number in (".", ".."):
+            raise UserError(f"{where}: the name must do as a folder's")
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} must be an object with token_name and prompt")
+        for key in ("token_name", "src_image"):
+            if not isinstance(entry.get(key, "" if key == "src_image" else None), str):
+                raise UserError(f"{where}: {key} must be a text")
+        prompts, token = entry.get("prompt"), entry["token_name"]
+        evals = entry.get("prompt_4_clip_eval", prompts)
+        for key, value in (("prompt", prompts), ("prompt_4_clip_eval", evals)):
+            if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
+                raise UserError(f"{where}: {key} must be a list of texts")
+        if len(evals) != len(prompts):
+            raise UserError(f"{where} has {len(prompts)} prompts, but {len(evals)} in prompt_4_clip_eval")
+        for prompt in prompts:
+            if not token or token not in prompt:
+                raise UserError(f"{where}: the token {token!r} is not in the prompt {prompt!r}")
+        baseline = entry.get("baseline")
+        if baseline is not None and not (isinstance(baseline, list) and len(baseline) == len(prompts) and all(
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in pair) for pair in baseline)):
+            raise UserError(f"{where}: baseline must be a pair [image score, text score] for each of the {len(prompts)} prompts")
+        concepts.append(Concept(number, entry.get("src_image", ""), token, prompts, evals, baseline))
+    return concepts
+
+
+def read_pictures(folder):
+    """(pictures, RGB and upright by their EXIF orientation, in the order of their names; names of what was no picture)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder of pictures: {folder}")
+    pictures, skipped = [], []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        try:
+            with Image.open(path) as image:
+                pictures.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            skipped.append(path.name)
+    if not pictures:
+        raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))
+    return pictures, skipped
+
+
+def varied(picture, side, count, rng, margin=0.15):
+    """`count` squares float32 [count, 3, side, side] in -1..1 of a picture: the middle first, then crops up to `margin` closer; every other one flipped."""
+    squares = []
+    for i in range(count):
+        closer = 1 + margin * (rng.random() if i > 1 else 0)
+        short = round(side * closer)
+        width, height = (max(short, round(length * short / min(picture.size))) for length in picture.size)
+        resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = ((rng.integers(0, length - side + 1) if i > 1 else (length - side) // 2) for length in (width, height))
+        square = resized.crop((left, top, left + side, top + side))
+        squares.append(np.asarray(ImageOps.mirror(square) if i % 2 else square))
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,157 @@
+"""Learned words: new rows beside the token table of a frozen text encoder (textual inversion, Gal et al. 2023), and their files.
+
+A concept is one word of the prompt, such as <new1>, and one or several vectors. As in diffusers, the further vectors of <new1> are the tokens
+<new1>_1, <new1>_2, ..., and every <new1> of a prompt is written out as all of them.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .files import UserError, atomic_path
+
+
+class LearnedEmbedding(torch.nn.Module):
+    """The token table with new rows after its end. The table is never a parameter to learn, so it stays bit-identical; `rows` [n, dim] is all that learns."""
+
+    def __init__(self, table, rows):
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.rows = torch.nn.Parameter(rows.detach().clone().to(table.weight))
+
+    @property
+    def weight(self):  # transformers and diffusers read a dtype and a device here
+        return self.table.weight
+
+    def forward(self, ids):
+        """int [B, N] -> [B, N, dim]"""
+        known = self.table.num_embeddings
+        old = self.table(ids.clamp(max=known - 1))
+        new = F.embedding((ids - known).clamp(min=0), self.rows)
+        return torch.where((ids >= known)[..., None], new, old)
+
+
+def tokens_of(word, count):
+    """The tokens of a word of `count` vectors: <new1>, <new1>_1, ..."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def check_words(words, tokenizer):
+    """Refuses words that cannot become tokens of their own."""
+    known = tokenizer.get_vocab()
+    for word in words:
+        if not word or word.split() != [word]:
+            raise UserError(f"the token name {word!r} must be one word without spaces, such as <new1>")
+        if word in known or f"{word}</w>" in known:
+            raise UserError(f"the token name {word!r} is a word that the tokenizer already knows; choose a new one, such as <new1>")
+        if any(word != other and other in word for other in words):
+            raise UserError(f"the token name {word!r} contains another one; choose names of which none is part of another")
+    if len(set(words)) != len(words):
+        raise UserError(f"the token names {', '.join(words)} must differ")
+
+
+def add_words(parts, vectors):
+    """Adds words {word: [n, dim]} to a `StableDiffusion`; returns the `LearnedEmbedding`, whose rows stand in the words' order. Once per model."""
+    check_words(list(vectors), parts.tokenizer)
+    table = parts.text_encoder.get_input_embeddings()
+    if isinstance(table, LearnedEmbedding):
+        raise ValueError("the words of a model can be added once only")
+    for word, rows in vectors.items():
+        if rows.ndim != 2 or rows.shape[1] != table.embedding_dim:
+            raise UserError(f"the embedding of {word} is {tuple(rows.shape)}; this model's words have {table.embedding_dim} dimensions, expected "
+                            f"[vectors, {table.embedding_dim}]: learn it with this model (scripts/p3_train.sh)")
+    tokens = [token for word, rows in vectors.items() for token in tokens_of(word, len(rows))]
+    parts.tokenizer.add_tokens(tokens)
+    ids = parts.tokenizer.convert_tokens_to_ids(tokens)
+    if ids != list(range(table.num_embeddings, table.num_embeddings + len(tokens))):
+        raise UserError(f"the tokenizer numbers the new words {ids}, but the token table ends at {table.num_embeddings}; tokenizer and text encoder "
+                        "do not belong together")
+    learned = LearnedEmbedding(table, torch.cat(list(vectors.values())))
+    parts.text_encoder.set_input_embeddings(learned)
+    for word, rows in vectors.items():
+        found = parts.tokens([expand(f"a {word} b", {word: len(rows)})])[0].tolist()
+        if sum(token >= table.num_embeddings for token in found) != len(rows):
+            raise UserError(f"the tokenizer does not read {word!r} as a token of its own; choose another name, such as <new1>")
+    return learned
+
+
+def expand(prompt, counts):
+    """Writes every learned word of a prompt out as all its tokens. counts: {word: number of vectors}."""
+    for word, count in counts.items():
+        prompt = prompt.replace(word, " ".join(tokens_of(word, count)))
+    return prompt
+
+
+def initial_rows(parts, words, count, generator=None):
+    """[count, dim] to start from: the tokens of `words`, repeated or averaged to fit; noise of ordinary length if `words` is None or empty."""
+    table = parts.text_encoder.get_input_embeddings().weight.detach().float().cpu()
+    if not words:
+        noise = torch.randn(count, table.shape[1], generator=generator)
+        return noise / noise.norm(dim=1, keepdim=True) * ordinary_norm(parts)
+    rows = table[parts.tokenizer(words, add_special_tokens=False).input_ids]
+    if len(rows) == 0:
+        raise UserError(f"the initial words {words!r} hold no token")
+    # as many groups of neighbouring tokens as there are vectors; where there are fewer tokens, they take turns
+    chunks = rows.tensor_split(count) if count <= len(rows) else [rows[i % len(rows)][None] for i in range(count)]
+    length = rows.norm(dim=1).mean()
+    return torch.stack([F.normalize(chunk.mean(0), dim=0) * length for chunk in chunks])
+
+
+def ordinary_norm(parts):
+    """The median length of the token table's rows."""
+    return parts.text_encoder.get_input_embeddings().weight.detach().float().norm(dim=1).median().item()
+
+
+def file_of(folder, word):
+    """The file of a word: the word itself, without what file systems refuse. Some programs take a file's name for the word."""
+    return Path(folder) / (re.sub(r'[<>:"/\\|?*\s]', "", word) + ".safetensors")
+
+
+def save_embedding(path, word, rows, metadata=None):
+    """One tensor, {word: [n, dim]} float32: what diffusers' load_textual_inversion and common web UIs read. metadata: {str: str}."""
+    with atomic_path(path) as temporary:
+        save_file({word: rows.detach().float().cpu().contiguous()}, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_embedding(path):
+    """(word, rows [n, dim] float32, metadata) of a file that `save_embedding` or diffusers wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            if len(names) != 1:
+                raise UserError(f"{path} has {len(names)} tensors; expected one, named after the learned word")
+            rows = file.get_tensor(names[0])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read the embedding {path}: {error}") from None
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or not rows.is_floating_point() or 0 in rows.shape or not rows.isfinite().all():
+        raise UserError(f"{path} holds {names[0]} as {rows.dtype} {tuple(rows.shape)}; expected finite floating point [vectors, dim]")
+    return names[0], rows.float(), metadata
+
+
+def read_embeddings(folder):
+    """{word: rows} of every .safetensors in a folder, or of one file."""
+    folder = Path(folder)
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} has no embeddings; expected .safetensors files, as scripts/p3_train.sh writes them")
+    vectors = {}
+    for path in paths:
+        word, rows, _ = read_embedding(path)
+        if word in vectors:
+            raise UserError(f"{path}: the word {word} is in two files of {folder}")
+        vectors[word] = rows
+    return vectors
+
+
+def nearest_words(parts, rows, count=3):
+    """For each row [n, dim]: the `count` ordinary tokens with the largest cosine, [(token, cosine), ...]."""
+    table = parts.text_encoder.get_input_embeddings().weight.detach().float().cpu()
+    cosine = F.normalize(rows.float().cpu(), dim=1) @ F.normalize(table, dim=1).T
+    top = cosine.topk(count, dim=1)
+    return [[(token.removesuffix("</w>"), value) for token, value in zip(parts.tokenizer.convert_ids_to_tokens(ids.tolist()), values.tolist())]
+            for ids, values in zip(top.indices, top.values)]

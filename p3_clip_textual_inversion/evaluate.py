@@ -1,0 +1,125 @@
+"""Grades pictures of learned words by CLIP, as the course does.
+
+    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON                                     # by the miniature of CLIP
+    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON --model ViT-B-32-quickgelu --pretrained openai   # the course's grader
+
+Per picture: image score = the mean over the concept's example pictures of 100 cosine(picture, example); text score = 100 cosine(picture,
+prompt_4_clip_eval). Per prompt: both are averaged over the five pictures with the largest image + 2.5 text, and pass where both reach the baseline.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .data import read_concepts, read_pictures
+from .device import DTYPES, pick_device, pick_dtype
+from .files import UserError, run, save_image, writable_folder, write_json
+from .inference import picture_path
+from .model import load_clip
+from .world import MINI
+from .zero_shot import image_features, load_pictures
+
+TEXT_WEIGHT, BEST = 2.5, 5
+COURSE_IMAGES = 25
+
+
+def clip_scores(features, references, direction):
+    """(image scores, text scores), [N] each: of features [N, dim], example features [M, dim] and a caption's [dim], all of length 1."""
+    return 100 * (features @ references.T).mean(1), 100 * features @ direction
+
+
+def best_of(image, text, count=BEST):
+    """The indices of the `count` best pictures, and their mean scores (image, text)."""
+    best = (image + TEXT_WEIGHT * text).argsort(descending=True)[:count]
+    return best, image[best].mean().item(), text[best].mean().item()
+
+
+def passes(image, text, baseline):
+    """Whether both scores reach the baseline; None without one."""
+    return None if baseline is None else image >= baseline[0] and text >= baseline[1]
+
+
+class Grader:
+    """A CLIP with its transform and tokenizer; features of length 1, float32, on the CPU."""
+
+    def __init__(self, model=MINI / "clip", pretrained=None, device="cpu", dtype=torch.float32):
+        self.device, self.dtype = torch.device(device), dtype
+        self.clip, self.transform, self.tokenizer = load_clip(str(model), pretrained, device)
+
+    def of_files(self, paths, progress=False):
+        return image_features(self.clip, load_pictures(paths, self.transform, 64), self.device, self.dtype, len(paths) if progress else None).cpu()
+
+    def of_pictures(self, pictures):
+        """pictures: PIL images"""
+        batches = torch.stack([self.transform(picture) for picture in pictures]).split(64)
+        return image_features(self.clip, batches, self.device, self.dtype).cpu()
+
+    @torch.inference_mode()
+    def of_texts(self, texts):
+        return self.clip.encode_text(self.tokenizer(texts).to(self.device), normalize=True).float().cpu()
+
+
+def sheet(rows, side=128, columns=BEST):
+    """A picture with a row per prompt: its title, then its example and best pictures. rows: [(title, [PIL image, ...]), ...]"""
+    picture = Image.new("RGB", (columns * (side + 4) + 4, len(rows) * (side + 24)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for row, (title, images) in enumerate(rows):
+        draw.text((6, row * (side + 24) + 10), title, "black", font, anchor="lm")
+        for column, image in enumerate(images[:columns]):
+            picture.paste(image.convert("RGB").resize((side, side)), (4 + column * (side + 4), row * (side + 24) + 20))
+    return picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Grades pictures of learned words by CLIP.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder that inference wrote")
+    parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts; their example pictures are in folders beside it")
+    parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and best.png (default: OUT_grade beside OUT)")
+    parser.add_argument("--model", default=str(MINI / "clip"), help="a model of open_clip, such as ViT-B-32-quickgelu, or a folder with open_clip_config.json")
+    parser.add_argument("--pretrained", default=None, help="weights for a named model: a tag, such as openai, or a file")
+    parser.add_argument("--num-images", type=int, default=COURSE_IMAGES, help="pictures per prompt that must be there")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    concepts = read_concepts(args.input)
+    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    for concept in concepts:
+        for k in range(len(concept.prompts)):
+            missing = [path for i in range(args.num_images) if not (path := picture_path(args.output, concept.number, k, i)).is_file()]
+            if missing:
+                raise UserError(f"{missing[0]} is missing; expected {args.num_images} pictures in each folder")
+            folder = picture_path(args.output, concept.number, k, 0).parent
+            found = len(list(folder.iterdir()))
+            if found != args.num_images:
+                raise UserError(f"{folder} holds {found} files; expected exactly {args.num_images}")
+    report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
+    grader = Grader(args.model, args.pretrained, device, pick_dtype(args.dtype, device))
+    results, rows = [], []
+    for concept in concepts:
+        references = grader.of_pictures(examples[concept.number])  # once per concept
+        directions = grader.of_texts(concept.eval_prompts)
+        rows.append((f"examples of {concept.token}", examples[concept.number]))
+        for k, prompt in enumerate(concept.prompts):
+            paths = [picture_path(args.output, concept.number, k, i) for i in range(args.num_images)]
+            image, text = clip_scores(grader.of_files(paths), references, directions[k])
+            best, image_score, text_score = best_of(image, text)
+            baseline = concept.baseline[k] if concept.baseline else None
+            passed = passes(image_score, text_score, baseline)
+            results.append({"concept": concept.number, "prompt": prompt, "image_score": image_score, "text_score": text_score, "baseline": baseline,
+                            "passed": passed, "best": [paths[i].name for i in best],
+                            "all_image_mean": image.mean().item(), "all_text_mean": text.mean().item()})
+            verdict = "no baseline" if passed is None else f"baseline {baseline[0]:.2f}, {baseline[1]:.2f}  {'pass' if passed else 'FAIL'}"
+            print(f"{concept.number}/{k}  image {image_score:6.2f}  text {text_score:6.2f}  {verdict}  {prompt}")
+            rows.append((f"{prompt}   image {image_score:.1f}, text {text_score:.1f}", [Image.open(paths[i]) for i in best]))
+    judged = [row["passed"] for row in results if row["passed"] is not None]
+    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model).name})
+    save_image(sheet(rows), report / "best.png")
+    print(f"{sum(judged)} of {len(judged)} prompts pass\nwrote grade.json and best.png to {report}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,149 @@
+"""Draws the prompts of an input.json with learned words: OUT/{concept}/{prompt}/source{concept}_prompt{prompt}_{i}.png, 25 each.
+
+    python -m p3_clip_textual_inversion.inference INPUT_JSON OUT CKPT
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .data import read_concepts
+from .device import DTYPES, pick_device, pick_dtype
+from .diffusion import SAMPLERS, Guided, image_noise
+from .embedding import add_words, expand, read_embeddings
+from .files import UserError, run, save_image, writable_folder
+from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .world import to_uint8
+
+EMBEDDINGS = Path(__file__).parent / "embeddings"  # learned with the bundled miniature
+GUIDANCE, MINI_GUIDANCE = 6.5, 3.0
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """How pictures are drawn. guidance_weight: w of the project's formula; side: in pixels, None for the model's own; dtype: of the UNet's autocast."""
+    sampler: str = "dpmpp_2m"
+    num_steps: int = 25
+    guidance_weight: float = GUIDANCE
+    side: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    dtype: torch.dtype = torch.float32
+
+
+@torch.inference_mode()
+def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
+    """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
+
+    prompts: with learned words already written out (embedding.expand). guided: makes the noise predictor, like `diffusion.Guided`.
+    progress: a tqdm that counts pictures. A batch that a GPU has no memory for is halved."""
+    config = config or DrawConfig()
+    shape = parts.latent_shape(config.side)
+    unique = list(dict.fromkeys(prompts))
+    hidden = dict(zip(unique, torch.cat([parts.encode_text(unique[i:i + 64]) for i in range(0, len(unique), 64)])))
+    empty = parts.encode_text([""])
+    start, batch_size = 0, config.batch_size
+    while start < len(prompts):
+        batch = slice(start, start + batch_size)
+        cond = torch.stack([hidden[prompt] for prompt in prompts[batch]])
+        x = image_noise(config.seed, names[batch], shape, parts.device)
+        try:
+            predict = guided(parts.unet, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
+            for state in SAMPLERS[config.sampler](predict, parts.alpha_bar, x, config.num_steps):
+                x = state.x
+            pictures = to_uint8(parts.decode(x))
+        except torch.cuda.OutOfMemoryError:
+            if batch_size == 1:
+                raise UserError("the GPU has no memory for even one picture; try --dtype fp16 or a smaller --side") from None
+            batch_size = max(batch_size // 2, 1)
+            torch.cuda.empty_cache()
+            continue
+        yield from pictures
+        start += len(pictures)
+        if progress is not None:
+            progress.update(len(pictures))
+
+
+def picture_path(output, number, prompt, i):
+    """The contract's name of picture i of a concept's prompt."""
+    return Path(output) / number / str(prompt) / f"source{number}_prompt{prompt}_{i}.png"
+
+
+def add_arguments(parser):
+    """The flags of drawing, which inference, figures and comparison share."""
+    defaults = DrawConfig()
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help="DPM-Solver++ or DDIM")
+    parser.add_argument("--steps", type=int, default=defaults.num_steps, help="network calls per picture; DDIM wants 50")
+    parser.add_argument("--guidance", type=float, default=None, metavar="W",
+                        help=f"guidance weight w, diffusers' scale minus 1 (default: {GUIDANCE}, for the miniature {MINI_GUIDANCE})")
+    parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the pictures' noise")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="pictures at a time; the pictures do not depend on it")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the UNet; auto: bf16 where it is native")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def settings_of(args, checkpoint):
+    """(DrawConfig, device) of parsed arguments, checked."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
+    device = pick_device(args.device)
+    guidance = args.guidance
+    if guidance is None:
+        guidance = MINI_GUIDANCE if Path(checkpoint).resolve() == MINI_SD.resolve() else GUIDANCE
+    return DrawConfig(args.sampler, args.steps, guidance, args.side, args.seed, args.batch_size, pick_dtype(args.dtype, device)), device
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws prompts with learned words.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts and prompts")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
+    parser.add_argument("checkpoint", nargs="?", default=str(MINI_SD), metavar="CKPT",
+                        help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
+    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS, help="folder of the learned words' .safetensors")
+    parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
+    parser.add_argument("--overwrite", action="store_true", help="draw again what is already there")
+    add_arguments(parser)
+    args = parser.parse_args()
+    config, device = settings_of(args, args.checkpoint)
+    if args.num_images < 1:
+        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
+    concepts, vectors = read_concepts(args.input), read_embeddings(args.embeddings)
+    for concept in concepts:
+        if concept.token not in vectors:
+            raise UserError(f"{args.embeddings} has no embedding of {concept.token} (only {', '.join(vectors)}); "
+                            f"learn it with scripts/p3_train.sh {args.input}")
+    jobs = [(concept, k, i) for concept in concepts for k in range(len(concept.prompts)) for i in range(args.num_images)]
+    for concept in concepts:
+        for k in range(len(concept.prompts)):
+            writable_folder(args.output / concept.number / str(k))
+    if not args.overwrite:
+        jobs = [(c, k, i) for c, k, i in jobs if not picture_path(args.output, c.number, k, i).exists()]
+    started = time.perf_counter()
+    if jobs:
+        parts = load_stable_diffusion(args.checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
+        add_words(parts, vectors)
+        counts = {word: len(rows) for word, rows in vectors.items()}
+        prompts = [expand(concept.prompts[k], counts) for concept, k, _ in jobs]
+        for prompt in dict.fromkeys(prompts):
+            length = len(parts.tokenizer(prompt).input_ids)
+            if length > parts.tokenizer.model_max_length:
+                tqdm.write(f"note: a prompt has {length} tokens, the model reads {parts.tokenizer.model_max_length}: the end of {prompt!r} is lost")
+        names = [f"{concept.token}/{concept.prompts[k]}/{i}" for concept, k, i in jobs]
+        with tqdm(total=len(jobs), unit="picture", desc="drawing") as bar:
+            for (concept, k, i), picture in zip(jobs, draw(parts, prompts, names, config, progress=bar)):
+                save_image(Image.fromarray(picture), picture_path(args.output, concept.number, k, i))
+    there = sum(len(c.prompts) for c in concepts) * args.num_images - len(jobs)
+    print(f"wrote {len(jobs)} pictures to {args.output} in {time.perf_counter() - started:.1f} s" + (f"; {there} were there already" if there else "")
+          + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,180 @@
+"""Stable Diffusion's five parts, from a diffusers folder, a hub name, or one file in the original layout (sd-v1-4.ckpt), and prompts into hidden states."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .diffusion import make_alpha_bar
+from .files import UserError
+from .model import make_clip_tokenizer, read_merges
+from .world import MINI
+
+CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
+MINI_SD = MINI / "stable_diffusion"
+TEXT_PREFIX = "cond_stage_model.transformer."
+
+
+@dataclass
+class StableDiffusion:
+    """The frozen parts, in eval mode. side: of its pictures, in pixels; alpha_bar: float64 [T]."""
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    alpha_bar: torch.Tensor
+
+    @property
+    def device(self):
+        return self.unet.device
+
+    @property
+    def factor(self):
+        """Pixels per latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def side(self):
+        return self.unet.config.sample_size * self.factor
+
+    def latent_shape(self, side=None):
+        side = side or self.side
+        step = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if side < step or side % step:
+            raise UserError(f"pictures of {side} pixels do not fit this model: the side must be a multiple of {step}")
+        return (self.unet.config.in_channels, side // self.factor, side // self.factor)
+
+    def tokens(self, prompts):
+        """int [B, context], padded as Stable Diffusion pads."""
+        return self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt").input_ids
+
+    def encode_text(self, prompts):
+        """Hidden states [B, context, dim] of prompts (learned words already written out, see embedding.expand)."""
+        return self.text_encoder(self.tokens(prompts).to(self.device)).last_hidden_state
+
+    def decode(self, latents):
+        """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1."""
+        latents = latents / self.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def load_stable_diffusion(source=MINI_SD, device="cpu", dtype=torch.float32):
+    """A `StableDiffusion`, UNet in `dtype`, the small parts in float32.
+
+    source: a folder that diffusers wrote; a file .ckpt or .safetensors in the original layout; or a name on the hub, which needs internet."""
+    path = Path(source)
+    if path.is_file():
+        parts = load_single_file(path, dtype)
+    elif path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
+    elif not path.is_dir() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
+        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
+    else:
+        parts = load_folder(source, path.is_dir(), dtype)
+    for part in (parts.text_encoder, parts.vae, parts.unet):
+        part.to(device).eval().requires_grad_(False)
+    dims = parts.unet.config.cross_attention_dim, parts.text_encoder.config.hidden_size
+    if dims[0] != dims[1] or parts.unet.config.in_channels != parts.vae.config.latent_channels:
+        raise UserError(f"{source} is not a Stable Diffusion v1: its UNet takes text of {dims[0]} dimensions and latents of {parts.unet.config.in_channels} "
+                        f"channels, its text encoder gives {dims[1]}, its VAE {parts.vae.config.latent_channels}")
+    return parts
+
+
+def load_folder(source, local, dtype):
+    options = {"local_files_only": local}
+    try:
+        schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
+        parts = StableDiffusion(
+            CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
+            CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options).float(),
+            AutoencoderKL.from_pretrained(source, subfolder="vae", **options).float(),
+            UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype, **options), None)
+    except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
+        hint = "" if local else "; without internet, give a file or a folder"
+        raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
+    if schedule.get("beta_schedule") != "scaled_linear" or schedule.get("prediction_type", "epsilon") != "epsilon":
+        raise UserError(f"{source} has a schedule {schedule.get('beta_schedule')} that predicts {schedule.get('prediction_type')}; "
+                        "expected scaled_linear and epsilon, as Stable Diffusion v1 has")
+    parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
+    return parts
+
+
+def load_single_file(path, dtype=torch.float32, configs=CONFIGS):
+    """The parts of one file with keys model.diffusion_model.*, first_stage_model.* and cond_stage_model.transformer.*, offline.
+
+    UNet and VAE are converted by diffusers; the text encoder's names are transformers' own. configs: a folder with unet, vae, text_encoder/config.json."""
+    weights = read_checkpoint(path)
+    for prefix in ("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX):
+        if not any(name.startswith(prefix) for name in weights):
+            raise UserError(f"{path} has no keys {prefix}*; expected Stable Diffusion v1 in its original layout, such as sd-v1-4.ckpt")
+    models = []
+    for part, kind, kind_dtype in (("unet", UNet2DConditionModel, dtype), ("vae", AutoencoderKL, torch.float32)):
+        try:
+            # a copy of the dict: the conversion takes its keys out
+            model = kind.from_single_file(dict(weights), config=str(configs), subfolder=part, torch_dtype=kind_dtype, local_files_only=True)
+        except KeyError as error:
+            raise UserError(f"{path} has no tensor {error.args[0]!r}, which the {part} needs") from None
+        except (ValueError, RuntimeError, TypeError, OSError) as error:
+            raise UserError(f"the {part} of {path} does not fit Stable Diffusion v1: {first_line(error)}") from None
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise UserError(f"{path} has not all of the {part}: {missing[0]} is missing")
+        models.append(model)
+    encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
+    own = encoder.state_dict()
+    theirs = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items() if name.startswith(TEXT_PREFIX)}
+    if not any(name.startswith("text_model.") for name in own):  # transformers 5 dropped the prefix
+        theirs = {name.removeprefix("text_model."): tensor for name, tensor in theirs.items()}
+    for name, tensor in own.items():
+        if name.endswith("position_ids"):  # older ones store the numbers 0 to 76
+            continue
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            found = tuple(theirs[name].shape) if name in theirs else "missing"
+            raise UserError(f"the text encoder of {path} does not fit Stable Diffusion v1: {TEXT_PREFIX}{name} is {found}, expected {tuple(tensor.shape)}")
+    encoder.load_state_dict({name: theirs[name].float() if name in theirs else own[name] for name in own})
+    merges = read_merges()[:own[next(name for name in own if name.endswith("token_embedding.weight"))].shape[0] - 514]
+    return StableDiffusion(make_clip_tokenizer(merges), encoder, models[1], models[0], make_alpha_bar())
+
+
+class Inert:
+    """Stands in for a foreign class in a pickle: takes what it is given, does nothing."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def read_checkpoint(path):
+    """{name: tensor} of a .safetensors or of a pickle, of which no code is run.
+
+    A published .ckpt also holds objects of the package that trained it: their classes, and any function a pickle would call, become inert stand-ins
+    under torch's reader of weights, which knows no other classes; what even that refuses (the module os, say) is refused here."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in foreign]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError,
+            UnicodeDecodeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    named = content.items() if isinstance(content, dict) else ()
+    weights = {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+    if not weights:
+        raise UserError(f"{path} holds no tensors by name; expected a checkpoint of Stable Diffusion")
+    return weights
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

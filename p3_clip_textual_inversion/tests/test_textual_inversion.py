@@ -1,0 +1,274 @@
+"""Learning, files of embeddings, drawing and grading."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from p3_clip_textual_inversion.data import read_concepts, read_pictures, varied
+from p3_clip_textual_inversion.diffusion import image_noise
+from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
+from p3_clip_textual_inversion.evaluate import Grader, best_of, clip_scores, passes
+from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.train import Loss, draw_batch
+
+PACKAGE = "p3_clip_textual_inversion"
+
+
+@pytest.fixture
+def parts(tiny_sd):
+    return load_stable_diffusion(tiny_sd)
+
+
+def train_arguments(concepts_json, tiny_sd, output, **changed):
+    options = {"steps": 4, "batch-size": 2, "crops": 2, "save-every": 2, "sample-every": 0, "dtype": "fp32"} | changed
+    return [concepts_json, "--checkpoint", tiny_sd, "--output", output, *(f"--{name}={value}" for name, value in options.items())]
+
+
+def test_only_the_new_rows_learn(parts):
+    """All vectors of the word are in the prompt, all of them move, and nothing else in the model does."""
+    before = {name: tensor.clone() for model in (parts.text_encoder, parts.unet, parts.vae) for name, tensor in model.state_dict().items()}
+    table = parts.text_encoder.get_input_embeddings().weight.clone()
+    rows = torch.randn(3, 32) * 0.1
+    learned = add_words(parts, {"<new1>": rows})
+    ids = parts.tokens([expand("a drawing of a <new1>, a <new1>", {"<new1>": 3})])
+    assert (ids >= len(table)).sum() == 6
+    optimizer = torch.optim.AdamW([p for p in Loss(parts, None).parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(3, 32)]
+    x = torch.randn(1, 4, 8, 8)
+    for _ in range(3):
+        Loss(parts, None)(x, torch.randn_like(x), torch.tensor([300]), ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ((learned.rows - rows).abs() > 1e-3).any(dim=1).all()
+    assert torch.equal(learned.table.weight, table)
+    after = {name: tensor for model in (parts.text_encoder, parts.unet, parts.vae) for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, after.get(name, after.get(name.replace("token_embedding.weight", "token_embedding.table.weight"))))
+               for name, tensor in before.items())
+
+
+def test_gradient_agrees_with_a_resized_table(tiny_sd):
+    """The same loss and the same gradient as when transformers itself makes the table longer."""
+    ours, theirs = load_stable_diffusion(tiny_sd), load_stable_diffusion(tiny_sd)
+    rows = torch.randn(2, 32) * 0.1
+    learned = add_words(ours, {"<new1>": rows})
+    theirs.tokenizer.add_tokens(["<new1>", "<new1>_1"])
+    theirs.text_encoder.resize_token_embeddings(len(theirs.tokenizer), mean_resizing=False)
+    table = theirs.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    table.data[-2:] = rows
+    x, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([400])
+    losses = []
+    for parts in (ours, theirs):
+        losses.append(Loss(parts, None)(x, eps, t, parts.tokens(["a <new1> <new1>_1 on a hill"])))
+        losses[-1].backward()
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)
+    assert torch.allclose(learned.rows.grad, table.grad[-2:], atol=1e-6)
+
+
+def test_file_loads_into_a_stock_pipeline_and_draws_the_same(parts, tiny_sd, tmp_path):
+    vectors = {"<new1>": torch.randn(2, 32, generator=torch.Generator().manual_seed(1)) * 0.1}
+    path = file_of(tmp_path, "<new1>")
+    save_embedding(path, "<new1>", vectors["<new1>"], {"steps": "3"})
+    assert path.name == "new1.safetensors"
+    assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {"<new1>": (2, 32)}
+    word, rows, metadata = read_embedding(path)
+    assert (word, metadata["steps"]) == ("<new1>", "3")
+    assert torch.equal(rows, vectors["<new1>"])
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, local_files_only=True, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_textual_inversion(str(path))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = image_noise(0, ["x", "y"], (4, 8, 8))
+    theirs = pipeline(["a <new1> on a hill"] * 2, latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np").images
+    add_words(parts, read_embeddings(tmp_path))
+    prompt = expand("a <new1> on a hill", {"<new1>": 2})
+    ours = list(draw(parts, [prompt] * 2, ["x", "y"], DrawConfig(sampler="ddim", num_steps=10, guidance_weight=3.0)))
+    assert np.abs(np.stack(ours).astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+
+
+def test_drawing_does_not_depend_on_the_batch(parts):
+    prompts, names = ["a", "b c", "a"], ["0", "1", "2"]
+    one, three = (np.stack(list(draw(parts, prompts, names, DrawConfig(num_steps=3, batch_size=size)))) for size in (1, 3))
+    assert np.abs(one.astype(int) - three).max() <= 1
+
+
+def test_words_that_cannot_be_learned(tiny_sd):
+    for words, said in ((["the"], "already knows"), (["two words"], "one word"), ([""], "one word"), (["<new1>", "<new1>_1"], "contains another")):
+        with pytest.raises(UserError, match=said):
+            add_words(load_stable_diffusion(tiny_sd), {word: torch.zeros(1, 32) for word in words})
+    with pytest.raises(UserError, match="dimensions"):
+        add_words(load_stable_diffusion(tiny_sd), {"<new1>": torch.zeros(1, 768)})
+
+
+def test_words_in_any_spelling(tiny_sd):
+    for word in ("<New1>", "zwbq", "*", "<a-b_c>", "ñü"):
+        parts = load_stable_diffusion(tiny_sd)
+        known = parts.text_encoder.get_input_embeddings().num_embeddings
+        try:
+            add_words(parts, {word: torch.ones(1, 32)})
+        except UserError as error:
+            assert word in str(error)  # "*" is a token already
+            continue
+        assert (parts.tokens([f"a {word}, {word} b"]) == known).sum() == 2
+
+
+def test_initial_rows(parts):
+    table = parts.text_encoder.get_input_embeddings().weight
+    ids = parts.tokenizer("red hill", add_special_tokens=False).input_ids
+    directions = torch.nn.functional.normalize(table[ids], dim=1)
+    assert torch.allclose(initial_rows(parts, "red hill", len(ids)), directions * table[ids].norm(dim=1).mean(), atol=1e-5)
+    assert initial_rows(parts, "red", 5).shape == (5, 32)
+    assert initial_rows(parts, "a red hill near a river", 1).shape == (1, 32)
+    noise = initial_rows(parts, None, 4, torch.Generator().manual_seed(0))
+    assert torch.allclose(noise.norm(dim=1), table.norm(dim=1).median().expand(4), rtol=1e-4)
+    assert nearest_words(parts, table[ids[:1]])[0][0] == (parts.tokenizer.convert_ids_to_tokens(ids[0]).removesuffix("</w>"), pytest.approx(1, abs=1e-5))
+
+
+def test_training_writes_what_inference_and_grading_read(call, concepts_json, tiny_sd, tiny_clip, tmp_path):
+    code, out, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "run", vectors=2))
+    assert code == 0, err
+    assert "new1.safetensors" in out
+    vectors = read_embeddings(tmp_path / "run")
+    assert {word: tuple(rows.shape) for word, rows in vectors.items()} == {"<new1>": (2, 32), "<new2>": (2, 32)}
+    arguments = [concepts_json, tmp_path / "out", tiny_sd, "--embeddings", tmp_path / "run", "--num-images=3", "--steps=2"]
+    code, out, err = call(f"{PACKAGE}.inference", *arguments)
+    assert code == 0, err
+    expected = {f"{c}/{k}/source{c}_prompt{k}_{i}.png" for c, k in (("0", 0), ("0", 1), ("1", 0)) for i in range(3)}
+    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")} == expected
+    path = tmp_path / "out/0/0/source0_prompt0_1.png"
+    before = path.read_bytes()
+    path.unlink()
+    code, out, _ = call(f"{PACKAGE}.inference", *arguments, "--batch-size=1")
+    assert "wrote 1 pictures" in out and "8 were there already" in out
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(io.BytesIO(before)))).max() <= 1
+
+    code, out, err = call(f"{PACKAGE}.evaluate", tmp_path / "out", concepts_json, "--model", tiny_clip, "--num-images=3")
+    assert code == 0, err
+    grade = json.loads((tmp_path / "out_grade" / "grade.json").read_text())
+    assert [row["passed"] for row in grade["prompts"]] == [None] * 3
+    assert (tmp_path / "out_grade" / "best.png").is_file()
+    path.unlink()
+    code, _, err = call(f"{PACKAGE}.evaluate", tmp_path / "out", concepts_json, "--model", tiny_clip, "--num-images=3")
+    assert code == 1 and "source0_prompt0_1.png is missing" in err
+
+
+def test_killed_training_resumes_to_the_same_embedding(call, command, concepts_json, tiny_sd, tmp_path):
+    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "whole"), "--concepts", "0")
+    assert code == 0, err
+    arguments = [*train_arguments(concepts_json, tiny_sd, tmp_path / "killed"), "--concepts", "0"]
+    process = command(f"{PACKAGE}.train", *arguments, wait=False)
+    state = tmp_path / "killed" / "0" / "state.pt"
+    while not state.exists() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    code, _, err = call(f"{PACKAGE}.train", *arguments)
+    assert code == 0, err
+    whole, resumed = (read_embedding(tmp_path / run / "new1.safetensors")[1] for run in ("whole", "killed"))
+    assert torch.allclose(whole, resumed, atol=1e-6)
+    code, _, err = call(f"{PACKAGE}.train", *arguments, "--lr=1")
+    assert code == 1 and "other settings (lr" in err
+
+
+def test_norm_stays_at_the_initial_words(call, concepts_json, tiny_sd, tmp_path):
+    norms = {}
+    for norm in ("keep", "free"):
+        code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / norm, norm=norm, lr=0.5), "--concepts", "0")
+        assert code == 0, err
+        norms[norm] = read_embedding(tmp_path / norm / "new1.safetensors")[1].norm().item()
+    start = initial_rows(load_stable_diffusion(tiny_sd), "dog", 1).norm().item()
+    assert norms["keep"] == pytest.approx(start, rel=1e-3)
+    assert norms["free"] != pytest.approx(start, rel=1e-2)
+
+
+def test_batches_depend_on_their_generator_only():
+    latents = torch.randn(6, 4, 2, 2), torch.rand(6, 4, 2, 2)
+    a, b, c = (draw_batch(latents, ["x", "y"], 0.5, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3] == b[3]
+    assert not torch.equal(a[1], c[1])
+
+
+def test_score_and_pass_rule():
+    features = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1]]), dim=1)
+    image, text = clip_scores(features, torch.tensor([[1.0, 0], [0.6, 0.8]]), torch.tensor([0.0, 1.0]))
+    assert torch.allclose(image, torch.tensor([80.0, 40.0, (1 + 1.4) / 2 / 2**0.5 * 100]))
+    assert torch.allclose(text, torch.tensor([0, 100, 100 / 2**0.5]))
+    best, image_score, text_score = best_of(torch.tensor([10.0, 20, 30]), torch.tensor([9.0, 1, 0]), count=2)
+    assert best.tolist() == [0, 2] and (image_score, text_score) == (20, 4.5)  # 32.5, 22.5, 30
+    assert passes(20, 4.5, [20, 4.5]) and not passes(20, 4.4, [20, 4.5]) and passes(1, 1, None) is None
+
+
+def test_pictures_and_their_variations(tmp_path):
+    picture = Image.fromarray(np.zeros((20, 40, 3), np.uint8))
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture.save(tmp_path / "b.png", exif=exif)
+    Image.new("L", (10, 10)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    pictures, skipped = read_pictures(tmp_path)
+    assert [p.size for p in pictures] == [(10, 10), (20, 40)] and skipped == ["cut.png", "notes.txt"]
+    squares = varied(Image.fromarray(np.arange(64 * 80 * 3, dtype=np.uint32).reshape(64, 80, 3).astype(np.uint8)), 64, 6, np.random.default_rng(0))
+    assert squares.shape == (6, 3, 64, 64) and squares.min() >= -1 and squares.max() <= 1
+    assert torch.equal(squares[0].flip(-1), squares[1])  # the middle, and flipped
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", "cannot read"), ("[]", "object of concepts"), ("{}", "object of concepts"), ('{"0": 3}', "must be an object"),
+    ('{"0": {"prompt": ["a"]}}', "token_name"),
+    ('{"0": {"token_name": "<a>", "prompt": "a <a>"}}', "list of texts"), ('{"0": {"token_name": "<a>", "prompt": ["a dog"]}}', "not in the prompt"),
+    ('{"../x": {"token_name": "<a>", "prompt": ["<a>"]}}', "folder"), ('{"0": {"token_name": "<a>", "prompt": ["<a>"], "baseline": [1, 2]}}', "baseline"),
+    ('{"0": {"token_name": "<a>", "prompt": ["<a>"], "prompt_4_clip_eval": ["a", "b"]}}', "has 1 prompts, but 2"), ("[" * 100000, "cannot read")])
+def test_wrong_input_json(tmp_path, content, said):
+    (tmp_path / "input.json").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_concepts(tmp_path / "input.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_embeddings(tmp_path):
+    cases = {"two": {"a": torch.ones(2), "b": torch.ones(2)}, "ints": {"a": torch.ones(2, dtype=torch.long)}, "nan": {"a": torch.full((1, 4), float("nan"))},
+             "cube": {"a": torch.ones(2, 2, 2)}, "empty": {"a": torch.ones(0, 4)}}
+    for name, content in cases.items():
+        save_file(content, tmp_path / f"{name}.safetensors")
+    (tmp_path / "text.safetensors").write_text("no")
+    for name in (*cases, "text", "missing"):
+        with pytest.raises(UserError, match=f"{name}.safetensors"):
+            read_embedding(tmp_path / f"{name}.safetensors")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="has no embeddings"):
+        read_embeddings(tmp_path / "none")
+
+
+@pytest.mark.parametrize("module, arguments, said", [
+    ("train", ["missing.json"], "cannot read missing.json"), ("train", ["{json}", "--checkpoint", "missing.ckpt"], "no such checkpoint"),
+    ("train", ["{json}", "--concepts", "7"], "no concept '7'"), ("train", ["{json}", "--steps", "0"], "above 0"),
+    ("train", ["{json}", "--side", "63"], "multiple of"),
+    ("inference", ["{json}", "{tmp}", "--embeddings", "{tmp}"], "has no embeddings"), ("inference", ["{json}", "/proc/nothing"], "cannot write"),
+    ("inference", ["{json}", "{tmp}", "--steps", "0"], "between 1 and 1000"), ("evaluate", ["{tmp}", "{json}"], "is missing")])
+def test_wrong_use_ends_in_one_line(call, concepts_json, tiny_sd, tmp_path, module, arguments, said):
+    filled = [argument.format(json=concepts_json, tmp=tmp_path) for argument in arguments]
+    if module == "train" and "--checkpoint" not in filled and filled[0] != "missing.json":
+        filled += ["--checkpoint", str(tiny_sd), "--output", str(tmp_path / "run")]
+    if "/proc/nothing" in filled:
+        save_embedding(tmp_path / "a.safetensors", "<new1>", torch.ones(1, 32))
+        save_embedding(tmp_path / "b.safetensors", "<new2>", torch.ones(1, 32))
+        filled += ["--embeddings", str(tmp_path)]
+    code, _, err = call(f"{PACKAGE}.{module}", *filled)
+    assert code == 1 and said in err and "Traceback" not in err, err
+    assert err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_grader_scores_do_not_depend_on_the_batch(tiny_clip, concepts_json):
+    grader = Grader(tiny_clip)
+    pictures, _ = read_pictures(concepts_json.parent / "0")
+    assert torch.allclose(grader.of_pictures(pictures)[1:2], grader.of_pictures(pictures[1:2]), atol=1e-5)
