@@ -28,7 +28,7 @@ from .files import ROOT, UserError, run, writable_folder, write_json
 from .inference import MINI_GUIDANCE, DrawConfig, draw
 from .model import load_clip
 from .stable_diffusion import load_stable_diffusion
-from .train import Loss, draw_batch, encode_pictures
+from .train import Loss, Source, draw_batch, encode
 from .world import MINI
 from .zero_shot import image_features
 
@@ -72,31 +72,31 @@ def learning_speed(way, dtype, device, steps, batch_size):
     pictures, _ = read_pictures(MINI / "textual_inversion" / concept.number)
     parts = load_stable_diffusion(device=device, dtype=dtype if way == "ours" else torch.float32)
     rows, scaling = initial_rows(parts, concept.src_image, 1), parts.vae.config.scaling_factor
+    squares = torch.cat([varied(picture, parts.side, 8, np.random.default_rng(0)) for picture in pictures])
+    captions = [f"a drawing of a {concept.token}"]
     if way == "ours":
         trained = add_words(parts, {concept.token: rows}).rows
-        latents = encode_pictures(parts, pictures, parts.side, 8, 0)
+        sources = [encode(parts, squares, captions)]
     else:
         parts.tokenizer.add_tokens([concept.token])
         parts.text_encoder.resize_token_embeddings(len(parts.tokenizer), mean_resizing=False)
         trained = parts.text_encoder.get_input_embeddings().weight.requires_grad_(True)
         trained.data[-1] = rows[0]
         original = trained.detach().clone()
-        squares = torch.cat([varied(picture, parts.side, 8, np.random.default_rng(0)) for picture in pictures])
     optimizer = torch.optim.AdamW([trained], lr=5e-3, weight_decay=0.0)
     model = Loss(parts, None)
-    losses, captions = [], [f"a drawing of a {concept.token}"]
+    losses = []
     for step in range(steps + 5):
         if step == 5:
             started = time.perf_counter()
         generator = torch.Generator().manual_seed(step)
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            if way == "ours":
-                x0, eps, t, texts = draw_batch(latents, captions, scaling, batch_size, generator)
-            else:
+            if way == "plain":
                 chosen = torch.randint(0, len(squares), (batch_size,), generator=generator)
                 with torch.no_grad():
                     posterior = parts.vae.encode(squares[chosen].to(device)).latent_dist
-                x0, eps, t, texts = draw_batch((posterior.mean.float(), posterior.std.float()), captions, scaling, batch_size, generator)
+                sources = [Source(posterior.mean.float(), posterior.std.float(), captions)]
+            x0, eps, t, texts = draw_batch(sources, scaling, batch_size, generator)
             loss = model(x0, eps, t, parts.tokens(texts).to(device))
         loss.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from .files import UserError
@@ -88,3 +89,15 @@ def varied(picture, side, count, rng, margin=0.15):
         square = resized.crop((left, top, left + side, top + side))
         squares.append(np.asarray(ImageOps.mirror(square) if i % 2 else square))
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def side_by_side(left, right):
+    """Squares [N, 3, H, W] and [M, 3, H, W] -> [max(N, M), 3, H, W]: both at half size beside each other, their upper and lower rows drawn out to fill."""
+    count, side = max(len(left), len(right)), left.shape[-1]
+    above = (side - side // 2) // 2
+    halves = []
+    for squares in (left, right):
+        small = F.interpolate(squares, size=side // 2, mode="area")
+        small = F.pad(small, (0, 0, above, side - side // 2 - above), mode="replicate")
+        halves.append(small[torch.arange(count) % len(small)])
+    return torch.cat(halves, dim=-1)

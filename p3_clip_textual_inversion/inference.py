@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
@@ -108,6 +109,7 @@ def main():
     parser.add_argument("checkpoint", nargs="?", default=str(MINI_SD), metavar="CKPT",
                         help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS, help="folder of the learned words' .safetensors")
+    parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--overwrite", action="store_true", help="draw again what is already there")
     add_arguments(parser)
@@ -130,6 +132,8 @@ def main():
     if jobs:
         parts = load_stable_diffusion(args.checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
         add_words(parts, vectors)
+        if args.projections:
+            set_weights(parts.unet, read_weights(args.projections, parts.unet))
         counts = {word: len(rows) for word, rows in vectors.items()}
         prompts = [expand(concept.prompts[k], counts) for concept, k, _ in jobs]
         for prompt in dict.fromkeys(prompts):

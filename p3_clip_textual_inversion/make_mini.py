@@ -25,9 +25,11 @@ from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_
 
 PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
             "emojione": "1.2.3", "noto-v1": "1.2.5"}
-CONCEPTS = (  # (number, src_image, token_name, prompts): a subject and a style, as in the course
+SUBJECT, OTHER = (KEPT_OUT[0], "twemoji"), (KEPT_OUT[1], "fluent-emoji-flat")
+CONCEPTS = (  # (number, src_image, token_name, prompts): a subject and a style, as in the course, and another subject
     ("0", "bird", "<new1>", ("a drawing of a {} on a blue background", "a {} next to a red apple")),
     ("1", words(SILHOUETTES), "<new2>", ("a drawing of a dog face in the style of {}", "a drawing of a bus in the style of {}")),
+    ("2", "bear", "<new3>", ("a drawing of a {} on a green background", "a {} next to a banana")),
 )
 NUM_CLASSES, PER_CLASS, PER_CONCEPT = 50, 10, 5
 
@@ -85,15 +87,17 @@ def make_pictures(drawings, output, seed):
     for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator))):
         save_image(Image.fromarray(picture), zero_shot / "val" / f"{i // PER_CLASS}_{i % PER_CLASS}.png")
     write_json(zero_shot / "id2label.json", {str(i): words(name) for i, name in enumerate(classes)})
-    concepts = [[(KEPT_OUT[0], "twemoji")] * PER_CONCEPT, [(name, SILHOUETTES) for name in rng.permutation(SUBJECTS)[:PER_CONCEPT]]]
-    for number, concept in enumerate(concepts):
-        folder = writable_folder(output / "textual_inversion" / str(number))
+    concepts = {"0": [SUBJECT] * PER_CONCEPT, "1": [(name, SILHOUETTES) for name in rng.permutation(SUBJECTS)[:PER_CONCEPT]], "2": [OTHER] * PER_CONCEPT,
+                "0+1": [(SUBJECT[0], SILHOUETTES)] * PER_CONCEPT}  # the last: the subject in the style, which only the score of both is set by
+    for number, concept in concepts.items():
+        folder = writable_folder(output / "textual_inversion" / number)
         scenes = [Scene((drawings.table[name][style],), colour, "") for (name, style), colour in zip(concept, rng.permutation(colours))]
         for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0)))):
             save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
-    write_json(output / "textual_inversion" / "input.json", {
-        number: {"src_image": source, "token_name": token, "prompt": [prompt.format(token) for prompt in prompts],
-                 "prompt_4_clip_eval": [prompt.format(source) for prompt in prompts]} for number, source, token, prompts in CONCEPTS})
+    entries = {number: {"src_image": source, "token_name": token, "prompt": [prompt.format(token) for prompt in prompts],
+                        "prompt_4_clip_eval": [prompt.format(source) for prompt in prompts]} for number, source, token, prompts in CONCEPTS}
+    write_json(output / "textual_inversion" / "input.json", {number: entries[number] for number in "01"})
+    write_json(output / "textual_inversion" / "several.json", entries)
 
 
 def main():

@@ -2,12 +2,16 @@
 
     python -m p3_clip_textual_inversion.train                                                        # both bundled concepts, on the miniature
     python -m p3_clip_textual_inversion.train hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --output runs/p3_sd
+
+With --joint all concepts learn in one run, also from composed pictures; with --custom-diffusion (Kumari et al. 2023) the key and value projections of
+every cross-attention learn too, held in place by ordinary pictures that the model draws itself.
 """
 
 import argparse
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +21,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import diffusion
-from .data import read_concepts, read_pictures, varied
+from .custom_diffusion import projections, save_weights, weights_of
+from .data import read_concepts, read_pictures, side_by_side, varied
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, expand, file_of, initial_rows, save_embedding
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
@@ -33,12 +38,14 @@ TEMPLATES = {  # by (what the model draws, what is learned)
     ("drawing", "object"): ("a {}", "a drawing of a {}"),
     ("drawing", "style"): ("a drawing in the style of {}", "a drawing of a thing in the style of {}"),
 }
+ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
+            "drawing": ("cat face", "bus", "house", "red apple", "rose", "guitar")}
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
 
 class Loss(torch.nn.Module):
-    """The training loss as a function of token ids; what accelerate wraps. Only the new rows of the text encoder's table learn."""
+    """The training loss as a function of token ids; what accelerate wraps."""
 
     def __init__(self, parts, min_snr_gamma):
         super().__init__()
@@ -49,77 +56,121 @@ class Loss(torch.nn.Module):
         return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma).mean()
 
 
+class Source(NamedTuple):
+    """Latents of one kind of picture, means and deviations [N, 4, h, w], with captions; either any caption fits any picture, or each its own."""
+    means: torch.Tensor
+    deviations: torch.Tensor
+    captions: list
+    paired: bool = False
+
+
 @torch.no_grad()
-def encode_pictures(parts, pictures, side, crops, seed):
-    """Means and deviations [N, 4, h, w] of the latents of `crops` variations of each picture, encoded once; each step draws afresh from them."""
-    rng = np.random.default_rng(seed)
-    means, deviations = [], []
-    for picture in tqdm(pictures, desc="encoding pictures", unit="picture"):
-        for part in varied(picture, side, crops, rng).split(4):
-            posterior = parts.vae.encode(part.to(parts.vae.device, parts.vae.dtype)).latent_dist
-            means.append(posterior.mean.float())
-            deviations.append(posterior.std.float())
-    return torch.cat(means), torch.cat(deviations)
+def encode(parts, squares, captions, paired=False):
+    """A `Source` of pictures [N, 3, H, W] in -1..1: encoded once, as mean and deviation, so that each step still draws afresh."""
+    posteriors = [parts.vae.encode(part.to(parts.vae.device, parts.vae.dtype)).latent_dist for part in squares.split(4)]
+    return Source(*(torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std")), captions, paired)
 
 
-def draw_batch(latents, prompts, scaling, batch_size, generator):
-    """(x0, eps, t, prompts) of a batch from (means, deviations) [N, 4, h, w]. Everything is drawn on the CPU from the generator."""
-    means, deviations = latents
-    rows = torch.randint(0, len(means), (batch_size,), generator=generator).to(means.device)
-    fresh, eps = (torch.randn((batch_size, *means.shape[1:]), generator=generator).to(means.device) for _ in range(2))
+def draw_batch(sources, scaling, batch_size, generator):
+    """(x0, eps, t, captions) of a batch, each picture from a source picked at random. Everything is drawn on the CPU from the generator."""
+    picked = torch.randint(0, len(sources), (batch_size,), generator=generator).tolist()
+    means, deviations, captions = [], [], []
+    for source in (sources[i] for i in picked):
+        row = int(torch.randint(0, len(source.means), (), generator=generator))
+        caption = int(torch.randint(0, len(source.captions), (), generator=generator))
+        means.append(source.means[row])
+        deviations.append(source.deviations[row])
+        captions.append(source.captions[row if source.paired else caption])
+    means, deviations = torch.stack(means), torch.stack(deviations)
+    fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device) for _ in range(2))
     t = torch.randint(0, 1000, (batch_size,), generator=generator).to(means.device)
-    chosen = torch.randint(0, len(prompts), (batch_size,), generator=generator).tolist()
-    return scaling * (means[rows] + deviations[rows] * fresh), eps, t, [prompts[i] for i in chosen]
+    return scaling * (means + deviations * fresh), eps, t, captions
 
 
-def learn(concept, args, accelerator, dtype):
-    """Learns one concept; writes its run into OUTPUT/{number}/ and its word's file into OUTPUT."""
-    folder = writable_folder(args.output / concept.number)
-    result = file_of(args.output, concept.token)
-    mini = Path(args.checkpoint).resolve() == MINI_SD.resolve()
-    kind = args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {"token": concept.token, "kind": kind}
+def make_sources(parts, concepts, args, side, config):
+    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together; ordinary ones, if projections learn."""
+    medium = "drawing" if is_mini(args) else "photo"
+    counts = {concept.token: args.vectors for concept in concepts}
+    sources, subjects = [], []
+    for concept in concepts:
+        rng = np.random.default_rng(args.seed)
+        pictures, skipped = read_pictures(args.input.parent / concept.number)
+        if skipped:
+            print(f"note: left out what is no picture: {', '.join(skipped)}")
+        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures])
+        kind = kind_of(concept, args)
+        sources.append(encode(parts, squares, [expand(template.format(concept.token), counts) for template in TEMPLATES[medium, kind]]))
+        if kind == "object":
+            subjects.append((concept, squares))
+    if args.joint:
+        for left, ours in subjects:
+            for right, theirs in subjects:
+                if left is not right:
+                    sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
+    if args.custom_diffusion and args.prior:
+        words = [concept.src_image for concept, _ in subjects] + list(ORDINARY[medium])
+        captions = [TEMPLATES[medium, "object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
+        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
+            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
+        ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
+        sources += [ordinary] * len(sources)  # half of each batch
+    return sources
+
+
+def learn(concepts, args, accelerator, dtype):
+    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT."""
+    numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
+    folder = writable_folder(args.output / numbers)
+    results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings |= {"tokens": words, "kinds": ", ".join(kind_of(concept, args) for concept in concepts)}
     state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
-    if state and state["step"] >= args.steps and result.exists():
-        print(f"{concept.token} is learned already: {result}")
+    if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
+        print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
-    pictures, skipped = read_pictures(args.input.parent / concept.number)
-    if skipped:
-        print(f"note: left out what is no picture: {', '.join(skipped)}")
 
     device = accelerator.device
     parts = load_stable_diffusion(args.checkpoint, device, dtype)
     side = args.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
-    words = concept.src_image if args.init == "src_image" else None if args.init == "noise" else args.init
-    rows = initial_rows(parts, words, args.vectors, torch.Generator().manual_seed(args.seed))
-    learned = add_words(parts, {concept.token: rows})
-    prompts = [expand(template.format(concept.token), {concept.token: args.vectors}) for template in TEMPLATES["drawing" if mini else "photo", kind]]
-    latents = encode_pictures(parts, pictures, side, args.crops, args.seed)
+    config = DrawConfig(num_steps=20, guidance_weight=MINI_GUIDANCE if is_mini(args) else GUIDANCE, side=side, dtype=dtype, batch_size=4)
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(args.init, args.init), args.vectors, generator)
+            for concept in concepts}
+    learned = add_words(parts, rows)
+    sources = make_sources(parts, concepts, args, side, config)
     if not args.sample_every:
         parts.vae.to("cpu")  # no longer needed
     if args.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
         parts.unet.train()  # diffusers checkpoints in training mode only; there is no dropout
-    lengths = rows.norm(dim=1, keepdim=True).to(device)
-    step, history, recent, snapshots = 0, [], [], {0: rows}
+    trained = {"rows": learned.rows}
+    if args.custom_diffusion:
+        for name, module in projections(parts.unet).items():
+            trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
+    lengths = learned.rows.detach().norm(dim=1, keepdim=True).clone()
+    step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
     if state:
-        learned.rows.data.copy_(state["rows"])
+        for name, parameter in trained.items():
+            parameter.data.copy_(state["trained"][name])
         step, history, recent, snapshots = state["step"], state["history"], state["recent"], state["snapshots"]
-    model, optimizer = accelerator.prepare(Loss(parts, args.min_snr_gamma), torch.optim.AdamW([learned.rows], lr=args.lr, weight_decay=0.0))
+    others = [parameter for name, parameter in trained.items() if name != "rows"]
+    groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(Loss(parts, args.min_snr_gamma), optimizer)
     if state:
         optimizer.load_state_dict(state["optimizer"])
 
-    print(f"learning {concept.token} ({kind}, {args.vectors} vector{'s' * (args.vectors > 1)} of {rows.shape[1]}) from {len(pictures)} pictures on {device}")
-    config = DrawConfig(num_steps=20, guidance_weight=MINI_GUIDANCE if mini else GUIDANCE, side=side, dtype=dtype, batch_size=4)
+    print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, from {sum(len(source.means) for source in sources)} latents, on {device}")
     share = slice(accelerator.process_index, None, accelerator.num_processes)  # of each batch, this process's
-    with tqdm(total=args.steps, initial=step, unit="step", desc=f"learning {concept.token}", disable=not accelerator.is_main_process) as bar:
+    shown = [expand(TEMPLATES["drawing" if is_mini(args) else "photo", kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
+    with tqdm(total=args.steps, initial=step, unit="step", desc=f"learning {words}", disable=not accelerator.is_main_process) as bar:
         while step < args.steps:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
+                group["lr"] = group["share"] * args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
             for _ in range(args.accumulate):
-                x0, eps, t, texts = draw_batch(latents, prompts, parts.vae.config.scaling_factor, args.batch_size, generator)
+                x0, eps, t, texts = draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator)
                 with accelerator.accumulate(model):
                     with accelerator.autocast():
                         loss = model(x0[share], eps[share], t[share], parts.tokens(texts[share]).to(device))
@@ -141,18 +192,31 @@ def learn(concept, args, accelerator, dtype):
             if step % max(args.steps // 10, 1) == 0 or step == args.steps:
                 snapshots[step] = learned.rows.detach().cpu().clone()
             if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-                shown = list(draw(parts, [prompts[-1]] * 4, [f"sample/{i}" for i in range(4)], config))
-                save_image(Image.fromarray(np.concatenate(shown, axis=1)), folder / f"samples_{step:06d}.png")
+                pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), config))
+                save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
             if accelerator.is_main_process and (step % args.save_every == 0 or step == args.steps):
                 with atomic_path(folder / "state.pt") as temporary:
-                    torch.save({"rows": learned.rows.detach(), "optimizer": optimizer.state_dict(), "step": step, "history": history, "recent": recent,
-                                "snapshots": snapshots, "settings": settings}, temporary)
+                    torch.save({"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
+                                "history": history, "recent": recent, "snapshots": snapshots, "settings": settings}, temporary)
     if accelerator.is_main_process:
         write_json(folder / "history.json", history)
         with atomic_path(folder / "snapshots.safetensors") as temporary:
-            save_file({f"{at:06d}": tensor for at, tensor in snapshots.items()}, temporary, metadata={"word": concept.token})
-        save_embedding(result, concept.token, learned.rows, {name: str(value) for name, value in settings.items()})
-        print(f"wrote {result}; its run is in {folder}")
+            save_file({f"{at:06d}": tensor for at, tensor in snapshots.items()}, temporary, metadata={"words": words})
+        metadata = {name: str(value) for name, value in settings.items()}
+        for concept, part in zip(concepts, learned.rows.detach().split(args.vectors)):
+            save_embedding(results[concept.token], concept.token, part, metadata)
+        if args.custom_diffusion:
+            save_weights(folder / "projections.safetensors", weights_of(parts.unet), metadata)
+        print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
+
+
+def is_mini(args):
+    return Path(args.checkpoint).resolve() == MINI_SD.resolve()
+
+
+def kind_of(concept, args):
+    """Whether a concept is an object or a style."""
+    return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
 
 
 def load_state(path, settings):
@@ -183,6 +247,10 @@ def parse_args():
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
     parser.add_argument("--min-snr-gamma", type=float, default=None, help="min-SNR loss weighting (5 is usual); none if not given")
+    parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
+    parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
+    parser.add_argument("--lr-projections", type=float, default=1e-4, help="peak learning rate of those")
+    parser.add_argument("--prior", type=int, default=48, help="ordinary pictures that hold those in place; 0 for none")
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -192,7 +260,7 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every"):
+    for name in ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     return args
@@ -217,8 +285,8 @@ def main():
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {accelerator.num_processes} processes")
     writable_folder(args.output)
     started = time.perf_counter()
-    for concept in concepts:
-        learn(concept, args, accelerator, dtype)
+    for group in [concepts] if args.joint else [[concept] for concept in concepts]:
+        learn(group, args, accelerator, dtype)
     print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
           f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}")
 

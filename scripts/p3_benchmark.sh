@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Times zero-shot classification and textual inversion   (--help lists the flags)
+# Times zero-shot classification, learning and drawing:  p3_benchmark.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 exec "$python" -m p3_clip_textual_inversion.benchmark "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Grades pictures of learned words by CLIP, p3_grade.sh OUT INPUT_JSON   (--help lists the flags)
+# Grades pictures of learned words:  p3_grade.sh OUT INPUT_JSON   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 exec "$python" -m p3_clip_textual_inversion.evaluate "$@"

@@ -17,7 +17,7 @@ from p3_clip_textual_inversion.evaluate import Grader, best_of, clip_scores, pas
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
-from p3_clip_textual_inversion.train import Loss, draw_batch
+from p3_clip_textual_inversion.train import Loss, Source, draw_batch
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -178,6 +178,15 @@ def test_killed_training_resumes_to_the_same_embedding(call, command, concepts_j
     assert code == 1 and "other settings (lr" in err
 
 
+def test_gradient_checkpointing_changes_nothing(call, concepts_json, tiny_sd, tmp_path):
+    rows = {}
+    for name, flags in (("plain", []), ("checkpointing", ["--gradient-checkpointing"])):
+        code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / name, steps=2), "--concepts", "0", *flags)
+        assert code == 0, err
+        rows[name] = read_embedding(tmp_path / name / "new1.safetensors")[1]
+    assert torch.allclose(rows["plain"], rows["checkpointing"], atol=1e-6)
+
+
 def test_norm_stays_at_the_initial_words(call, concepts_json, tiny_sd, tmp_path):
     norms = {}
     for norm in ("keep", "free"):
@@ -190,8 +199,8 @@ def test_norm_stays_at_the_initial_words(call, concepts_json, tiny_sd, tmp_path)
 
 
 def test_batches_depend_on_their_generator_only():
-    latents = torch.randn(6, 4, 2, 2), torch.rand(6, 4, 2, 2)
-    a, b, c = (draw_batch(latents, ["x", "y"], 0.5, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    sources = [Source(torch.randn(6, 4, 2, 2), torch.rand(6, 4, 2, 2), ["x", "y"])]
+    a, b, c = (draw_batch(sources, 0.5, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3] == b[3]
     assert not torch.equal(a[1], c[1])
 

@@ -1,0 +1,96 @@
+"""What learning a word is worth: the same prompts and noises with the learned word, with the words it started from, and with an untrained word.
+
+    python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2      # report/results/p3_compare.json, figures/p3_compare.png
+
+Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .data import read_concepts, read_pictures
+from .embedding import add_words, expand, initial_rows, read_embeddings
+from .evaluate import Grader, clip_scores, sheet
+from .files import ROOT, UserError, run, save_image, writable_folder, write_json
+from .inference import add_arguments, draw, settings_of
+from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .world import MINI
+
+
+def score_way(checkpoint, concepts, vectors, count, config, device, grader, references, bar):
+    """[(image scores, text scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for the words of src_image themselves."""
+    parts = load_stable_diffusion(checkpoint, device)
+    if vectors:
+        add_words(parts, vectors)
+    counts = {word: len(rows) for word, rows in (vectors or {}).items()}
+    results = []
+    for concept in concepts:
+        directions = grader.of_texts(concept.eval_prompts)
+        for k, prompt in enumerate(concept.prompts):
+            text = expand(prompt, counts) if vectors else prompt.replace(concept.token, concept.src_image)
+            names = [f"{concept.token}/{prompt}/{i}" for i in range(count)]  # the same noises for every way
+            pictures = [Image.fromarray(picture) for picture in draw(parts, [text] * count, names, config, progress=bar)]
+            results.append((*clip_scores(grader.of_pictures(pictures), references[concept.number], directions[k]), pictures))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compares learned words with the words they started from and with untrained ones.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--learned", type=Path, nargs="+", required=True, help="folders of embeddings, one for each seed of the training")
+    parser.add_argument("--input", type=Path, default=MINI / "textual_inversion" / "input.json", help="the concepts")
+    parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
+    parser.add_argument("--model", default=str(MINI / "clip"), help="the CLIP that judges")
+    parser.add_argument("--pretrained", default=None, help="its weights, for a named model")
+    parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt and way")
+    parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_compare.json and figures/p3_compare.png")
+    add_arguments(parser)
+    args = parser.parse_args()
+    config, device = settings_of(args, args.checkpoint)
+    concepts = read_concepts(args.input)
+    learned = [read_embeddings(folder) for folder in args.learned]
+    for folder, vectors in zip(args.learned, learned):
+        missing = [concept.token for concept in concepts if concept.token not in vectors]
+        if missing:
+            raise UserError(f"{folder} has no embedding of {missing[0]}")
+    for name in ("results", "figures"):
+        writable_folder(args.output / name)
+    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    grader = Grader(args.model, args.pretrained, device)
+    references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
+    untrained = initial_rows(load_stable_diffusion(args.checkpoint, device), None, 1, torch.Generator().manual_seed(args.seed))
+    ways = {"initial words": None, "untrained word": {concept.token: untrained for concept in concepts},
+            **{f"learned ({folder})": {c.token: vectors[c.token] for c in concepts} for folder, vectors in zip(args.learned, learned)}}
+    prompts = [(concept, k) for concept in concepts for k in range(len(concept.prompts))]
+    scores, pictures = {}, {}
+    with tqdm(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
+        for way, vectors in ways.items():
+            results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar)
+            scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item()}
+                           for (concept, k), (image, text, _) in zip(prompts, results)]
+            pictures[way] = [shown[:5] for *_, shown in results]
+    among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) for number, features in references.items()}
+    write_json(args.output / "results" / "p3_compare.json", {"ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
+                                                             "guidance_weight": config.guidance_weight, "steps": config.num_steps})
+    rows = []
+    for j, (concept, k) in enumerate(prompts):
+        if k == 0:
+            rows.append((f"examples of {concept.token}", examples[concept.number]))
+        rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in list(ways)[:3]]
+        image = {way: scores[way][j]["image"] for way in ways}
+        text = {way: scores[way][j]["text"] for way in ways}
+        ours = [way for way in ways if way.startswith("learned")]
+        print(f"{concept.prompts[k]}\n  image score: " + ", ".join(f"{way} {image[way]:.1f}" for way in list(ways)[:2])
+              + f", learned {np.mean([image[way] for way in ours]):.1f} (seeds {min(image[way] for way in ours):.1f} to {max(image[way] for way in ours):.1f})"
+              + "\n  text score:  " + ", ".join(f"{way} {text[way]:.1f}" for way in list(ways)[:2]) + f", learned {np.mean([text[way] for way in ours]):.1f}")
+    save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
+    print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,48 @@
+"""Guidance that places two concepts in one picture: each half of the picture follows a prompt of its own.
+
+The noise estimate of "a <new1> next to a <new2>" is a weighted sum: a share of the whole prompt's everywhere, the rest of each side's prompt in its own half
+(regional guidance, in the manner of MultiDiffusion, Bar-Tal et al. 2023); or, with masks of one half everywhere, composed noise estimates (Liu et al. 2022).
+"""
+
+import torch
+
+from .diffusion import Guided
+
+SEPARATOR = " next to "
+
+
+def halves(height, width, soft=0.125):
+    """Two masks [1, 1, height, width] that sum to 1: the left half and the right, with a soft seam of `soft` of the width on either side of the middle."""
+    x = (torch.arange(width) + 0.5) / width
+    right = ((x - 0.5) / (2 * soft) + 0.5).clamp(0, 1).expand(1, 1, height, width)
+    return 1 - right, right
+
+
+class Regional(Guided):
+    """Like `Guided`, with prompts for parts of the picture: eps_cond = whole * eps(prompt) + (1 - whole) * sum_k mask_k eps(prompt_k).
+
+    sides: hidden states [tokens, dim] of each part's prompt; whole: share of the whole prompt; masks: of `halves`, or None for a plain mean."""
+
+    def __init__(self, unet, cond, uncond, w, dtype, sides, whole=0.3, masks=halves):
+        super().__init__(unet, cond, uncond, w, dtype)
+        self.whole, self.masks, self.count = whole, masks, len(sides)
+        self.predict_all = Guided(unet, torch.cat([cond, uncond, *(side.expand_as(cond) for side in sides)]), uncond, 0, dtype)
+
+    def __call__(self, x, t):
+        cond, uncond, *sides = self.predict_all(torch.cat([x] * (2 + self.count)), t).chunk(2 + self.count)
+        masks = self.masks(*x.shape[-2:]) if self.masks else [1 / self.count] * self.count
+        parts = sum((mask.to(x.device) if torch.is_tensor(mask) else mask) * side for mask, side in zip(masks, sides))
+        return (1 + self.w) * (self.whole * cond + (1 - self.whole) * parts) - self.w * uncond
+
+
+def regional(parts, prompt, whole=0.3, masks=halves):
+    """What `inference.draw` takes as `guided`, for a prompt "A next to B" (learned words written out). Other prompts have no sides: plain guidance."""
+    sides = prompt.split(SEPARATOR)
+    if len(sides) != 2:
+        return Guided
+    with torch.inference_mode():
+        hidden = parts.encode_text(sides)
+
+    def guided(unet, cond, uncond, w, dtype):
+        return Regional(unet, cond, uncond, w, dtype, [side[None] for side in hidden], whole, masks)
+    return guided

@@ -1,0 +1,99 @@
+"""Draws the report's figures of textual inversion from the runs of train.
+
+    python -m p3_clip_textual_inversion.figures --runs runs/p3      # p3_words.png, p3_learning.png, p3_steps.png
+
+p3_words: example pictures beside drawn ones, per prompt. p3_learning: loss, length and nearest ordinary words of each vector along the training.
+p3_steps: the same prompt and noise at several training steps.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .data import read_concepts, read_pictures
+from .embedding import add_words, expand, nearest_words, read_embeddings
+from .evaluate import sheet
+from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder
+from .inference import add_arguments, draw, settings_of
+from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .world import MINI
+
+
+def read_run(folder):
+    """(history, {step: rows}) of one concept's run."""
+    try:
+        history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        snapshots = {int(step): rows for step, rows in load_file(folder / "snapshots.safetensors").items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a finished run of scripts/p3_train.sh: {error}") from None
+    return history, dict(sorted(snapshots.items()))
+
+
+def draw_learning(concepts, runs, parts, path):
+    """Per concept: the loss, the vectors' mean length, and the nearest words of the first vector at a few steps."""
+    figure, axes = plt.subplots(len(concepts), 3, figsize=(12, 2.9 * len(concepts)), layout="constrained", squeeze=False, width_ratios=[1, 1, 1.3])
+    for row, concept in enumerate(concepts):
+        history, snapshots = runs[concept.number]
+        for axis, key in zip(axes[row], ("loss", "norm")):
+            axis.plot([point["step"] for point in history], [point[key] for point in history])
+            axis.set(xlabel="step", title=f"{concept.token}: " + {"loss": "loss", "norm": "length of the vectors"}[key])
+        axes[row, 1].set_ylim(bottom=0)
+        axes[row, 2].axis("off")
+        shown = list(snapshots)[:: max(len(snapshots) // 6, 1)]
+        lines = [f"{step:5}  " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest_words(parts, snapshots[step][:1])[0]) for step in shown]
+        axes[row, 2].text(0, 0.95, "step   nearest words (cosine)\n" + "\n".join(lines), family="monospace", fontsize=9, va="top")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws the figures of textual inversion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
+    parser.add_argument("--input", type=Path, default=MINI / "textual_inversion" / "input.json", help="the concepts")
+    parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
+    parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for the figures")
+    add_arguments(parser)
+    args = parser.parse_args()
+    config, device = settings_of(args, args.checkpoint)
+    concepts, vectors = read_concepts(args.input), read_embeddings(args.runs)
+    runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
+    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    writable_folder(args.output)
+    parts = load_stable_diffusion(args.checkpoint, device)
+    draw_learning(concepts, runs, parts, args.output / "p3_learning.png")
+    learned = add_words(parts, vectors)
+    counts = {word: len(rows) for word, rows in vectors.items()}
+    first = dict(zip(counts, np.cumsum([0, *counts.values()])))  # of each word's rows
+    words, steps = [], []
+    for concept in tqdm(concepts, desc="drawing", unit="concept"):
+        words.append((f"examples of {concept.token}", examples[concept.number]))
+        for prompt in concept.prompts:
+            names = [f"{concept.token}/{prompt}/{i}" for i in range(5)]  # those of inference
+            words.append((prompt, [Image.fromarray(p) for p in draw(parts, [expand(prompt, counts)] * 5, names, config)]))
+        at = slice(first[concept.token], first[concept.token] + counts[concept.token])
+        final = learned.rows.data[at].clone()
+        shown = list(runs[concept.number][1])[::2]
+        row = []
+        for step in shown:
+            learned.rows.data[at] = runs[concept.number][1][step].to(device)
+            row += [Image.fromarray(p) for p in draw(parts, [expand(concept.prompts[0], counts)], [f"{concept.token}/{concept.prompts[0]}/0"], config)]
+        learned.rows.data[at] = final
+        steps.append((f"{concept.prompts[0]}: after {', '.join(map(str, shown))} steps", row))
+    save_image(sheet(words), args.output / "p3_words.png")
+    save_image(sheet(steps, columns=max(len(row) for _, row in steps)), args.output / "p3_steps.png")
+    print(f"wrote p3_words.png, p3_learning.png and p3_steps.png to {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

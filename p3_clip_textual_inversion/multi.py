@@ -1,0 +1,260 @@
+"""Several learned concepts in one picture: the same prompts and noises with every method, scored by whether CLIP finds both.
+
+    python -m p3_clip_textual_inversion.multi                                                              # on the miniature
+    python -m p3_clip_textual_inversion.multi hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --ordinary cat --output runs/p3_multi_sd
+
+Trains what is missing: words learned apart and together, and Custom Diffusion together and apart, merged. Then draws with each, and with the words
+learned apart under composed and under regional guidance (compose.py).
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .compose import SEPARATOR, regional
+from .custom_diffusion import merge, read_weights, set_weights, weights_of
+from .data import read_concepts, read_pictures
+from .diffusion import Guided
+from .embedding import add_words, expand, read_embeddings
+from .evaluate import Grader, sheet
+from .files import ROOT, UserError, run, save_image, writable_folder, write_json
+from .inference import add_arguments, draw, settings_of
+from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .train import ORDINARY, TEMPLATES, is_mini, kind_of
+from .world import MINI
+from .zero_shot import read_data
+
+RUNS = {"apart": [], "together": ["--joint"], "custom": ["--joint", "--custom-diffusion"], "custom_apart": ["--custom-diffusion"]}
+METHODS = {  # name: (run whose words it uses, where its projections come from, guidance of "A next to B")
+    "words learned apart": ("apart", None, None),
+    "words learned together": ("together", None, None),
+    "Custom Diffusion, together": ("custom", "run", None),
+    "Custom Diffusion, apart, merged": ("custom_apart", "merged", None),
+    "apart, composed noise estimates": ("apart", None, {"whole": 0.3, "masks": None}),
+    "apart, regional guidance": ("apart", None, {}),
+}
+
+
+def half_crops(picture):
+    """The left and right of a picture, squares of 0.55 of its side at mid-height, where a subject of two stands."""
+    side = round(0.55 * picture.width)
+    top = (picture.height - side) // 2
+    return [picture.crop((left, top, left + side, top + side)) for left in (0, picture.width - side)]
+
+
+class Finder:
+    """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
+    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
+
+    def __init__(self, grader, references, present, absent):
+        self.grader, self.references = grader, grader.of_pictures(references)
+        self.threshold = (self.scores(present).mean() + self.scores(absent).mean()).item() / 2
+
+    def scores(self, pictures):
+        """[N]"""
+        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+        return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
+
+    def __call__(self, pictures):
+        """bool [N]"""
+        return self.scores(pictures) > self.threshold
+
+
+class WordFinder:
+    """The same for an ordinary thing, by its name: in some half or the whole, CLIP takes it for the likeliest of many names."""
+
+    def __init__(self, grader, name, names, medium):
+        self.grader = grader
+        self.directions = grader.of_texts([f"a {medium} of a {other}" for other in [name, *(n for n in names if n != name)]])
+
+    def __call__(self, pictures):
+        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+        return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(-1, 3).any(1)
+
+
+def make_finders(grader, concepts, args, others, labels):
+    """({key: finder}, {key: how many real pictures that set no threshold it judges rightly}).
+
+    A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
+    halves of the ordinary pictures. A subject is seen beside another thing; a subject in a style (key "0+1") needs real pictures in a folder of that name."""
+    finders, validation = {}, {}
+    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    styles = [concept.number for concept in concepts if kind_of(concept, args) == "style"]
+    side = others[0].width
+    halves_of_others = others[0::2], others[1::2]
+    for concept in concepts:
+        *references, setting, trying = examples[concept.number]
+        sets = []
+        for example, half in ((setting, halves_of_others[0]), (trying, halves_of_others[1])):
+            if concept.number in styles:
+                flipped = ImageOps.mirror(example)
+                sets.append(([example, flipped], half))
+            else:
+                beside = [paste_side_by_side(*((example, other) if i % 2 else (other, example)), side) for i, other in enumerate(half)]
+                without = [paste_side_by_side(half[i - 1], other, side) for i, other in enumerate(half)]
+                sets.append((beside, without))
+        add_finder(finders, validation, concept.number, grader, references, sets)
+    for style in styles:
+        for subject in (concept.number for concept in concepts if concept.number not in styles):
+            folder = args.input.parent / f"{subject}+{style}"
+            if folder.is_dir():
+                both, others_in_style = read_pictures(folder)[0], examples[style]
+                sets = [(both[i::2], others_in_style[i::2]) for i in (0, 1)]
+                add_finder(finders, validation, f"{subject}+{style}", grader, examples[subject], sets)
+    finders["ordinary"] = WordFinder(grader, args.ordinary, labels, medium_of(args))
+    return finders, validation
+
+
+def add_finder(finders, validation, key, grader, references, sets):
+    (present, absent), (new_present, new_absent) = sets
+    finders[key] = Finder(grader, references, present, absent)
+    validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
+                       "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
+
+
+def paste_side_by_side(left, right, side):
+    """A real picture of two: both at half size beside each other, on the left one's ground."""
+    picture = Image.new("RGB", (side, side), left.getpixel((0, 0)))
+    for i, part in enumerate((left, right)):
+        picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
+    return picture
+
+
+def interval(hits, count, z=1.96):
+    """Wilson's 95 % interval of a share."""
+    p = hits / count
+    middle, half = p + z**2 / (2 * count), z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
+    return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
+
+
+def prepare(method, args, concepts, device):
+    """(model with the method's words and projections, {word: number of vectors})"""
+    source, weights, _ = METHODS[method]
+    folder = args.output / source
+    parts = load_stable_diffusion(args.checkpoint, device)
+    vectors = read_embeddings(folder)
+    base = weights_of(parts.unet) if weights else None
+    learned_words = {concept.token: vectors[concept.token] for concept in concepts}
+    counts = {word: len(rows) for word, rows in learned_words.items()}
+    add_words(parts, learned_words)
+    if weights == "run":
+        set_weights(parts.unet, read_weights(folder / "+".join(c.number for c in concepts) / "projections.safetensors", parts.unet))
+    elif weights == "merged":
+        tuned = [read_weights(folder / concept.number / "projections.safetensors", parts.unet) for concept in concepts]
+        medium = medium_of(args)
+        with torch.inference_mode():
+            targets = []
+            for concept in concepts:  # the hidden states of its words in its captions, which is what its projections learned
+                captions = [expand(t.format(concept.token), counts) for t in TEMPLATES[medium, kind_of(concept, args)]]
+                ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
+                targets.append(hidden[ids >= parts.text_encoder.get_input_embeddings().table.num_embeddings])
+            captions = [t.format(word) for t in TEMPLATES[medium, "object"] for word in ORDINARY[medium]]
+            ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
+        set_weights(parts.unet, merge(base, tuned, targets, hidden[ids != parts.tokenizer.pad_token_id]))
+    return parts, counts
+
+
+def train_missing(args, concepts):
+    for name, flags in RUNS.items():
+        command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
+                   "--sample-every", 0,
+                   "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *flags]
+        print(f"== learning: {name}", flush=True)
+        if subprocess.run(list(map(str, command)), check=False).returncode:
+            raise UserError(f"the training {name} failed")
+
+
+def make_prompts(args, concepts):
+    """[(prompt, keys of the finders that must find)]: two subjects, a subject and an ordinary thing, a subject in a style."""
+    subjects = [c for c in concepts if kind_of(c, args) == "object"]
+    styles = [c for c in concepts if kind_of(c, args) == "style"]
+    prompts = [(f"a {a.token}{SEPARATOR}a {b.token}", (a.number, b.number)) for a, b in pairwise(subjects)]
+    prompts += [(f"a {subject.token}{SEPARATOR}a {args.ordinary}", (subject.number, "ordinary")) for subject in subjects[:1]]
+    return prompts + [(f"a {medium_of(args)} of a {subject.token} in the style of {style.token}", (f"{subject.number}+{style.number}", style.number))
+                      for subject in subjects[:1] for style in styles[:1]]
+
+
+def medium_of(args):
+    """What the model draws."""
+    return "drawing" if is_mini(args) else "photo"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Compares ways to draw several learned concepts in one picture.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("input", type=Path, nargs="?", default=MINI / "textual_inversion" / "several.json", metavar="INPUT_JSON", help="the concepts")
+    parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
+    parser.add_argument("--output", type=Path, default=Path("runs/p3_multi"), help="folder for the trainings")
+    parser.add_argument("--report", type=Path, default=ROOT / "report", help="folder for results/p3_multi.json and figures/p3_multi.png")
+    parser.add_argument("--ordinary", default="red apple", help="ordinary thing that stands beside the first subject")
+    parser.add_argument("--ordinary-pictures", type=Path, default=MINI / "clip_zeroshot", help="pictures of ordinary things, to set the score's thresholds by")
+    parser.add_argument("--train-steps", type=int, default=400, help="steps per concept of each training")
+    parser.add_argument("--num-images", type=int, default=50, help="pictures per prompt and method")
+    parser.add_argument("--model", default=str(MINI / "clip"), help="the CLIP that judges")
+    parser.add_argument("--pretrained", default=None, help="its weights, for a named model")
+    parser.add_argument("--kind", default="auto", help=argparse.SUPPRESS)
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.num_images < 1 or args.train_steps < 1:
+        raise UserError("--num-images and --train-steps must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    config, device = settings_of(args, args.checkpoint)
+    concepts = read_concepts(args.input)
+    paths, classes, labels = read_data(args.ordinary_pictures)
+    for concept in concepts:
+        if len(read_pictures(args.input.parent / concept.number)[0]) < 3:
+            raise UserError(f"{args.input.parent / concept.number} needs at least 3 pictures: two are kept to set and to try the score")
+    prompts = make_prompts(args, concepts)
+    for name in ("results", "figures"):
+        writable_folder(args.report / name)
+    writable_folder(args.output)
+    grader = Grader(args.model, args.pretrained, device)
+    firsts = [paths[classes.index(number)] for number in dict.fromkeys(classes)]  # one of each class
+    others = [Image.open(path).convert("RGB") for path in firsts]
+    finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
+    prompts = [(prompt, keys) for prompt, keys in prompts if all(key in finders for key in keys)]
+    for key, row in validation.items():
+        print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
+              f"in {row['found_where_absent']:.0%} of {row['absent']} without")
+    train_missing(args, concepts)
+    rows, results = [], {}
+    with tqdm(total=len(METHODS) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
+        for method, (_, _, guidance) in METHODS.items():
+            parts, counts = prepare(method, args, concepts, device)
+            results[method] = {}
+            for prompt, keys in prompts:
+                text = expand(prompt, counts)
+                guided = Guided if guidance is None else regional(parts, text, **guidance)
+                names = [f"{prompt}/{i}" for i in range(args.num_images)]  # the same noises for every method
+                pictures = [Image.fromarray(p) for p in draw(parts, [text] * args.num_images, names, config, guided, bar)]
+                found = torch.stack([finders[key](pictures) for key in keys])
+                both = int(found.all(0).sum())
+                results[method][prompt] = {"both": both / args.num_images, "interval": interval(both, args.num_images),
+                                           **{f"finds {key}": found[i].float().mean().item() for i, key in enumerate(keys)}}
+                rows.append((f"{prompt}: {method}, both in {both} of {args.num_images}", pictures[:8]))
+    write_json(args.report / "results" / "p3_multi.json", {"methods": results, "validation": validation, "pictures": args.num_images,
+                                                           "guidance_weight": config.guidance_weight, "steps": config.num_steps})
+    order = sorted(range(len(rows)), key=lambda i: i % len(prompts))  # by prompt
+    save_image(sheet([rows[i] for i in order], side=64 if config.side is None else 96, columns=8), args.report / "figures" / "p3_multi.png")
+    for prompt, _ in prompts:
+        print(prompt)
+        for method in METHODS:
+            row = results[method][prompt]
+            print(f"  {method:34} both {row['both']:4.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})  "
+                  + ", ".join(f"{key} {value:.0%}" for key, value in row.items() if key.startswith("finds")))
+    print(f"wrote results/p3_multi.json and figures/p3_multi.png to {args.report}")
+
+
+if __name__ == "__main__":
+    run(main)

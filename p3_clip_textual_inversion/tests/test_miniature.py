@@ -1,0 +1,100 @@
+"""The bundled miniatures of CLIP and of Stable Diffusion: they load in the usual ways, without a network, and do what the README says."""
+
+import json
+import socket
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from p3_clip_textual_inversion.data import read_concepts, read_pictures
+from p3_clip_textual_inversion.diffusion import image_noise
+from p3_clip_textual_inversion.embedding import add_words, expand, read_embeddings
+from p3_clip_textual_inversion.evaluate import Grader, clip_scores
+from p3_clip_textual_inversion.inference import EMBEDDINGS, MINI_GUIDANCE, DrawConfig, draw
+from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
+from p3_clip_textual_inversion.world import MINI
+
+INPUT = MINI / "textual_inversion" / "input.json"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network in this test")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    return Grader()
+
+
+def test_open_clip_loads_it_offline(offline):
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{MINI / 'clip'}")
+    tokenizer = open_clip.SimpleTokenizer(str(MINI / "clip" / "bpe.txt.gz"), context_length=32)
+    with torch.inference_mode():
+        picture = transform(Image.open(MINI / "clip_zeroshot" / "val" / "0_0.png").convert("RGB"))[None]
+        assert model.eval().encode_image(picture).shape == model.encode_text(tokenizer(["a drawing of a fox"])).shape == (1, 256)
+
+
+def test_diffusers_loads_it_offline_and_draws_the_same(offline):
+    pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = image_noise(0, ["x"], (4, 16, 16))
+    theirs = pipeline("a drawing of a fox", latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np", height=64, width=64).images
+    ours = list(draw(load_stable_diffusion(), ["a drawing of a fox"], ["x"], DrawConfig("ddim", 10, 3.0)))
+    assert np.abs(ours[0].astype(int) - (theirs[0] * 255).round()).max() <= 1
+
+
+def test_its_text_encoder_is_clips_text_tower():
+    clip = open_clip.create_model(f"local-dir:{MINI / 'clip'}").eval()
+    parts = load_stable_diffusion()
+    ids = parts.tokens(["a drawing of a fox on a blue background", "a dog face next to a red apple"])
+    seen = []
+    handle = clip.ln_final.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    with torch.inference_mode():
+        clip.encode_text(ids)
+        hidden = parts.text_encoder(ids).last_hidden_state
+    handle.remove()
+    last = ids.argmax(dim=1).tolist()  # behind the end, the paddings differ: CLIP reads zeros there
+    for ours, theirs, end in zip(hidden, seen[0], last):
+        assert torch.allclose(ours[:end + 1], theirs[:end + 1], atol=1e-4)
+
+
+def test_it_draws_what_it_is_asked_for(grader):
+    """Eight pictures, each recognised among their eight names by the miniature of CLIP more often than not (chance: one)."""
+    names = ["fox", "bus", "banana", "snowman", "rose", "guitar", "red heart", "frog"]
+    pictures = draw(load_stable_diffusion(), [f"a drawing of a {name}" for name in names], names, DrawConfig(guidance_weight=MINI_GUIDANCE, num_steps=15))
+    features = grader.of_pictures([Image.fromarray(picture) for picture in pictures])
+    assert ((features @ grader.of_texts([f"a drawing of a {name}" for name in names]).T).argmax(1) == torch.arange(8)).sum() >= 5
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_shipped_words_draw_their_concept(grader, number):
+    """Eight pictures of each prompt are nearer to the examples with the learned word than with the words it started from, by more than their spread."""
+    concept = next(c for c in read_concepts(INPUT) if c.number == number)
+    references = grader.of_pictures(read_pictures(INPUT.parent / number)[0])
+    vectors = read_embeddings(EMBEDDINGS)
+    counts, names, config = {w: len(rows) for w, rows in vectors.items()}, list("abcdefgh"), DrawConfig(guidance_weight=MINI_GUIDANCE, num_steps=15)
+    plain, learned = load_stable_diffusion(), load_stable_diffusion()
+    add_words(learned, vectors)
+    for prompt in concept.prompts:
+        scores = []
+        for parts, text in ((plain, prompt.replace(concept.token, concept.src_image)), (learned, expand(prompt, counts))):
+            pictures = [Image.fromarray(picture) for picture in draw(parts, [text] * 8, names, config)]
+            scores.append(clip_scores(grader.of_pictures(pictures), references, references[0])[0])
+        error = ((scores[0].var() + scores[1].var()) / 8).sqrt()
+        assert scores[1].mean() - scores[0].mean() > 2 * error
+
+
+def test_sizes():
+    """Both models together stay below 45 MB, and input.json names pictures and words that are there."""
+    files = [path for folder in (MINI / "clip", MINI_SD) for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 45e6
+    content = json.loads(INPUT.read_text())
+    assert all(len(read_pictures(INPUT.parent / number)[0]) == 5 for number in content)
+    assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(EMBEDDINGS))

@@ -1,0 +1,116 @@
+"""Several concepts: joint training, Custom Diffusion and its merging, guidance by halves, and the score."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from p3_clip_textual_inversion.compose import Regional, halves
+from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
+from p3_clip_textual_inversion.data import side_by_side
+from p3_clip_textual_inversion.diffusion import Guided
+from p3_clip_textual_inversion.embedding import initial_rows, read_embeddings
+from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.multi import half_crops, interval, paste_side_by_side
+from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+
+PACKAGE = "p3_clip_textual_inversion"
+
+
+def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, concepts_json, tiny_sd, tmp_path):
+    """A published implementation never moves the last concept."""
+    arguments = [concepts_json, "--checkpoint", tiny_sd, "--output", tmp_path, "--joint", "--custom-diffusion", "--steps=6", "--batch-size=4", "--crops=2",
+                 "--sample-every=0", "--dtype=fp32", "--prior=2", "--lr-projections=1e-3", "--norm=free"]
+    code, _, err = call(f"{PACKAGE}.train", *arguments)
+    assert code == 0, err
+    parts, learned = load_stable_diffusion(tiny_sd), read_embeddings(tmp_path)
+    for word, source in (("<new1>", "dog"), ("<new2>", "red car")):
+        assert (learned[word] - initial_rows(parts, source, 1)).abs().max() > 1e-3
+    before, after = weights_of(parts.unet), load_file(tmp_path / "0+1" / "projections.safetensors")
+    assert before.keys() == after.keys() and len(after) == 2 * 16
+    assert all((before[name] - after[name]).abs().max() > 1e-5 for name in before)
+    everything_else = {name: tensor.clone() for name, tensor in parts.unet.state_dict().items() if name not in after}
+    set_weights(parts.unet, read_weights(tmp_path / "0+1" / "projections.safetensors", parts.unet))
+    assert torch.equal(parts.unet.state_dict()[next(iter(after))], after[next(iter(after))])
+    assert all(torch.equal(parts.unet.state_dict()[name], tensor) for name, tensor in everything_else.items())
+
+
+def test_projections_that_do_not_fit_are_named(tiny_sd, tmp_path):
+    unet = load_stable_diffusion(tiny_sd).unet
+    weights = weights_of(unet)
+    name = next(iter(weights))
+    for wrong in ({k: v for k, v in weights.items() if k != name}, weights | {name: torch.zeros(2, 2)}):
+        save_weights(tmp_path / "wrong.safetensors", wrong)
+        with pytest.raises(UserError, match="does not fit this model"):
+            read_weights(tmp_path / "wrong.safetensors", unet)
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(UserError, match="cannot read the projections"):
+        read_weights(tmp_path / "text.safetensors", unet)
+
+
+def test_merge_keeps_every_concept_and_stays_nearest():
+    """W C' = V holds exactly, and no other W with W C' = V is nearer to W0 on the ordinary captions."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def distance(M):
+        return ((M - base["w"]) @ regular.T).norm()
+
+    base, regular = {"w": draw(6, 12)}, draw(40, 12) * torch.linspace(0.2, 2, 12)
+    tuned, targets = [{"w": base["w"] + 0.3 * draw(6, 12)} for _ in range(2)], [draw(2, 12), draw(3, 12)]
+    W = merge(base, tuned, targets, regular, ridge=0)["w"]
+    for weights, target in zip(tuned, targets):
+        assert torch.allclose(W @ target.T, weights["w"] @ target.T, atol=1e-4)
+    C = torch.cat(targets)
+    free = torch.eye(12) - torch.linalg.pinv(C) @ C  # directions that no target has
+    for _ in range(20):
+        assert distance(W + 0.1 * draw(6, 12) @ free) >= distance(W) - 1e-4
+    assert torch.allclose(merge(base, [base, base], targets, regular)["w"], base["w"], atol=1e-5)
+
+
+class Echo(torch.nn.Module):
+    """Puts out what its condition says."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x, t, hidden):
+        class Output:
+            sample = x * 0 + hidden.mean(dim=(1, 2))[:, None, None, None] * self.scale
+        return Output
+
+
+def test_regional_guidance_by_hand():
+    left, right = halves(8, 8)
+    assert torch.equal(left + right, torch.ones(1, 1, 8, 8))
+    assert left[..., 0].eq(1).all() and right[..., 0].eq(0).all()
+    x, states = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
+    cond, a, b, uncond = states
+    w, whole = 3.0, 0.25
+    eps = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole)(x, 10)
+    assert torch.allclose(eps[..., 0], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 2) - w * 0.5))
+    assert torch.allclose(eps[..., -1], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 5) - w * 0.5))
+    mean = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None)(x, 10)
+    assert torch.allclose(mean, torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 3.5) - w * 0.5))
+    all_whole = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0)(x, 10)
+    assert torch.allclose(all_whole, Guided(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w)(x, 10))
+
+
+def test_pictures_side_by_side():
+    left, right = torch.full((1, 3, 16, 16), -1.0), torch.full((3, 3, 16, 16), 1.0)
+    both = side_by_side(left, right)
+    assert both.shape == (3, 3, 16, 16)
+    assert both[..., :8].eq(-1).all() and both[..., 8:].eq(1).all()
+    pasted = paste_side_by_side(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), 64)
+    left, right = (np.asarray(crop) for crop in half_crops(pasted))
+    assert left[:, :30, 0].min() == 255 and right[2:-4, -30:, 2].min() == 255
+
+
+def test_interval_of_a_share():
+    low, high = interval(30, 50)
+    assert (round(low, 3), round(high, 3)) == (0.462, 0.724)  # Wilson's, by hand
+    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1)
