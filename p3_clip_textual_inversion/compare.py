@@ -2,10 +2,12 @@
 
     python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2      # report/results/p3_compare.json, figures/p3_compare.png
 
-Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five).
+Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five). --write-baselines sets the pass
+mark of INPUT_JSON: half-way between the initial words' pictures and the examples themselves in the image score, nine tenths of those pictures' text score.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from .data import read_concepts, read_pictures
 from .embedding import add_words, expand, initial_rows, read_embeddings
-from .evaluate import Grader, clip_scores, sheet
+from .evaluate import Grader, best_of, clip_scores, sheet
 from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
@@ -49,6 +51,7 @@ def main():
     parser.add_argument("--pretrained", default=None, help="its weights, for a named model")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt and way")
     parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_compare.json and figures/p3_compare.png")
+    parser.add_argument("--write-baselines", action="store_true", help="write the pass mark of each prompt into INPUT_JSON")
     add_arguments(parser)
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
@@ -67,16 +70,24 @@ def main():
     ways = {"initial words": None, "untrained word": {concept.token: untrained for concept in concepts},
             **{f"learned ({folder})": {c.token: vectors[c.token] for c in concepts} for folder, vectors in zip(args.learned, learned)}}
     prompts = [(concept, k) for concept in concepts for k in range(len(concept.prompts))]
-    scores, pictures = {}, {}
+    scores, pictures, marks = {}, {}, []
     with tqdm(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for way, vectors in ways.items():
             results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar)
             scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item()}
                            for (concept, k), (image, text, _) in zip(prompts, results)]
             pictures[way] = [shown[:5] for *_, shown in results]
+            if way == "initial words":
+                marks = [best_of(image, text)[1:] for image, text, _ in results]
     among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) for number, features in references.items()}
     write_json(args.output / "results" / "p3_compare.json", {"ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
                                                              "guidance_weight": config.guidance_weight, "steps": config.num_steps})
+    if args.write_baselines:
+        content = json.loads(args.input.read_text(encoding="utf-8"))
+        for number in content:
+            content[number]["baseline"] = [[round((image + among[number]) / 2, 2), round(0.9 * text, 2)]
+                                           for (concept, _), (image, text) in zip(prompts, marks) if concept.number == number]
+        write_json(args.input, content)
     rows = []
     for j, (concept, k) in enumerate(prompts):
         if k == 0:

@@ -25,11 +25,21 @@ def read_merges(path=None):
     return merges
 
 
-def write_merges(path, count):
-    """The first `count` merges of open_clip's BPE file, as a file of the same format: a smaller vocabulary, of the most frequent words."""
-    merges = read_merges()[:count]
+def write_merges(path, texts, most_frequent=None):
+    """Of open_clip's BPE file, or its `most_frequent` merges, those that the words of `texts` need, in its order, as a file of the same format: a small
+    vocabulary that reads these words just as the larger one does. Returns how many."""
+    merges = read_merges()[:most_frequent]
+    maker, needed = {"".join(merge): merge for merge in merges}, set()
+    tokenizer = make_clip_tokenizer(merges)
+    pending = [token for text in texts for token in tokenizer.tokenize(text)]
+    while pending:
+        merge = maker.get(pending.pop())
+        if merge and merge not in needed:
+            needed.add(merge)
+            pending += merge
     with atomic_path(path) as temporary, open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        file.write("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]).encode())
+        file.write("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges if merge in needed)]).encode())
+    return len(needed)
 
 
 def make_clip_tokenizer(merges, context_length=77):

@@ -25,15 +25,15 @@ from . import diffusion
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
 from .model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
-from .world import CLIP_STYLES, SIDE, STYLES, SUBJECTS, Drawings, compose, random_scene, to_uint8
+from .world import CLIP_STYLES, SIDE, STYLES, SUBJECTS, Drawings, compose, random_scene, to_uint8, vocabulary_of
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "save_every", "sample_every", "device", "clip", "vae")  # between a run and its continuation
-NUM_MERGES, CONTEXT = 8000, 32
+MOST_FREQUENT, CONTEXT = 8000, 32  # merges: rarer words are spelled in parts that others share
 CLIP_CONFIG = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": SIDE, "timm_model_name": "convnext_atto_ols", "timm_pool": "avg", "timm_proj": "linear"},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 512 + NUM_MERGES + 2, "width": 192, "heads": 3, "layers": 3},
+    "text_cfg": {"context_length": CONTEXT, "width": 192, "heads": 3, "layers": 3},
 }
 VAE_CONFIG = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": SIDE, "block_out_channels": (32, 64, 128), "layers_per_block": 1,
@@ -56,9 +56,11 @@ class ClipTask:
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device, self.folder = drawings, device, args.output
-        write_merges(args.output / BPE_FILE, NUM_MERGES)
+        # bytes, bytes that end a word, merges, start and end
+        vocabulary = 512 + write_merges(args.output / BPE_FILE, vocabulary_of(drawings), MOST_FREQUENT) + 2
         self.tokenizer = open_clip.SimpleTokenizer(str(args.output / BPE_FILE), context_length=CONTEXT)
-        self.model = open_clip.CLIP(**CLIP_CONFIG)
+        self.config = CLIP_CONFIG | {"text_cfg": CLIP_CONFIG["text_cfg"] | {"vocab_size": vocabulary}}
+        self.model = open_clip.CLIP(**self.config)
         self.contrast = open_clip.ClipLoss()
 
     def batch(self, rng, generator, count):
@@ -82,13 +84,13 @@ class ClipTask:
         with atomic_path(self.folder / "open_clip_model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-        write_json(self.folder / "open_clip_config.json", {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess})
+        write_json(self.folder / "open_clip_config.json", {"model_cfg": self.config, "preprocess_cfg": preprocess})
 
 
 class VaeTask:
     """The autoencoder of latent diffusion (Rombach et al. 2022), with an L1 loss and a slight pull to the normal distribution."""
 
-    steps, batch_size, lr, weight_decay = 2000, 16, 1e-3, 0.0
+    steps, batch_size, lr, weight_decay = 1200, 16, 1e-3, 0.0
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device, self.folder = drawings, device, args.output
@@ -125,7 +127,7 @@ class VaeTask:
 class UnetTask:
     """The noise predictor of latent diffusion, on everyday subjects, conditioned on the frozen text tower of the miniature of CLIP."""
 
-    steps, batch_size, lr, weight_decay = 8000, 64, 1e-3, 0.01
+    steps, batch_size, lr, weight_decay = 3000, 64, 1e-3, 0.01
     pool_size, drop_caption = 24_000, 0.1
 
     def __init__(self, args, drawings, device):

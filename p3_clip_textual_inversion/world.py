@@ -64,6 +64,11 @@ class Scene:
     caption: str
 
 
+def vocabulary_of(drawings):
+    """Every word that a caption may have, as texts."""
+    return [*map(words, drawings.table), *map(words, CLIP_STYLES), *COLOURS, "a an drawing of on background in the style next to"]
+
+
 def random_scene(rng, drawings, name, styles, other=None, tell_style=0.5, tell_colour=0.5):
     """A scene of `name` (beside `other`, if given) in one of the styles, its caption telling style and ground now and then."""
     names = [n for n in (name, other) if n is not None]

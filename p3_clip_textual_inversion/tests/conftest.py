@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ def call(monkeypatch, capsys):
     """Like `command`, in this process, which has imported everything already."""
     def run_here(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        AcceleratorState._reset_state(True)  # of a call before, perhaps with another number format
         code = 0
         try:
             run(importlib.import_module(module).main)
@@ -50,8 +52,8 @@ def call(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """The folder of an untrained CLIP of the miniature's shape, but smaller."""
-    folder, merges = tmp_path_factory.mktemp("clip"), 300
-    write_merges(folder / "bpe.txt.gz", merges)
+    folder = tmp_path_factory.mktemp("clip")
+    merges = write_merges(folder / "bpe.txt.gz", ["a photo of a red dog on the hill near a river, a drawing of a cat in the style of a car, two houses"])
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
               "text_cfg": {"context_length": 24, "vocab_size": 512 + merges + 2, "width": 32, "heads": 2, "layers": 2}}
     torch.manual_seed(0)

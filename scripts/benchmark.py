@@ -1,0 +1,48 @@
+"""Runs the three problems' benchmarks and puts their main figures together: report/results/summary.json and a table."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "report" / "results"
+MODULES = {"p1": "p1_cfg_ddpm.benchmark", "p2": "p2_ddim.benchmark", "p3": "p3_clip_textual_inversion.benchmark"}
+
+
+def summary(results):
+    """[(problem, way, value, unit)] of the benchmarks' JSON by problem; what is not there is left out."""
+    rows = []
+    for name, rate in results.get("p1", {}).get("formats", {}).items():
+        rows.append(("P1", f"digit network, {name}", rate, "images/s"))
+    for row in results.get("p1", {}).get("ladder", []):
+        rows.append(("P1", f"1,000 digits, {row['sampler']}, {row['steps']} steps, {row['spacing']}", 1000 / row["images_per_second"], "s"))
+    for name, row in results.get("p2", {}).get("ways", {}).items():
+        rows.append(("P2", f"256x256 face, {name}", row["seconds_per_image"], "s"))
+    units = {"pictures_per_second": "pictures/s", "steps_per_second": "steps/s", "seconds_per_picture": "s/picture"}
+    for name, row in results.get("p3", {}).get("rows", {}).items():
+        rows += [("P3", name, row[key], unit) for key, unit in units.items() if key in row]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(MODULES), default=list(MODULES), help="problems to measure again; the others keep their numbers")
+    args = parser.parse_args()
+    for problem in args.only:
+        print(f"== {problem}", flush=True)
+        if subprocess.run([sys.executable, "-m", MODULES[problem]], check=False).returncode:
+            sys.exit(f"error: the benchmark of {problem} failed")
+    paths = {problem: RESULTS / f"{problem}_benchmark.json" for problem in MODULES}
+    results = {problem: json.loads(path.read_text(encoding="utf-8")) for problem, path in paths.items() if path.is_file()}
+    rows = summary(results)
+    for problem, way, value, unit in rows:
+        print(f"{problem}  {way:55} {value:9.2f} {unit}")
+    machines = {problem: result["machine"] for problem, result in results.items()}
+    (RESULTS / "summary.json").write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main()

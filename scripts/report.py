@@ -1,0 +1,155 @@
+"""Renders report/text.md, with the numbers of report/results/*.json put in, as report/report.md and as one self-contained page, report/index.html.
+
+Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data and weights are in
+hw2_data/, they are used in place of the miniature. Benchmarks and trainings are not run again: scripts/benchmark.sh, p3_train.sh, p3_multi.sh are.
+"""
+
+import argparse
+import base64
+import html
+import json
+import re
+import shutil
+import string
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import markdown
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "report"
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --text: #1d2127; --ground: #fff; --line: #d4d9df; --soft: #f3f5f7; --accent: #1f6feb }
+@media (prefers-color-scheme: dark) { :root { --text: #e3e6ea; --ground: #15181c; --line: #353b43; --soft: #1f242a; --accent: #79b0ff } }
+body { margin: 0 auto; padding: 1rem; max-width: 54rem; font: 1rem/1.6 system-ui, sans-serif; color: var(--text); background: var(--ground) }
+h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem } h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem }
+a { color: var(--accent) } code { background: var(--soft); padding: .1em .3em; border-radius: .25em; font-size: .9em; overflow-wrap: anywhere }
+.table { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 } th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left }
+th { background: var(--soft) } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem }
+figcaption { font-size: .9rem; opacity: .8 } .window { overflow: hidden; position: relative; max-width: 100%; border-radius: .3rem; background: #fff }
+.window img { position: absolute; max-width: none } label { display: flex; gap: .8rem; align-items: center; margin: .4rem 0; flex-wrap: wrap }
+input[type=range] { flex: 1; min-width: 10rem; accent-color: var(--accent) } output { min-width: 6rem }
+</style>
+<body>
+$body
+<script>
+for (const figure of document.querySelectorAll("figure[data-slider]")) {
+  const s = JSON.parse(figure.dataset.slider), range = figure.querySelector("input"), image = figure.querySelector(".window img");
+  const box = figure.querySelector(".window"), out = figure.querySelector("output");
+  const show = () => {
+    const zoom = Math.min(3, box.parentElement.clientWidth / s.width), i = Number(range.value);
+    const cell = s.along === "rows" ? [s.left, s.top + i * s.step] : [s.left + i * s.step, s.top];
+    box.style.width = s.width * zoom + "px"; box.style.height = s.height * zoom + "px";
+    image.style.width = s.full * zoom + "px"; image.style.left = -cell[0] * zoom + "px"; image.style.top = -cell[1] * zoom + "px";
+    image.style.imageRendering = zoom > 1 ? "pixelated" : "auto"; out.value = s.labels[i];
+  };
+  range.addEventListener("input", show); window.addEventListener("resize", show); show();
+}
+</script>
+</html>
+"""
+
+
+class Missing(dict):
+    """What stands for the results of a run that has not happened: every key, to any depth, reads "not measured"."""
+
+    def __missing__(self, key):
+        return Missing()
+
+    def __format__(self, spec):
+        return "not measured"
+
+
+def read_results(folder):
+    """{file name: content} of every JSON."""
+    results = Missing()
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = json.loads(path.read_text(encoding="utf-8"), object_hook=Missing)
+        except ValueError as error:
+            sys.exit(f"error: {path} is not JSON: {error}; run the script that writes it again")
+    return results
+
+
+def fill_in(text, results):
+    """The text with {file[key][key]:format} replaced by numbers; {{ and }} are braces."""
+    try:
+        return string.Formatter().vformat(text, (), results)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        sys.exit(f"error: report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
+
+
+def data_url(path):
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def figure(match):
+    """<img> of a Markdown picture -> a <figure>; with a title "slider ...", one with a slider over the picture's columns or rows."""
+    attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[0]))
+    path, caption = REPORT / attributes["src"], attributes.get("alt", "")
+    if not path.is_file():
+        return f"<p><em>{caption}: not drawn yet</em></p>"
+    title = html.unescape(attributes.get("title", ""))
+    if not title.startswith("slider "):
+        return f'<figure><img src="{data_url(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    along, left, top, step, width, height, labels = title.removeprefix("slider ").split(" ", 6)
+    labels = labels.split(",")
+    with Image.open(path) as image:
+        settings = {"along": along, "left": int(left), "top": int(top), "step": int(step), "width": int(width), "height": int(height), "full": image.width,
+                    "labels": [label.strip() for label in labels]}
+    return (f'<figure data-slider="{html.escape(json.dumps(settings))}"><div class="window"><img src="{data_url(path)}" alt="{caption}"></div>'
+            f'<label><input type="range" min="0" max="{len(labels) - 1}" value="0" aria-label="{caption}"><output></output></label>'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def render(text):
+    """Writes report.md and index.html."""
+    (REPORT / "report.md").write_text(re.sub(r'(\]\([^)\s]+) "slider [^"]*"\)', r"\1)", text), encoding="utf-8")
+    body = markdown.markdown(text, extensions=["tables"])
+    body = re.sub(r"<table>.*?</table>", lambda match: f'<div class="table">{match[0]}</div>', body, flags=re.DOTALL)
+    body = re.sub(r"(?:<p>)?<img [^>]*/?>(?:</p>)?", figure, body)
+    title = re.search(r"<h1>(.*?)</h1>", body)
+    (REPORT / "index.html").write_text(string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body), encoding="utf-8")
+
+
+def stage(title, module, *arguments):
+    print(f"== {title}", flush=True)
+    if subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode:
+        sys.exit(f"error: {module} failed; the report was not written")
+
+
+def draw_everything(words):
+    data = ROOT / "hw2_data"
+    stage("figures of P1", "p1_cfg_ddpm.figures")
+    real_faces = (data / "face" / "UNet.pt").is_file()
+    stage("figures of P2", "p2_ddim.figures", *(["--noise", data / "face" / "noise", "--checkpoint", data / "face" / "UNet.pt"] if real_faces else []))
+    with tempfile.TemporaryDirectory() as folder:
+        stage("CLIP zero-shot, miniature", "p3_clip_textual_inversion.zero_shot", "--output", folder)
+        shutil.copy(Path(folder) / "results.json", REPORT / "results" / "p3_zero_shot.json")
+        shutil.copy(Path(folder) / "examples.png", REPORT / "figures" / "p3_zero_shot.png")
+    if words:
+        stage("figures of P3", "p3_clip_textual_inversion.figures", "--runs", words)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="only put text, numbers and figures together again")
+    parser.add_argument("--words", type=Path, default=None, metavar="DIR", help="a folder of scripts/p3_train.sh, whose figures to draw")
+    args = parser.parse_args()
+    if not args.render:
+        draw_everything(args.words)
+    try:
+        render(fill_in((REPORT / "text.md").read_text(encoding="utf-8"), read_results(REPORT / "results")))
+    except OSError as error:
+        sys.exit(f"error: cannot write the report: {error}")
+    print(f"wrote {REPORT / 'report.md'} and {REPORT / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
