@@ -2,12 +2,16 @@
 
     python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2      # report/results/p3_compare.json, figures/p3_compare.png
 
-Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five). --write-baselines sets the pass
-mark of INPUT_JSON: half-way between the initial words' pictures and the examples themselves in the image score, nine tenths of those pictures' text score.
+Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five); the rest score is a text score too,
+of the prompt without the learned word, such as "a drawing of on a blue background": whether the rest of the prompt is still obeyed.
+
+--write-baselines sets INPUT_JSON's pass marks: in the image score half-way between the initial words' pictures and the examples among themselves; in the text
+score nine tenths of what those pictures get, or of what the examples get, if that is less: no picture of the concept could be asked for more.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +28,13 @@ from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
 
 
+def rest_of(prompt, token):
+    """The prompt without the learned word and its article."""
+    return " ".join(re.sub(rf"(\b(an?|the) )?{re.escape(token)}", "", prompt).split())
+
+
 def score_way(checkpoint, concepts, vectors, count, config, device, grader, references, bar):
-    """[(image scores, text scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for the words of src_image themselves."""
+    """[(image scores, text scores, rest scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for src_image itself."""
     parts = load_stable_diffusion(checkpoint, device)
     if vectors:
         add_words(parts, vectors)
@@ -37,7 +46,9 @@ def score_way(checkpoint, concepts, vectors, count, config, device, grader, refe
             text = expand(prompt, counts) if vectors else prompt.replace(concept.token, concept.src_image)
             names = [f"{concept.token}/{prompt}/{i}" for i in range(count)]  # the same noises for every way
             pictures = [Image.fromarray(picture) for picture in draw(parts, [text] * count, names, config, progress=bar)]
-            results.append((*clip_scores(grader.of_pictures(pictures), references[concept.number], directions[k]), pictures))
+            features = grader.of_pictures(pictures)
+            rest = 100 * features @ grader.of_texts([rest_of(prompt, concept.token)])[0]
+            results.append((*clip_scores(features, references[concept.number], directions[k]), rest, pictures))
     return results
 
 
@@ -74,31 +85,32 @@ def main():
     with tqdm(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for way, vectors in ways.items():
             results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar)
-            scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item()}
-                           for (concept, k), (image, text, _) in zip(prompts, results)]
+            scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item(),
+                            "rest": rest.mean().item()} for (concept, k), (image, text, rest, _) in zip(prompts, results)]
             pictures[way] = [shown[:5] for *_, shown in results]
             if way == "initial words":
-                marks = [best_of(image, text)[1:] for image, text, _ in results]
+                marks = [best_of(image, text)[1:] for image, text, *_ in results]
     among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) for number, features in references.items()}
     write_json(args.output / "results" / "p3_compare.json", {"ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
                                                              "guidance_weight": config.guidance_weight, "steps": config.num_steps})
     if args.write_baselines:
         content = json.loads(args.input.read_text(encoding="utf-8"))
         for number in content:
-            content[number]["baseline"] = [[round((image + among[number]) / 2, 2), round(0.9 * text, 2)]
-                                           for (concept, _), (image, text) in zip(prompts, marks) if concept.number == number]
+            own = 100 * references[number] @ grader.of_texts(content[number]["prompt_4_clip_eval"]).T  # [examples, prompts]
+            content[number]["baseline"] = [[round((image + among[number]) / 2, 2), round(0.9 * min(text, own[:, k].mean().item()), 2)]
+                                           for (concept, k), (image, text) in zip(prompts, marks) if concept.number == number]
         write_json(args.input, content)
     rows = []
     for j, (concept, k) in enumerate(prompts):
         if k == 0:
             rows.append((f"examples of {concept.token}", examples[concept.number]))
         rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in list(ways)[:3]]
-        image = {way: scores[way][j]["image"] for way in ways}
-        text = {way: scores[way][j]["text"] for way in ways}
-        ours = [way for way in ways if way.startswith("learned")]
-        print(f"{concept.prompts[k]}\n  image score: " + ", ".join(f"{way} {image[way]:.1f}" for way in list(ways)[:2])
-              + f", learned {np.mean([image[way] for way in ours]):.1f} (seeds {min(image[way] for way in ours):.1f} to {max(image[way] for way in ours):.1f})"
-              + "\n  text score:  " + ", ".join(f"{way} {text[way]:.1f}" for way in list(ways)[:2]) + f", learned {np.mean([text[way] for way in ours]):.1f}")
+        print(concept.prompts[k])
+        for what in ("image", "text", "rest"):
+            value = {way: scores[way][j][what] for way in ways}
+            ours = [value[way] for way in ways if way.startswith("learned")]
+            print(f"  {what:5} score: " + ", ".join(f"{way} {value[way]:.1f}" for way in list(ways)[:2])
+                  + f", learned {np.mean(ours):.1f} (seeds {min(ours):.1f} to {max(ours):.1f})")
     save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 

@@ -64,10 +64,10 @@ def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
             batch_size = max(batch_size // 2, 1)
             torch.cuda.empty_cache()
             continue
-        yield from pictures
         start += len(pictures)
         if progress is not None:
             progress.update(len(pictures))
+        yield from pictures
 
 
 def picture_path(output, number, prompt, i):

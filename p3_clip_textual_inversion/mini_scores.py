@@ -102,7 +102,7 @@ def main():
     clip, _, tokenizer = load_clip(str(args.clip), None, device)
     scores = {"clip": retrieval(clip, tokenizer, drawings, device)}
     if args.sd.is_dir():
-        pipeline = StableDiffusionPipeline.from_pretrained(args.sd, local_files_only=True, torch_dtype=torch.float32, safety_checker=None).to(device)
+        pipeline = StableDiffusionPipeline.from_pretrained(args.sd, local_files_only=True, safety_checker=None).to(device, torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         scores["vae"] = reconstruction(pipeline.vae, drawings, device)
         names = list(read_data(MINI / "clip_zeroshot")[2].values())

@@ -4,7 +4,9 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,6 +17,8 @@ from .files import UserError
 from .model import make_clip_tokenizer, read_merges
 from .world import MINI
 
+diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
+transformers.logging.disable_progress_bar()  # for files that load in a blink
 CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
 MINI_SD = MINI / "stable_diffusion"
 TEXT_PREFIX = "cond_stage_model.transformer."
@@ -93,7 +97,7 @@ def load_folder(source, local, dtype):
             CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
             CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options).float(),
             AutoencoderKL.from_pretrained(source, subfolder="vae", **options).float(),
-            UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype, **options), None)
+            UNet2DConditionModel.from_pretrained(source, subfolder="unet", **options).to(dtype), None)
     except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
         hint = "" if local else "; without internet, give a file or a folder"
         raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
@@ -116,7 +120,7 @@ def load_single_file(path, dtype=torch.float32, configs=CONFIGS):
     for part, kind, kind_dtype in (("unet", UNet2DConditionModel, dtype), ("vae", AutoencoderKL, torch.float32)):
         try:
             # a copy of the dict: the conversion takes its keys out
-            model = kind.from_single_file(dict(weights), config=str(configs), subfolder=part, torch_dtype=kind_dtype, local_files_only=True)
+            model = kind.from_single_file(dict(weights), config=str(configs), subfolder=part, local_files_only=True)
         except KeyError as error:
             raise UserError(f"{path} has no tensor {error.args[0]!r}, which the {part} needs") from None
         except (ValueError, RuntimeError, TypeError, OSError) as error:
@@ -124,7 +128,7 @@ def load_single_file(path, dtype=torch.float32, configs=CONFIGS):
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
             raise UserError(f"{path} has not all of the {part}: {missing[0]} is missing")
-        models.append(model)
+        models.append(model.to(kind_dtype))
     encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
     own = encoder.state_dict()
     theirs = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items() if name.startswith(TEXT_PREFIX)}

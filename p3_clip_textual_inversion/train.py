@@ -238,7 +238,7 @@ def parse_args():
     parser.add_argument("--concepts", nargs="+", default=None, metavar="NUMBER", help="which of the concepts (default: all)")
     parser.add_argument("--kind", choices=["auto", "object", "style"], default="auto",
                         help="which captions to train with; auto: style where each prompt has 'style of'")
-    parser.add_argument("--vectors", type=int, default=1, help="per word")
+    parser.add_argument("--vectors", type=int, default=4, help="per word")
     parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps; several thousand for the real model")
     parser.add_argument("--batch-size", type=int, default=8, help="latents per step, over all processes together")

@@ -21,7 +21,7 @@ PACKAGE = "p3_clip_textual_inversion"
 def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, concepts_json, tiny_sd, tmp_path):
     """A published implementation never moves the last concept."""
     arguments = [concepts_json, "--checkpoint", tiny_sd, "--output", tmp_path, "--joint", "--custom-diffusion", "--steps=6", "--batch-size=4", "--crops=2",
-                 "--sample-every=0", "--dtype=fp32", "--prior=2", "--lr-projections=1e-3", "--norm=free"]
+                 "--sample-every=0", "--dtype=fp32", "--prior=2", "--vectors=1", "--lr-projections=1e-3", "--norm=free"]
     code, _, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 0, err
     parts, learned = load_stable_diffusion(tiny_sd), read_embeddings(tmp_path)

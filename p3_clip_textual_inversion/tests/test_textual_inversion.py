@@ -28,7 +28,7 @@ def parts(tiny_sd):
 
 
 def train_arguments(concepts_json, tiny_sd, output, **changed):
-    options = {"steps": 4, "batch-size": 2, "crops": 2, "save-every": 2, "sample-every": 0, "dtype": "fp32"} | changed
+    options = {"steps": 4, "vectors": 1, "batch-size": 2, "crops": 2, "save-every": 2, "sample-every": 0, "dtype": "fp32"} | changed
     return [concepts_json, "--checkpoint", tiny_sd, "--output", output, *(f"--{name}={value}" for name, value in options.items())]
 
 
