@@ -240,7 +240,7 @@ def parse_args():
                         help="which captions to train with; auto: style where each prompt has 'style of'")
     parser.add_argument("--vectors", type=int, default=4, help="per word")
     parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps; several thousand for the real model")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps; several thousand for the real model")
     parser.add_argument("--batch-size", type=int, default=8, help="latents per step, over all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
