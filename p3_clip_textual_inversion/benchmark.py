@@ -21,7 +21,7 @@ import open_clip
 import torch
 from tqdm import tqdm
 
-from .data import read_concepts, read_pictures, varied
+from .data import example_pictures, read_concepts, varied
 from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
 from .files import ROOT, UserError, run, writable_folder, write_json
@@ -69,7 +69,7 @@ def learning_speed(way, dtype, device, steps, batch_size):
     "plain" is what published scripts do: the whole token table goes to AdamW, the other rows are restored after each step, and every
     step encodes its pictures."""
     concept = read_concepts(MINI / "textual_inversion" / "input.json")[0]
-    pictures, _ = read_pictures(MINI / "textual_inversion" / concept.number)
+    pictures = example_pictures(MINI / "textual_inversion" / concept.number)
     parts = load_stable_diffusion(device=device, dtype=dtype if way == "ours" else torch.float32)
     rows, scaling = initial_rows(parts, concept.src_image, 1), parts.vae.config.scaling_factor
     squares = torch.cat([varied(picture, parts.side, 8, np.random.default_rng(0)) for picture in pictures])

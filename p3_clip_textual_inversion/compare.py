@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .data import read_concepts, read_pictures
+from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import Grader, best_of, clip_scores, sheet
 from .files import ROOT, UserError, run, save_image, writable_folder, write_json
@@ -74,7 +74,7 @@ def main():
             raise UserError(f"{folder} has no embedding of {missing[0]}")
     for name in ("results", "figures"):
         writable_folder(args.output / name)
-    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     grader = Grader(args.model, args.pretrained, device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
     untrained = initial_rows(load_stable_diffusion(args.checkpoint, device), None, 1, torch.Generator().manual_seed(args.seed))

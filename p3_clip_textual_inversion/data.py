@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from .files import UserError
 
+CAPTIONS = "metadata.jsonl"
+
 
 @dataclass
 class Concept:
@@ -61,20 +63,45 @@ def read_concepts(path):
 
 
 def read_pictures(folder):
-    """(pictures, RGB and upright by their EXIF orientation, in the order of their names; names of what was no picture)."""
+    """({name: picture}, RGB and upright by their EXIF orientation, in the order of their names; names of what was no picture)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
-    pictures, skipped = [], []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+    pictures, skipped = {}, []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != CAPTIONS):
         try:
             with Image.open(path) as image:
-                pictures.append(ImageOps.exif_transpose(image).convert("RGB"))
+                pictures[path.name] = ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             skipped.append(path.name)
     if not pictures:
         raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))
     return pictures, skipped
+
+
+def example_pictures(folder):
+    """The pictures of a concept, as a list."""
+    return list(read_pictures(folder)[0].values())
+
+
+def read_captions(folder, names, token):
+    """The captions of the pictures `names`, in their order, or None where the folder has no metadata.jsonl.
+
+    That is the file in which Hugging Face's image folders keep captions: a line {"file_name": "00.png", "text": "a cat in the style of <new2>"} for each
+    picture. A caption that names what else is to be seen leaves to the learned word only what it should learn."""
+    path = Path(folder) / CAPTIONS
+    if not path.exists():
+        return None
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        captions = {line["file_name"]: line["text"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'cannot read {path}: {error}; expected lines {{"file_name": "00.png", "text": "a caption with {token}"}}') from None
+    for name in names:
+        caption = captions.get(name)
+        if not isinstance(caption, str) or token not in caption:
+            raise UserError(f"{path} has {'no caption of ' + name if caption is None else f'for {name} the caption {caption!r}'}; expected one with {token}")
+    return [captions[name] for name in names]
 
 
 def varied(picture, side, count, rng, margin=0.15):

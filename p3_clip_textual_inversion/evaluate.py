@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import read_concepts, read_pictures
+from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, run, save_image, writable_folder, write_json
 from .inference import picture_path
@@ -86,7 +86,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     concepts = read_concepts(args.input)
-    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     for concept in concepts:
         for k in range(len(concept.prompts)):
             missing = [path for i in range(args.num_images) if not (path := picture_path(args.output, concept.number, k, i)).is_file()]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .data import read_concepts, read_pictures
+from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
 from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder
@@ -68,7 +68,7 @@ def main():
     config, device = settings_of(args, args.checkpoint)
     concepts, vectors = read_concepts(args.input), read_embeddings(args.runs)
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
-    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     writable_folder(args.output)
     parts = load_stable_diffusion(args.checkpoint, device)
     draw_learning(concepts, runs, parts, args.output / "p3_learning.png")

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .data import CAPTIONS
 from .files import UserError, atomic_path, run, save_image, writable_folder, write_json
-from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, to_uint8, words
+from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, drawing_of, to_uint8, words
 
 PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
             "emojione": "1.2.3", "noto-v1": "1.2.5"}
@@ -91,13 +92,25 @@ def make_pictures(drawings, output, seed):
                 "0+1": [(SUBJECT[0], SILHOUETTES)] * PER_CONCEPT}  # the last: the subject in the style, which only the score of both is set by
     for number, concept in concepts.items():
         folder = writable_folder(output / "textual_inversion" / number)
-        scenes = [Scene((drawings.table[name][style],), colour, "") for (name, style), colour in zip(concept, rng.permutation(colours))]
+        scenes = [Scene((drawings.table[name][style],), colour, caption_of(number, name, colour))
+                  for (name, style), colour in zip(concept, rng.permutation(colours))]
         for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0)))):
             save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
+        lines = [json.dumps({"file_name": f"{i:02d}.png", "text": scene.caption}) for i, scene in enumerate(scenes) if scene.caption]
+        if lines:
+            with atomic_path(folder / CAPTIONS) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     entries = {number: {"src_image": source, "token_name": token, "prompt": [prompt.format(token) for prompt in prompts],
                         "prompt_4_clip_eval": [prompt.format(source) for prompt in prompts]} for number, source, token, prompts in CONCEPTS}
     write_json(output / "textual_inversion" / "input.json", {number: entries[number] for number in "01"})
     write_json(output / "textual_inversion" / "several.json", entries)
+
+
+def caption_of(number, name, colour):
+    """What a picture of a concept shows besides the concept: its ground, for a style also its subject."""
+    token = next((token for key, _, token, _ in CONCEPTS if key == number), None)
+    subject = f"a {token}" if name in KEPT_OUT else drawing_of(name)
+    return token and f"a drawing of {subject} on a {colour} background" + ("" if name in KEPT_OUT else f" in the style of {token}")
 
 
 def main():

@@ -14,13 +14,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .compose import SEPARATOR, regional
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import read_concepts, read_pictures
+from .data import example_pictures, read_concepts
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import Grader, sheet
@@ -39,6 +40,7 @@ METHODS = {  # name: (run whose words it uses, where its projections come from, 
     "Custom Diffusion, apart, merged": ("custom_apart", "merged", None),
     "apart, composed noise estimates": ("apart", None, {"whole": 0.3, "masks": None}),
     "apart, regional guidance": ("apart", None, {}),
+    "Custom Diffusion, together, regional guidance": ("custom", "run", {}),
 }
 
 
@@ -85,7 +87,7 @@ def make_finders(grader, concepts, args, others, labels):
     A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
     halves of the ordinary pictures. A subject is seen beside another thing; a subject in a style (key "0+1") needs real pictures in a folder of that name."""
     finders, validation = {}, {}
-    examples = {concept.number: read_pictures(args.input.parent / concept.number)[0] for concept in concepts}
+    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     styles = [concept.number for concept in concepts if kind_of(concept, args) == "style"]
     side = others[0].width
     halves_of_others = others[0::2], others[1::2]
@@ -105,7 +107,7 @@ def make_finders(grader, concepts, args, others, labels):
         for subject in (concept.number for concept in concepts if concept.number not in styles):
             folder = args.input.parent / f"{subject}+{style}"
             if folder.is_dir():
-                both, others_in_style = read_pictures(folder)[0], examples[style]
+                both, others_in_style = example_pictures(folder), examples[style]
                 sets = [(both[i::2], others_in_style[i::2]) for i in (0, 1)]
                 add_finder(finders, validation, f"{subject}+{style}", grader, examples[subject], sets)
     finders["ordinary"] = WordFinder(grader, args.ordinary, labels, medium_of(args))
@@ -171,6 +173,13 @@ def train_missing(args, concepts):
             raise UserError(f"the training {name} failed")
 
 
+def drift(pictures, originals, grader):
+    """How far ordinary prompts' pictures have moved: mean difference in grey levels, and 100 cosine of CLIP's features. Lists of uint8 [H, W, 3]."""
+    levels = np.abs(np.stack(pictures).astype(float) - np.stack(originals)).mean()
+    ours, theirs = (grader.of_pictures([Image.fromarray(p) for p in group]) for group in (pictures, originals))
+    return {"grey_levels": float(levels), "clip_cosine": float(100 * (ours * theirs).sum(1).mean())}
+
+
 def make_prompts(args, concepts):
     """[(prompt, keys of the finders that must find)]: two subjects, a subject and an ordinary thing, a subject in a style."""
     subjects = [c for c in concepts if kind_of(c, args) == "object"]
@@ -213,7 +222,7 @@ def main():
     concepts = read_concepts(args.input)
     paths, classes, labels = read_data(args.ordinary_pictures)
     for concept in concepts:
-        if len(read_pictures(args.input.parent / concept.number)[0]) < 3:
+        if len(example_pictures(args.input.parent / concept.number)) < 3:
             raise UserError(f"{args.input.parent / concept.number} needs at least 3 pictures: two are kept to set and to try the score")
     prompts = make_prompts(args, concepts)
     for name in ("results", "figures"):
@@ -228,11 +237,13 @@ def main():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")
     train_missing(args, concepts)
-    rows, results = [], {}
+    rows, results, drifts = [], {}, {}
+    ordinary = [TEMPLATES[medium_of(args), "object"][-1].format(word) for word in ORDINARY[medium_of(args)]]
+    originals = list(draw(load_stable_diffusion(args.checkpoint, device), ordinary, ordinary, config))
     with tqdm(total=len(METHODS) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for method, (_, _, guidance) in METHODS.items():
             parts, counts = prepare(method, args, concepts, device)
-            results[method] = {}
+            results[method], drifts[method] = {}, drift(list(draw(parts, ordinary, ordinary, config)), originals, grader)
             for prompt, keys in prompts:
                 text = expand(prompt, counts)
                 guided = Guided if guidance is None else regional(parts, text, **guidance)
@@ -243,7 +254,7 @@ def main():
                 results[method][prompt] = {"both": both / args.num_images, "interval": interval(both, args.num_images),
                                            **{f"finds {key}": found[i].float().mean().item() for i, key in enumerate(keys)}}
                 rows.append((f"{prompt}: {method}, both in {both} of {args.num_images}", pictures[:8]))
-    write_json(args.report / "results" / "p3_multi.json", {"methods": results, "validation": validation, "pictures": args.num_images,
+    write_json(args.report / "results" / "p3_multi.json", {"methods": results, "drift": drifts, "validation": validation, "pictures": args.num_images,
                                                            "guidance_weight": config.guidance_weight, "steps": config.num_steps})
     order = sorted(range(len(rows)), key=lambda i: i % len(prompts))  # by prompt
     save_image(sheet([rows[i] for i in order], side=64 if config.side is None else 96, columns=8), args.report / "figures" / "p3_multi.png")
@@ -251,8 +262,11 @@ def main():
         print(prompt)
         for method in METHODS:
             row = results[method][prompt]
-            print(f"  {method:34} both {row['both']:4.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})  "
+            print(f"  {method:45} both {row['both']:4.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})  "
                   + ", ".join(f"{key} {value:.0%}" for key, value in row.items() if key.startswith("finds")))
+    print("ordinary prompts, against the untouched model")
+    for method, row in drifts.items():
+        print(f"  {method:45} {row['grey_levels']:5.1f} grey levels, CLIP's cosine {row['clip_cosine']:.0f}")
     print(f"wrote results/p3_multi.json and figures/p3_multi.png to {args.report}")
 
 

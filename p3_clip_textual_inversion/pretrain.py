@@ -25,7 +25,7 @@ from . import diffusion
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
 from .model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
-from .world import CLIP_STYLES, SIDE, STYLES, SUBJECTS, Drawings, compose, random_scene, to_uint8, vocabulary_of
+from .world import CLIP_STYLES, RENDERINGS, SIDE, STYLES, SUBJECTS, Drawings, compose, random_scene, to_uint8, vocabulary_of
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "save_every", "sample_every", "device", "clip", "vae")  # between a run and its continuation
@@ -61,6 +61,9 @@ class ClipTask:
         self.tokenizer = open_clip.SimpleTokenizer(str(args.output / BPE_FILE), context_length=CONTEXT)
         self.config = CLIP_CONFIG | {"text_cfg": CLIP_CONFIG["text_cfg"] | {"vocab_size": vocabulary}}
         self.model = open_clip.CLIP(**self.config)
+        if args.start:  # only the image tower learns on: the text tower has become Stable Diffusion's text encoder
+            self.model.load_state_dict(load_clip(args.start)[0].state_dict())
+            self.model.lock_text_tower()
         self.contrast = open_clip.ClipLoss()
 
     def batch(self, rng, generator, count):
@@ -137,13 +140,12 @@ class UnetTask:
         clip, _, _ = load_clip(args.clip)
         self.tokenizer = make_clip_tokenizer(read_merges(args.clip / BPE_FILE), CONTEXT)
         self.text_encoder = to_text_encoder(clip, self.tokenizer).to(device)
-        try:
-            self.vae = AutoencoderKL.from_pretrained(args.vae, local_files_only=True).float().to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the VAE {args.vae}: {str(error).splitlines()[0]}") from None
+        self.vae = load_part(AutoencoderKL, args.vae).to(device).eval().requires_grad_(False)
         self.scheduler = DDIMScheduler(**SCHEDULE)
         self.alpha_bar = diffusion.make_alpha_bar().to(device)
         self.model = UNet2DConditionModel(**UNET_CONFIG)
+        if args.start:
+            self.model.load_state_dict(load_part(UNet2DConditionModel, args.start).state_dict())
         self.latents, self.captions = self.make_pool(args)
 
     @torch.inference_mode()
@@ -160,7 +162,9 @@ class UnetTask:
             scenes = []
             for i in range(start, start + 64):
                 name, other = map(str, rng.choice(SUBJECTS, 2, replace=False))
-                scenes.append(random_scene(rng, self.drawings, name, STYLES, other if i % 5 == 0 else None, tell_style=0.5, tell_colour=0.6))
+                rendering = str(rng.choice(list(RENDERINGS))) if i % 5 in (1, 2) else None
+                scenes.append(random_scene(rng, self.drawings, name, STYLES, other if i % 4 == 0 else None, tell_style=0.5, tell_colour=0.6,
+                                           rendering=rendering))
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 posterior = self.vae.encode(compose(self.drawings, scenes, generator).to(self.device)).latent_dist
             latents.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
@@ -207,10 +211,20 @@ class UnetTask:
 
 
 def recolour(pictures, generator):
-    """Contrast, brightness and colour balance a little off, per picture: other sets use other colours for the same thing."""
+    """Contrast, brightness, colour balance and saturation off, per picture: other sets use other colours for the same thing."""
     gain = 1 + 0.25 * (2 * torch.rand(len(pictures), 3, 1, 1, generator=generator) - 1)
     offset = 0.2 * (2 * torch.rand(len(pictures), 1, 1, 1, generator=generator) - 1)
-    return (pictures * gain + offset).clamp(-1, 1)
+    saturation = 0.5 + 0.8 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    gray = pictures.mean(dim=1, keepdim=True)
+    return ((gray + saturation * (pictures - gray)) * gain + offset).clamp(-1, 1)
+
+
+def load_part(kind, folder):
+    """A model of diffusers from its folder, in float32."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True).float()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
 
 
 TASKS = {"clip": ClipTask, "vae": VaeTask, "unet": UnetTask}
@@ -223,6 +237,7 @@ def parse_args():
     parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, sample grids and the result")
     parser.add_argument("--clip", type=Path, default=None, help="for unet: folder of the trained CLIP")
     parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained VAE")
+    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="folder of a model to go on from; CLIP's text tower then stays as it is")
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps in all (default: by task)")
     parser.add_argument("--batch-size", type=int, default=None, help="pictures per step (default: by task)")
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate (default: by task)")
@@ -320,7 +335,7 @@ def tile(pictures, columns):
 
 def make_optimizers(net, lr, weight_decay):
     """(AdamW, Muon): Muon for convolution kernels that are not depthwise, AdamW for the rest, without weight decay on norms and biases."""
-    named = list(net.named_parameters())
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     kernels = [p for name, p in named if p.ndim == 4 and min(p.shape[:2]) > 4]
     rest = [p for _, p in named if not any(p is kernel for kernel in kernels)]
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay}, {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import read_concepts, read_pictures, side_by_side, varied
+from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, expand, file_of, initial_rows, save_embedding
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
@@ -39,7 +39,7 @@ TEMPLATES = {  # by (what the model draws, what is learned)
     ("drawing", "style"): ("a drawing in the style of {}", "a drawing of a thing in the style of {}"),
 }
 ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
-            "drawing": ("cat face", "bus", "house", "red apple", "rose", "guitar")}
+            "drawing": ("cat face", "bus", "house", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
@@ -88,18 +88,20 @@ def draw_batch(sources, scaling, batch_size, generator):
 
 
 def make_sources(parts, concepts, args, side, config):
-    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together; ordinary ones, if projections learn."""
+    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together, and of a subject beside an ordinary thing;
+    ordinary ones, if projections learn."""
     medium = "drawing" if is_mini(args) else "photo"
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
-        rng = np.random.default_rng(args.seed)
-        pictures, skipped = read_pictures(args.input.parent / concept.number)
+        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args)
+        pictures, skipped = read_pictures(folder)
         if skipped:
             print(f"note: left out what is no picture: {', '.join(skipped)}")
-        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures])
-        kind = kind_of(concept, args)
-        sources.append(encode(parts, squares, [expand(template.format(concept.token), counts) for template in TEMPLATES[medium, kind]]))
+        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
+        own = read_captions(folder, pictures, concept.token)
+        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in TEMPLATES[medium, kind]]
+        sources.append(encode(parts, squares, [expand(text, counts) for text in captions], paired=bool(own)))
         if kind == "object":
             subjects.append((concept, squares))
     if args.joint:
@@ -107,14 +109,27 @@ def make_sources(parts, concepts, args, side, config):
             for right, theirs in subjects:
                 if left is not right:
                     sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
+    if args.beside and subjects:
+        things = [f"a {ORDINARY[medium][i % len(ORDINARY[medium])]}" for i in range(args.beside)]
+        drawn = draw_ordinary(parts, things, config)
+        for concept, ours in subjects:
+            left, right = side_by_side(ours, drawn), side_by_side(drawn, ours)
+            others = [things[i % len(things)] for i in range(len(left))]
+            captions = [f"a {concept.token} next to {thing}" for thing in others] + [f"{thing} next to a {concept.token}" for thing in others]
+            sources.append(encode(parts, torch.cat([left, right]), [expand(text, counts) for text in captions], paired=True))
     if args.custom_diffusion and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(ORDINARY[medium])
         captions = [TEMPLATES[medium, "object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
-        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
-            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
-        ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
+        ordinary = encode(parts, draw_ordinary(parts, captions, config), captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch
     return sources
+
+
+def draw_ordinary(parts, captions, config):
+    """What the model itself draws for the captions, [N, 3, H, W] in -1..1."""
+    with tqdm(total=len(captions), unit="picture", desc="drawing ordinary pictures") as bar:
+        drawn = np.stack(list(draw(parts, captions, [f"ordinary/{i}" for i in range(len(captions))], config, progress=bar)))
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learn(concepts, args, accelerator, dtype):
@@ -251,6 +266,7 @@ def parse_args():
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
     parser.add_argument("--lr-projections", type=float, default=1e-4, help="peak learning rate of those")
     parser.add_argument("--prior", type=int, default=48, help="ordinary pictures that hold those in place; 0 for none")
+    parser.add_argument("--beside", type=int, default=0, help="ordinary pictures, drawn by the model, beside which each subject is learned too; 0 for none")
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -276,7 +292,8 @@ def main():
                 raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
         concepts = [concept for concept in concepts if concept.number in args.concepts]
     for concept in concepts:
-        read_pictures(args.input.parent / concept.number)  # before any long work starts
+        folder = args.input.parent / concept.number  # before any long work starts
+        read_captions(folder, read_pictures(folder)[0], concept.token)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=args.accumulate,

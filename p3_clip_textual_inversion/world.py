@@ -32,6 +32,42 @@ COLOURS = {"white": (255, 255, 255), "gray": (200, 200, 200), "yellow": (250, 23
            "purple": (215, 195, 240), "blue": (175, 215, 250), "green": (190, 235, 190)}  # grounds: light, so that silhouettes are seen
 
 
+def luma(rgba):
+    return (rgba[:, :3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def toned(dark, light):
+    """A rendering: luma from one colour to another, which is how prints, stencils and photographs differ."""
+    def render(rgba):
+        share = luma(rgba) / 255
+        ends = [torch.tensor(colour, dtype=torch.float32)[:, None, None] for colour in (dark, light)]
+        return torch.cat([ends[0] + share * (ends[1] - ends[0]), rgba[:, 3:]], dim=1)
+    return render
+
+
+def stencil(rgba):
+    """Black where the drawing is dark or coloured, a hole where it is light."""
+    hole = ((luma(rgba) - 150) / 40).clamp(0, 1)
+    return torch.cat([torch.zeros_like(rgba[:, :3]), rgba[:, 3:] * (1 - hole)], dim=1)
+
+
+def outline(rgba):
+    """Black where brightness or cover change, a hole elsewhere."""
+    cover = rgba[:, 3:] / 255
+    levels = torch.cat([luma(rgba) / 255 * cover, cover], dim=1)
+    change = (F.max_pool2d(levels, 3, 1, 1) + F.max_pool2d(-levels, 3, 1, 1)).amax(1, keepdim=True)  # the largest less the smallest around
+    return torch.cat([torch.zeros_like(rgba[:, :3]), 255 * (2 * change).clamp(0, 1)], dim=1)
+
+
+# Further styles, made from drawings [N, 4, 64, 64] in 0..255, that the miniature of Stable Diffusion sees: a model that knew only coloured emoji could not
+# be taught one more style by a word, as the real one, which has seen every style, can.
+RENDERINGS = {
+    "ink": toned((0, 0, 0), (255, 255, 255)), "negative": toned((255, 255, 255), (0, 0, 0)), "sepia": toned((70, 40, 10), (250, 225, 180)),
+    "pastel": lambda rgba: torch.cat([rgba[:, :3] * 0.4 + 153, rgba[:, 3:]], dim=1), "shadow": toned((30, 30, 45), (60, 60, 80)),
+    "blueprint": toned((15, 40, 140), (190, 215, 255)), "stencil": stencil, "outline": outline,
+}
+
+
 def words(name):
     """The words of a name: "four-leaf-clover" -> "four leaf clover"."""
     return name.replace("-", " ")
@@ -58,10 +94,11 @@ class Drawings:
 
 @dataclass
 class Scene:
-    """One picture to compose: rows of drawings (one, or two side by side), the ground's colour and its caption."""
+    """One picture to compose: rows of drawings (one, or two side by side), the ground's colour, its caption, and the rendering, if any."""
     rows: tuple
     colour: str
     caption: str
+    rendering: str | None = None
 
 
 def vocabulary_of(drawings):
@@ -69,8 +106,8 @@ def vocabulary_of(drawings):
     return [*map(words, drawings.table), *map(words, CLIP_STYLES), *COLOURS, "a an drawing of on background in the style next to"]
 
 
-def random_scene(rng, drawings, name, styles, other=None, tell_style=0.5, tell_colour=0.5):
-    """A scene of `name` (beside `other`, if given) in one of the styles, its caption telling style and ground now and then."""
+def random_scene(rng, drawings, name, styles, other=None, tell_style=0.5, tell_colour=0.5, rendering=None):
+    """A scene of `name` (beside `other`, if given) in one of the styles, its caption telling style and ground now and then, a rendering always."""
     names = [n for n in (name, other) if n is not None]
     common = [style for style in styles if all(style in drawings.table[n] for n in names)]
     style, colour = rng.choice(common), rng.choice(list(COLOURS))
@@ -79,9 +116,9 @@ def random_scene(rng, drawings, name, styles, other=None, tell_style=0.5, tell_c
         caption = f"a drawing of {caption}"
     if rng.random() < tell_colour:
         caption += f" on a {colour} background"
-    if rng.random() < tell_style:
-        caption += f" in the style of {words(str(style))}"
-    return Scene(tuple(drawings.table[n][str(style)] for n in names), str(colour), caption)
+    if rendering or rng.random() < tell_style:
+        caption += f" in the style of {rendering or words(str(style))}"
+    return Scene(tuple(drawings.table[n][str(style)] for n in names), str(colour), caption, rendering)
 
 
 def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=12, turn=0.1):
@@ -99,6 +136,10 @@ def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=
             if len(where) == 0 or (place == 1 and not pair):
                 continue
             rgba = torch.from_numpy(drawings.pixels[[scenes[i].rows[place] for i in where]]).permute(0, 3, 1, 2).float()
+            for name, render in RENDERINGS.items():
+                chosen = torch.tensor([scenes[i].rendering == name for i in where])
+                if chosen.any():
+                    rgba[chosen] = render(rgba[chosen])
             alpha = rgba[:, 3:] / 255
             premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)
             if pair:  # half as large, each in the middle of its half; reduced first, so that sampling skips nothing

@@ -1,4 +1,4 @@
-"""Runs the three problems' benchmarks and puts their main figures together: report/results/summary.json and a table."""
+"""Runs the three problems' benchmarks and puts their main figures together: a table, report/results/summary.json and a chart, report/figures/benchmark.png."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "report" / "results"
+CHART = ROOT / "report" / "figures" / "benchmark.png"
 MODULES = {"p1": "p1_cfg_ddpm.benchmark", "p2": "p2_ddim.benchmark", "p3": "p3_clip_textual_inversion.benchmark"}
 
 
@@ -26,11 +27,35 @@ def summary(results):
     return rows
 
 
+def draw_chart(rows, machines, path):
+    """A panel of bars for each unit, under a line for each problem's machine, versions and date."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    units = {unit: [row for row in rows if row[3] == unit] for unit in dict.fromkeys(row[3] for row in rows)}
+    figure, axes = plt.subplots(len(units), 1, figsize=(9, 1.2 + 0.3 * len(rows) + 0.6 * len(units)), layout="constrained", squeeze=False,
+                                height_ratios=[len(group) + 1.5 for group in units.values()])
+    for axis, (unit, group) in zip(axes[:, 0], units.items()):
+        bars = axis.barh([f"{problem}  {way}" for problem, way, _, _ in group][::-1], [value for _, _, value, _ in group][::-1],
+                         color=[f"C{problem[1]}" for problem, *_ in group][::-1])
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.12)
+        axis.set_title(unit, loc="left", fontsize=10)
+    titles = [f"{problem.upper()}: " + ", ".join(f"{name} {value}" for name, value in machine.items()) for problem, machine in machines.items()]
+    figure.suptitle("\n".join(titles), fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(MODULES), default=list(MODULES), help="problems to measure again; the others keep their numbers")
+    parser.add_argument("--render", action="store_true", help="measure nothing, only put the numbers together again")
     args = parser.parse_args()
-    for problem in args.only:
+    for problem in [] if args.render else args.only:
         print(f"== {problem}", flush=True)
         if subprocess.run([sys.executable, "-m", MODULES[problem]], check=False).returncode:
             sys.exit(f"error: the benchmark of {problem} failed")
@@ -41,7 +66,8 @@ def main():
         print(f"{problem}  {way:55} {value:9.2f} {unit}")
     machines = {problem: result["machine"] for problem, result in results.items()}
     (RESULTS / "summary.json").write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {RESULTS / 'summary.json'}")
+    draw_chart(rows, machines, CHART)
+    print(f"wrote {RESULTS / 'summary.json'} and {CHART}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from p3_clip_textual_inversion.data import read_concepts, read_pictures
+from p3_clip_textual_inversion.data import example_pictures, read_concepts
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, read_embeddings
 from p3_clip_textual_inversion.evaluate import Grader, clip_scores
@@ -77,7 +77,7 @@ def test_it_draws_what_it_is_asked_for(grader):
 def test_shipped_words_draw_their_concept(grader, number):
     """Eight pictures of the first prompt are nearer to the examples with the learned word than with the words it started from, by more than their spread."""
     concept = next(c for c in read_concepts(INPUT) if c.number == number)
-    references = grader.of_pictures(read_pictures(INPUT.parent / number)[0])
+    references = grader.of_pictures(example_pictures(INPUT.parent / number))
     vectors = read_embeddings(EMBEDDINGS)
     counts, names, config = {w: len(rows) for w, rows in vectors.items()}, list("abcdefgh"), DrawConfig(guidance_weight=MINI_GUIDANCE, num_steps=15)
     plain, learned = load_stable_diffusion(), load_stable_diffusion()
@@ -95,5 +95,5 @@ def test_sizes():
     files = [path for folder in (MINI / "clip", MINI_SD) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 45e6
     content = json.loads(INPUT.read_text())
-    assert all(len(read_pictures(INPUT.parent / number)[0]) == 5 for number in content)
+    assert all(len(example_pictures(INPUT.parent / number)) == 5 for number in content)
     assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(EMBEDDINGS))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion.data import read_concepts, read_pictures, varied
+from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, read_pictures, varied
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
 from p3_clip_textual_inversion.evaluate import Grader, best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
-from p3_clip_textual_inversion.train import Loss, Source, draw_batch
+from p3_clip_textual_inversion.train import Loss, Source, draw_batch, make_sources
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -225,10 +226,38 @@ def test_pictures_and_their_variations(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
     pictures, skipped = read_pictures(tmp_path)
-    assert [p.size for p in pictures] == [(10, 10), (20, 40)] and skipped == ["cut.png", "notes.txt"]
+    assert {name: p.size for name, p in pictures.items()} == {"a.png": (10, 10), "b.png": (20, 40)} and skipped == ["cut.png", "notes.txt"]
     squares = varied(Image.fromarray(np.arange(64 * 80 * 3, dtype=np.uint32).reshape(64, 80, 3).astype(np.uint8)), 64, 6, np.random.default_rng(0))
     assert squares.shape == (6, 3, 64, 64) and squares.min() >= -1 and squares.max() <= 1
     assert torch.equal(squares[0].flip(-1), squares[1])  # the middle, and flipped
+
+
+def test_captions_of_pictures(tmp_path):
+    assert read_captions(tmp_path, ["a.png"], "<new1>") is None
+    lines = ['{"file_name": "b.png", "text": "a <new1> on a hill"}', "", '{"file_name": "a.png", "text": "<new1>"}']
+    (tmp_path / CAPTIONS).write_text("\n".join(lines))
+    assert read_captions(tmp_path, ["a.png", "b.png"], "<new1>") == ["<new1>", "a <new1> on a hill"]
+    for names, token, said in ((["c.png"], "<new1>", "no caption of c.png"), (["b.png"], "<new2>", "for b.png the caption 'a <new1> on a hill'")):
+        with pytest.raises(UserError, match=said):
+            read_captions(tmp_path, names, token)
+    for content in ("{", "[]", "3", '{"file_name": []}', '{"text": "x"}', '{"file_name": {}, "text": 1}', b"\xff"):
+        (tmp_path / CAPTIONS).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match="cannot read"):
+            read_captions(tmp_path, ["a.png"], "<new1>")
+
+
+def test_sources_pair_each_picture_with_its_caption(parts, concepts_json):
+    """Captions from metadata.jsonl and, beside ordinary things, from both places."""
+    folder = concepts_json.parent / "0"
+    (folder / CAPTIONS).write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": f"a <new1> on ground {i}"}) for i in range(3)))
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, beside=2, custom_diffusion=False, checkpoint="x")
+    concepts = read_concepts(concepts_json)[:1]
+    add_words(parts, {"<new1>": torch.randn(1, 32)})
+    own, beside = make_sources(parts, concepts, args, 64, DrawConfig(num_steps=1))
+    assert own.paired and own.captions == [f"a <new1> on ground {i}" for i in (0, 0, 1, 1, 2, 2)] and len(own.means) == 6
+    assert beside.paired and len(beside.means) == len(beside.captions) == 12
+    assert beside.captions[:3] == ["a <new1> next to a person", "a <new1> next to a cat", "a <new1> next to a person"]
+    assert beside.captions[6:8] == ["a person next to a <new1>", "a cat next to a <new1>"]
 
 
 @pytest.mark.parametrize("content, said", [
@@ -279,5 +308,5 @@ def test_wrong_use_ends_in_one_line(call, concepts_json, tiny_sd, tmp_path, modu
 
 def test_grader_scores_do_not_depend_on_the_batch(tiny_clip, concepts_json):
     grader = Grader(tiny_clip)
-    pictures, _ = read_pictures(concepts_json.parent / "0")
+    pictures = example_pictures(concepts_json.parent / "0")
     assert torch.allclose(grader.of_pictures(pictures)[1:2], grader.of_pictures(pictures[1:2]), atol=1e-5)

@@ -5,7 +5,20 @@ import pytest
 import torch
 
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.world import COLOURS, KEPT_OUT, SIDE, SILHOUETTES, STYLES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, random_scene
+from p3_clip_textual_inversion.world import (
+    COLOURS,
+    KEPT_OUT,
+    RENDERINGS,
+    SIDE,
+    SILHOUETTES,
+    STYLES,
+    SUBJECTS,
+    UNSEEN_STYLE,
+    Drawings,
+    Scene,
+    compose,
+    random_scene,
+)
 
 SQUARES = {"red-apple": (255, 0, 0), "owl": (0, 0, 255)}
 
@@ -54,6 +67,21 @@ def test_captions_tell_what_is_there(drawings):
         assert scene.caption == f"an owl next to a red apple on a {scene.colour} background in the style of twemoji" and scene.rows == (2, 0)
         scene = random_scene(rng, drawings, "red-apple", ("noto-v1",), tell_style=0, tell_colour=0)
         assert scene.caption in ("a red apple", "a drawing of a red apple") and scene.rows == (1,)
+
+
+def test_renderings_by_hand(drawings):
+    """Tones lie on the line between their ends, a stencil keeps what is dark, an outline is drawn where the square ends; captions tell."""
+    scene = random_scene(np.random.default_rng(0), drawings, "owl", ("twemoji",), tell_style=0, tell_colour=0, rendering="ink")
+    assert scene.caption.endswith("owl in the style of ink") and scene.rendering == "ink"
+    pictures = (still(drawings, [Scene((0,), "white", "", name) for name in (None, *RENDERINGS)]) + 1) * 127.5
+    by_name = dict(zip((None, *RENDERINGS), pictures))
+    centres = {None: (255, 0, 0), "ink": (76.2,) * 3, "negative": (178.8,) * 3, "stencil": (0, 0, 0), "pastel": (255, 153, 153)}
+    for name, colour in centres.items():
+        assert (by_name[name][:, 32, 32] - torch.tensor(colour).float()).abs().max() < 0.5, name
+    assert all(picture[:, 2, 2].min() > 254 for picture in pictures)  # the ground stays
+    assert by_name["outline"][:, 32, 16].max() < 1 and by_name["outline"][:, 32, 32].min() > 254
+    blue = still(drawings, [Scene((2,), "white", "", "stencil"), Scene((0, 2), "white", "", "ink")])
+    assert (blue[0, :, 32, 32] == -1).all() and (blue[1, 0, 32, 40] + 1) * 127.5 == pytest.approx(29.07, abs=0.5)
 
 
 def test_what_is_kept_out_is_disjoint():
