@@ -52,6 +52,16 @@ def score_way(checkpoint, concepts, vectors, count, config, device, grader, refe
     return results
 
 
+def summary_of(prompt, rows):
+    """The scores of one prompt in one row: of both ways without learning, and the mean, lowest and highest of the seeds. rows: {way: scores}"""
+    summary = {"prompt": prompt}
+    for what in ("image", "text", "rest"):
+        ours = [row[what] for way, row in rows.items() if way.startswith("learned")]
+        summary[what] = {"initial": rows["initial words"][what], "untrained": rows["untrained word"][what], "learned": float(np.mean(ours)),
+                         "lowest": min(ours), "highest": max(ours)}
+    return summary
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compares learned words with the words they started from and with untrained ones.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -91,8 +101,9 @@ def main():
             if way == "initial words":
                 marks = [best_of(image, text)[1:] for image, text, *_ in results]
     among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) for number, features in references.items()}
-    write_json(args.output / "results" / "p3_compare.json", {"ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
-                                                             "guidance_weight": config.guidance_weight, "steps": config.num_steps})
+    summary = [summary_of(concept.prompts[k], {way: rows[j] for way, rows in scores.items()}) for j, (concept, k) in enumerate(prompts)]
+    write_json(args.output / "results" / "p3_compare.json", {"summary": summary, "ways": scores, "examples_among_themselves": among,
+                                                             "pictures": args.num_images, "guidance_weight": config.guidance_weight, "steps": config.num_steps})
     if args.write_baselines:
         content = json.loads(args.input.read_text(encoding="utf-8"))
         for number in content:
@@ -107,10 +118,9 @@ def main():
         rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in list(ways)[:3]]
         print(concept.prompts[k])
         for what in ("image", "text", "rest"):
-            value = {way: scores[way][j][what] for way in ways}
-            ours = [value[way] for way in ways if way.startswith("learned")]
-            print(f"  {what:5} score: " + ", ".join(f"{way} {value[way]:.1f}" for way in list(ways)[:2])
-                  + f", learned {np.mean(ours):.1f} (seeds {min(ours):.1f} to {max(ours):.1f})")
+            row = summary[j][what]
+            print(f"  {what:5} score: initial words {row['initial']:.1f}, untrained word {row['untrained']:.1f}, "
+                  f"learned {row['learned']:.1f} (seeds {row['lowest']:.1f} to {row['highest']:.1f})")
     save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 

@@ -35,13 +35,15 @@ class Regional(Guided):
         return (1 + self.w) * (self.whole * cond + (1 - self.whole) * parts) - self.w * uncond
 
 
-def regional(parts, prompt, whole=0.3, masks=halves):
-    """What `inference.draw` takes as `guided`, for a prompt "A next to B" (learned words written out). Other prompts have no sides: plain guidance."""
+def regional(parts, prompt, whole=0.3, masks=halves, twice=True):
+    """What `inference.draw` takes as `guided`, for a prompt "A next to B" (learned words written out). Other prompts have no sides: plain guidance.
+
+    twice: each side's prompt is "A next to A", whose estimate places an A of the right size in its half; that of "A" alone is of one large A in the middle."""
     sides = prompt.split(SEPARATOR)
     if len(sides) != 2:
         return Guided
     with torch.inference_mode():
-        hidden = parts.encode_text(sides)
+        hidden = parts.encode_text([f"{side}{SEPARATOR}{side}" if twice else side for side in sides])
 
     def guided(unet, cond, uncond, w, dtype):
         return Regional(unet, cond, uncond, w, dtype, [side[None] for side in hidden], whole, masks)

@@ -6,6 +6,7 @@ Needs the file of make_mini drawings. Models that are not there are left out.
 """
 
 import argparse
+import re
 import time
 from pathlib import Path
 
@@ -15,10 +16,31 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from .compare import rest_of
+from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
+from .evaluate import Grader, clip_scores
 from .files import ROOT, run, save_image, writable_folder, write_json
+from .make_mini import SUBJECT
 from .model import load_clip
-from .world import CLIP_STYLES, KEPT_OUT, MINI, SIDE, UNSEEN_STYLE, Drawings, compose, drawing_of, random_scene, to_uint8, words
+from .world import (
+    CLIP_STYLES,
+    COLOURS,
+    KEPT_OUT,
+    MINI,
+    SIDE,
+    SILHOUETTES,
+    STYLES,
+    SUBJECTS,
+    UNSEEN_STYLE,
+    Drawings,
+    Scene,
+    compose,
+    drawing_of,
+    random_scene,
+    to_uint8,
+    words,
+)
 from .zero_shot import image_features, read_data, text_classifier
 
 COUNT = 1000
@@ -72,6 +94,28 @@ def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, step
     return result, to_uint8(pictures).reshape(len(names), per_class, SIDE, SIDE, 3)
 
 
+@torch.inference_mode()
+def real_pictures(drawings, grader):
+    """Per prompt of input.json the scores (as in compare.py) that real drawings get, of the concept and, for a style, of its subject in the trained styles:
+    what a perfect word would reach, and whether the score tells the concept at all."""
+    rows, rng, generator = {}, np.random.default_rng(2), torch.Generator().manual_seed(2)
+    for concept in read_concepts(MINI / "textual_inversion" / "input.json"):
+        references = grader.of_pictures(example_pictures(MINI / "textual_inversion" / concept.number))
+        for prompt in concept.prompts:
+            rest = rest_of(prompt, concept.token)
+            named = [name for name in SUBJECTS if re.search(rf"\b{words(name)}\b", rest)]
+            colours = [colour for colour in COLOURS if f"on a {colour} background" in rest] or list(COLOURS)
+            ways = {"real": (SILHOUETTES,), "other styles": STYLES}
+            if concept.src_image != words(SILHOUETTES):
+                named, ways = [SUBJECT[0], *named], {"real": SUBJECT[1:]}
+            for way, styles in ways.items():
+                scenes = [Scene(tuple(drawings.table[name][styles[i % len(styles)]] for name in named), str(rng.choice(colours)), "") for i in range(40)]
+                features = grader.of_pictures([Image.fromarray(picture) for picture in to_uint8(compose(drawings, scenes, generator))])
+                image, rest_score = clip_scores(features, references, grader.of_texts([rest])[0])
+                rows.setdefault(prompt, {})[way] = {"image": image.mean().item(), "image_deviation": image.std().item(), "rest": rest_score.mean().item()}
+    return rows
+
+
 def contact_sheet(pictures, names, columns=10):
     """Titles over pictures: every name's first picture."""
     cell = SIDE + 18
@@ -100,7 +144,7 @@ def main():
     for name in ("results", "figures"):
         writable_folder(args.output / name)
     clip, _, tokenizer = load_clip(str(args.clip), None, device)
-    scores = {"clip": retrieval(clip, tokenizer, drawings, device)}
+    scores = {"clip": retrieval(clip, tokenizer, drawings, device), "prompts": real_pictures(drawings, Grader(args.clip, None, device))}
     if args.sd.is_dir():
         pipeline = StableDiffusionPipeline.from_pretrained(args.sd, local_files_only=True, safety_checker=None).to(device, torch.float32)
         pipeline.set_progress_bar_config(disable=True)
@@ -111,7 +155,9 @@ def main():
         save_image(contact_sheet(pictures, names), args.output / "figures" / "p3_mini.png")
     write_json(args.output / "results" / "p3_mini.json", scores)
     for name, row in scores.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        for key, value in row.items():
+            print(f"{name}: {key} " + (f"{value:.4g}" if not isinstance(value, dict) else ", ".join(
+                f"{way}: image {score['image']:.1f}, rest {score['rest']:.1f}" for way, score in value.items())))
     print(f"wrote {args.output / 'results' / 'p3_mini.json'}")
 
 

@@ -204,7 +204,7 @@ def parse_args():
     parser.add_argument("--report", type=Path, default=ROOT / "report", help="folder for results/p3_multi.json and figures/p3_multi.png")
     parser.add_argument("--ordinary", default="red apple", help="ordinary thing that stands beside the first subject")
     parser.add_argument("--ordinary-pictures", type=Path, default=MINI / "clip_zeroshot", help="pictures of ordinary things, to set the score's thresholds by")
-    parser.add_argument("--train-steps", type=int, default=400, help="steps per concept of each training")
+    parser.add_argument("--train-steps", type=int, default=500, help="steps per concept of each training")
     parser.add_argument("--num-images", type=int, default=50, help="pictures per prompt and method")
     parser.add_argument("--model", default=str(MINI / "clip"), help="the CLIP that judges")
     parser.add_argument("--pretrained", default=None, help="its weights, for a named model")

@@ -39,7 +39,7 @@ TEMPLATES = {  # by (what the model draws, what is learned)
     ("drawing", "style"): ("a drawing in the style of {}", "a drawing of a thing in the style of {}"),
 }
 ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
-            "drawing": ("cat face", "bus", "house", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
+            "drawing": ("cat face", "bus", "tulip", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
@@ -88,8 +88,7 @@ def draw_batch(sources, scaling, batch_size, generator):
 
 
 def make_sources(parts, concepts, args, side, config):
-    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together, and of a subject beside an ordinary thing;
-    ordinary ones, if projections learn."""
+    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together; ordinary ones, if projections learn."""
     medium = "drawing" if is_mini(args) else "photo"
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
@@ -109,27 +108,14 @@ def make_sources(parts, concepts, args, side, config):
             for right, theirs in subjects:
                 if left is not right:
                     sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
-    if args.beside and subjects:
-        things = [f"a {ORDINARY[medium][i % len(ORDINARY[medium])]}" for i in range(args.beside)]
-        drawn = draw_ordinary(parts, things, config)
-        for concept, ours in subjects:
-            left, right = side_by_side(ours, drawn), side_by_side(drawn, ours)
-            others = [things[i % len(things)] for i in range(len(left))]
-            captions = [f"a {concept.token} next to {thing}" for thing in others] + [f"{thing} next to a {concept.token}" for thing in others]
-            sources.append(encode(parts, torch.cat([left, right]), [expand(text, counts) for text in captions], paired=True))
     if args.custom_diffusion and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(ORDINARY[medium])
         captions = [TEMPLATES[medium, "object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
-        ordinary = encode(parts, draw_ordinary(parts, captions, config), captions, paired=True)
+        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
+            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
+        ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch
     return sources
-
-
-def draw_ordinary(parts, captions, config):
-    """What the model itself draws for the captions, [N, 3, H, W] in -1..1."""
-    with tqdm(total=len(captions), unit="picture", desc="drawing ordinary pictures") as bar:
-        drawn = np.stack(list(draw(parts, captions, [f"ordinary/{i}" for i in range(len(captions))], config, progress=bar)))
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learn(concepts, args, accelerator, dtype):
@@ -172,7 +158,7 @@ def learn(concepts, args, accelerator, dtype):
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(Loss(parts, args.min_snr_gamma), optimizer)
+    model, optimizer = accelerator.prepare(Loss(parts, args.min_snr_gamma or None), optimizer)
     if state:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -255,18 +241,17 @@ def parse_args():
                         help="which captions to train with; auto: style where each prompt has 'style of'")
     parser.add_argument("--vectors", type=int, default=4, help="per word")
     parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps; several thousand for the real model")
+    parser.add_argument("--steps", type=int, default=500, help="optimiser steps; several thousand for the real model")
     parser.add_argument("--batch-size", type=int, default=8, help="latents per step, over all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
-    parser.add_argument("--min-snr-gamma", type=float, default=None, help="min-SNR loss weighting (5 is usual); none if not given")
+    parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="min-SNR loss weights (Hang et al. 2023): less for slight noise; 0 for none")
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
     parser.add_argument("--lr-projections", type=float, default=1e-4, help="peak learning rate of those")
     parser.add_argument("--prior", type=int, default=48, help="ordinary pictures that hold those in place; 0 for none")
-    parser.add_argument("--beside", type=int, default=0, help="ordinary pictures, drawn by the model, beside which each subject is learned too; 0 for none")
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -279,6 +264,8 @@ def parse_args():
     for name in ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.min_snr_gamma < 0 or args.prior < 0:
+        raise UserError("--min-snr-gamma and --prior must not be below 0")
     return args
 
 

@@ -1,18 +1,20 @@
 """Several concepts: joint training, Custom Diffusion and its merging, guidance by halves, and the score."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from p3_clip_textual_inversion.compose import Regional, halves
+from p3_clip_textual_inversion.compose import Regional, halves, regional
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.diffusion import Guided
 from p3_clip_textual_inversion.embedding import initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.multi import half_crops, interval, paste_side_by_side
+from p3_clip_textual_inversion.multi import drift, half_crops, interval, paste_side_by_side
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -98,6 +100,22 @@ def test_regional_guidance_by_hand():
     assert torch.allclose(mean, torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 3.5) - w * 0.5))
     all_whole = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0)(x, 10)
     assert torch.allclose(all_whole, Guided(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w)(x, 10))
+
+
+def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
+    parts = load_stable_diffusion(tiny_sd)
+    assert regional(parts, "a dog on the hill") is Guided and regional(parts, "a next to b next to c") is Guided
+    whole = parts.encode_text(["a dog next to a red car"])
+    for twice, texts in ((True, ["a dog next to a dog", "a red car next to a red car"]), (False, ["a dog", "a red car"])):
+        predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, whole, parts.encode_text([""]), 3.0, torch.float32)
+        assert isinstance(predict, Regional) and torch.equal(predict.predict_all.cond[2:], parts.encode_text(texts))
+
+
+def test_ordinary_pictures_that_stay_have_not_drifted():
+    grader = types.SimpleNamespace(of_pictures=lambda pictures: torch.stack([torch.tensor([1.0, 0.0]) for _ in pictures]))
+    pictures = [np.full((4, 4, 3), value, np.uint8) for value in (10, 20)]
+    assert drift(pictures, pictures, grader) == {"grey_levels": 0.0, "clip_cosine": 100.0}
+    assert drift([picture + 3 for picture in pictures], pictures, grader)["grey_levels"] == 3
 
 
 def test_pictures_side_by_side():

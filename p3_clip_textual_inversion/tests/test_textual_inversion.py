@@ -247,17 +247,13 @@ def test_captions_of_pictures(tmp_path):
 
 
 def test_sources_pair_each_picture_with_its_caption(parts, concepts_json):
-    """Captions from metadata.jsonl and, beside ordinary things, from both places."""
     folder = concepts_json.parent / "0"
     (folder / CAPTIONS).write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": f"a <new1> on ground {i}"}) for i in range(3)))
-    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, beside=2, custom_diffusion=False, checkpoint="x")
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, custom_diffusion=False, checkpoint="x")
     concepts = read_concepts(concepts_json)[:1]
     add_words(parts, {"<new1>": torch.randn(1, 32)})
-    own, beside = make_sources(parts, concepts, args, 64, DrawConfig(num_steps=1))
+    own, = make_sources(parts, concepts, args, 64, DrawConfig(num_steps=1))
     assert own.paired and own.captions == [f"a <new1> on ground {i}" for i in (0, 0, 1, 1, 2, 2)] and len(own.means) == 6
-    assert beside.paired and len(beside.means) == len(beside.captions) == 12
-    assert beside.captions[:3] == ["a <new1> next to a person", "a <new1> next to a cat", "a <new1> next to a person"]
-    assert beside.captions[6:8] == ["a person next to a <new1>", "a cat next to a <new1>"]
 
 
 @pytest.mark.parametrize("content, said", [
