@@ -81,6 +81,17 @@ def load_pickle_safely(path, what):
         raise UserError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
 
 
+def load_state(path, settings):
+    """The state that a training saved, if it belongs to a run with these settings."""
+    state = load_pickle_safely(path, "training state")
+    if not isinstance(state, dict) or "settings" not in state:
+        raise UserError(f"{path} is not a training state of this script; choose another --output")
+    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
+    if changed:
+        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
+    return state
+
+
 def existing_file(path, what):
     path = Path(path)
     if not path.is_file():

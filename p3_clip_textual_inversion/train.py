@@ -25,7 +25,7 @@ from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, expand, file_of, initial_rows, save_embedding
-from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
 from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
@@ -218,16 +218,6 @@ def is_mini(args):
 def kind_of(concept, args):
     """Whether a concept is an object or a style."""
     return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
-
-
-def load_state(path, settings):
-    state = load_pickle_safely(path, "training state")
-    if not isinstance(state, dict) or "settings" not in state:
-        raise UserError(f"{path} is not a training state of this script; choose another --output")
-    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
-    return state
 
 
 def parse_args():

@@ -95,3 +95,18 @@ def concepts_json(tmp_path):
                "1": {"src_image": "red car", "token_name": "<new2>", "prompt": ["a house in the style of <new2>"]}}
     (folder / "input.json").write_text(json.dumps(content))
     return folder / "input.json"
+
+
+@pytest.fixture
+def echo():
+    """A UNet that puts out what its condition says, so that guidance can be computed by hand."""
+    class Echo(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x, t, hidden):
+            class Output:
+                sample = x * 0 + hidden.mean(dim=(1, 2))[:, None, None, None] * self.scale
+            return Output
+    return Echo()

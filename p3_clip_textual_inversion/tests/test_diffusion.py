@@ -62,30 +62,17 @@ def test_samplers_recover_a_single_point(sampler):
     assert torch.allclose(last.x, point, atol=0.12)  # DDIM leaves the noise of alpha_bar[0] in: a deviation of 0.03
 
 
-class Linear(torch.nn.Module):
-    """Puts out what its condition says, so that guidance can be computed by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x, t, hidden):
-        class Output:
-            sample = x * 0 + hidden.mean(dim=(1, 2))[:, None, None, None] * self.scale
-        return Output
-
-
-def test_guidance_formula():
+def test_guidance_formula(echo):
     x, cond, uncond = torch.zeros(2, 4, 2, 2), torch.full((2, 3, 5), 3.0), torch.full((2, 3, 5), 1.0)
     for w, expected in ((0, 3.0), (1, 5.0), (6.5, 7.5 * 3 - 6.5)):
-        assert torch.allclose(diffusion.Guided(Linear(), cond, uncond, w)(x, 5), torch.full_like(x, expected))
+        assert torch.allclose(diffusion.Guided(echo, cond, uncond, w)(x, 5), torch.full_like(x, expected))
 
 
-def test_min_snr_weights():
+def test_min_snr_weights(echo):
     alpha_bar, x0, eps = diffusion.make_alpha_bar(), torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     t = torch.tensor([0, 300, 999])
-    plain = diffusion.loss(Linear(), alpha_bar, x0, eps, t, torch.zeros(3, 2, 4))
-    weighed = diffusion.loss(Linear(), alpha_bar, x0, eps, t, torch.zeros(3, 2, 4), min_snr_gamma=5)
+    plain = diffusion.loss(echo, alpha_bar, x0, eps, t, torch.zeros(3, 2, 4))
+    weighed = diffusion.loss(echo, alpha_bar, x0, eps, t, torch.zeros(3, 2, 4), min_snr_gamma=5)
     snr = (alpha_bar / (1 - alpha_bar))[t]
     assert torch.allclose(plain, torch.ones(3))
     assert torch.allclose(weighed.double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-3)

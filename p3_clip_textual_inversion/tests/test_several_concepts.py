@@ -73,33 +73,20 @@ def test_merge_keeps_every_concept_and_stays_nearest():
     assert torch.allclose(merge(base, [base, base], targets, regular)["w"], base["w"], atol=1e-5)
 
 
-class Echo(torch.nn.Module):
-    """Puts out what its condition says."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x, t, hidden):
-        class Output:
-            sample = x * 0 + hidden.mean(dim=(1, 2))[:, None, None, None] * self.scale
-        return Output
-
-
-def test_regional_guidance_by_hand():
+def test_regional_guidance_by_hand(echo):
     left, right = halves(8, 8)
     assert torch.equal(left + right, torch.ones(1, 1, 8, 8))
     assert left[..., 0].eq(1).all() and right[..., 0].eq(0).all()
     x, states = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
     cond, a, b, uncond = states
     w, whole = 3.0, 0.25
-    eps = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole)(x, 10)
+    eps = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole)(x, 10)
     assert torch.allclose(eps[..., 0], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 2) - w * 0.5))
     assert torch.allclose(eps[..., -1], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 5) - w * 0.5))
-    mean = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None)(x, 10)
+    mean = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None)(x, 10)
     assert torch.allclose(mean, torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 3.5) - w * 0.5))
-    all_whole = Regional(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0)(x, 10)
-    assert torch.allclose(all_whole, Guided(Echo(), cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w)(x, 10))
+    all_whole = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0)(x, 10)
+    assert torch.allclose(all_whole, Guided(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w)(x, 10))
 
 
 def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
