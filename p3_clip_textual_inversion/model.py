@@ -2,6 +2,7 @@
 
 import difflib
 import gzip
+import zlib
 from pathlib import Path
 
 import open_clip
@@ -18,7 +19,7 @@ def read_merges(path=None):
     try:
         with gzip.open(path or default_bpe(), "rt", encoding="utf-8") as file:
             merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read the BPE merges {path}: {error}") from None
     if any(len(merge) != 2 for merge in merges):
         raise UserError(f"{path} is not a BPE file: each line after the first must have two parts")
