@@ -1,0 +1,127 @@
+"""Killed, crowded out, or run in odd places: outputs are whole or not there, and what goes wrong is said in one line."""
+
+import ast
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MINI = ROOT / "hw2_data" / "mini"
+PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
+WRITERS = {"save", "savefig", "save_file", "save_pretrained", "write_text", "write_bytes", "savez_compressed", "copyfile"}
+DRAW = {  # problem: (module, arguments with OUT for the folder, the files it writes)
+    "p1": ("p1_cfg_ddpm.inference", ["OUT", "--images-per-digit=1", "--digits", "3", "--steps=2"], ["mnistm/3_001.png", "svhn/3_001.png"]),
+    "p2": ("p2_ddim.inference", [MINI / "face" / "noise", "OUT", MINI / "face" / "UNet.pt", "--steps=2"], [f"{i:02d}.png" for i in range(10)]),
+    "p3": ("p3_clip_textual_inversion.inference", [MINI / "textual_inversion" / "input.json", "OUT", "--num-images=1", "--steps=2"],
+           [f"{c}/{k}/source{c}_prompt{k}_0.png" for c in "01" for k in (0, 1)]),
+}
+
+
+def start(module, arguments, output, **options):
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, *(str(output) if argument == "OUT" else str(argument) for argument in arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("problem", DRAW)
+def test_two_runs_at_once_into_a_folder_with_an_odd_name_and_no_home(problem, tmp_path):
+    """Both succeed, every file is whole, and nothing else is left there."""
+    module, arguments, files = DRAW[problem]
+    output = tmp_path / "märz 数字 'out'"
+    for process in [start(module, arguments, output, cwd=tmp_path) for _ in range(2)]:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    assert sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()) == sorted(files)
+    for name in files:
+        with Image.open(output / name) as image:
+            assert np.asarray(image.convert("RGB")).std() > 0
+
+
+@pytest.mark.parametrize("problem", DRAW)
+def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(problem, tmp_path):
+    """No file may grow beyond 100 bytes: the system refuses the write itself, as on a full disk."""
+    module, arguments, _ = DRAW[problem]
+    process = start(module, arguments, tmp_path / "out", cwd=tmp_path,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith(f"error: cannot write {tmp_path / 'out'}")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def in_one_process(code, tmp_path, **options):
+    """Runs code with the `files` modules of all three packages; they differ in nothing that this tests."""
+    imports = "; ".join(f"from {package} import files as f{i}" for i, package in enumerate(PACKAGES))
+    script = f"import os, sys, time, torch\nfrom PIL import Image\nfrom safetensors.torch import save_file\n{imports}\nALL = (f0, f1, f2)\n{code}"
+    return subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_every_kind_of_write_is_refused_in_one_line(tmp_path):
+    process = in_one_process("""
+def write(files, kind, path):
+    if kind == "picture":
+        files.save_image(Image.effect_noise((64, 64), 50), path)
+    elif kind == "json":
+        files.write_json(path, list(range(1000)))
+    else:
+        with files.atomic_path(path) as temporary:
+            if kind == "tensors":
+                save_file({"a": torch.zeros(9999)}, temporary)
+            elif kind == "pickle":
+                torch.save({"a": torch.zeros(9999)}, temporary)
+for i, files in enumerate(ALL):
+    for kind in ("picture", "json", "tensors", "pickle"):
+        path = f"{i}_{kind}." + {"picture": "png", "json": "json", "tensors": "safetensors", "pickle": "pt"}[kind]
+        try:
+            write(files, kind, path)
+            print("written", path)
+        except files.UserError as error:
+            assert "cannot write" in str(error) and "\\n" not in str(error), error
+print(os.listdir("."))
+""", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and out == "[]\n", out + err
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_file_before(tmp_path):
+    process = in_one_process("""
+for i, files in enumerate(ALL):
+    files.write_json(f"{i}.json", "before")
+    context = files.atomic_path(f"{i}.json")
+    open(context.__enter__(), "w").write("half of")
+    sys.stdout.write("x")
+sys.stdout.flush()
+time.sleep(60)
+""", tmp_path)
+    assert process.stdout.read(3) == "xxx"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [(tmp_path / f"{i}.json").read_text() for i in range(3)] == ['"before"\n'] * 3
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path.name not in ("0.json", "1.json", "2.json"))
+
+
+def writes_outside(tree):
+    """Lines of calls that write a file, and are inside neither `with atomic_path(...)` nor a temporary folder."""
+    inside = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and any(
+                safe in ast.unparse(item.context_expr) for item in node.items for safe in ("atomic_path", "TemporaryDirectory")):
+            inside |= {id(child) for child in ast.walk(node)}
+    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name) and id(node) not in inside
+            and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id) in WRITERS]
+
+
+def test_every_write_goes_by_way_of_a_temporary_name():
+    """Except the folders of models that the miniature's training ends with (tasks.py): the library that writes them takes a folder."""
+    assert writes_outside(ast.parse("a.save(b)\nwith atomic_path(x) as y:\n    a.save(y)")) == [1]
+    found = [f"{path.name}: {line}" for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))
+             if path.name != "tasks.py" for line in writes_outside(ast.parse(path.read_text(encoding="utf-8")))]
+    assert found == []
