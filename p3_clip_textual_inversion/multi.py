@@ -32,7 +32,8 @@ from .train import ORDINARY, TEMPLATES, is_mini, kind_of
 from .world import MINI
 from .zero_shot import read_data
 
-RUNS = {"apart": [], "together": ["--joint"], "custom": ["--joint", "--custom-diffusion"], "custom_apart": ["--custom-diffusion"]}
+GENTLY = "--lr=3e-3"  # where more learns, or for longer
+RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY], "custom_apart": ["--custom-diffusion", GENTLY]}
 METHODS = {  # name: (run whose words it uses, where its projections come from, guidance of "A next to B")
     "words learned apart": ("apart", None, None),
     "words learned together": ("together", None, None),

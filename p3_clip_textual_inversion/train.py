@@ -234,7 +234,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=500, help="optimiser steps; several thousand for the real model")
     parser.add_argument("--batch-size", type=int, default=8, help="latents per step, over all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="min-SNR loss weights (Hang et al. 2023): less for slight noise; 0 for none")
