@@ -90,11 +90,11 @@ def make_pictures(drawings, output, seed):
         save_image(Image.fromarray(picture), zero_shot / "val" / f"{i // PER_CLASS}_{i % PER_CLASS}.png")
     write_json(zero_shot / "id2label.json", {str(i): words(name) for i, name in enumerate(classes)})
     concepts = {"0": [SUBJECT] * PER_CONCEPT, "1": [(name, SILHOUETTES) for name in rng.permutation(SUBJECTS)[:PER_CONCEPT]], "2": [OTHER] * PER_CONCEPT,
-                "0+1": [(SUBJECT[0], SILHOUETTES)] * PER_CONCEPT}  # the last: the subject in the style, which only the score of both is set by
+                "0+1": [(SUBJECT[0], SILHOUETTES)] * 3 * 8}  # the last: the subject in the style, which only the score of both is set by
     for number, concept in concepts.items():
         folder = writable_folder(output / "textual_inversion" / number)
         scenes = [Scene((drawings.table[name][style],), colour, caption_of(number, name, colour))
-                  for (name, style), colour in zip(concept, rng.permutation(colours))]
+                  for (name, style), colour in zip(concept, np.resize(rng.permutation(colours), len(concept)))]
         for i, picture in enumerate(to_uint8(compose(drawings, scenes, generator, shift=0.05, scales=(0.85, 1.0)))):
             save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
         lines = [json.dumps({"file_name": f"{i:02d}.png", "text": scene.caption}) for i, scene in enumerate(scenes) if scene.caption]

@@ -33,7 +33,8 @@ from .world import MINI
 from .zero_shot import read_data
 
 GENTLY = "--lr=3e-3"  # where more learns, or for longer
-RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY], "custom_apart": ["--custom-diffusion", GENTLY]}
+RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
+        "custom_apart": ["--custom-diffusion", GENTLY]}
 METHODS = {  # name: (run whose words it uses, where its projections come from, guidance of "A next to B")
     "words learned apart": ("apart", None, None),
     "words learned together": ("together", None, None),
@@ -54,16 +55,19 @@ def half_crops(picture):
 
 class Finder:
     """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
-    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
+    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it.
 
-    def __init__(self, grader, references, present, absent):
-        self.grader, self.references = grader, grader.of_pictures(references)
+    minus: examples whose score is taken off, to see in what a picture differs from them: for a style, the same subject as it is. Then of the whole alone."""
+
+    def __init__(self, grader, references, present, absent, minus=None):
+        self.grader, self.whole_only = grader, minus is not None
+        self.direction = grader.of_pictures(references).mean(0) - (grader.of_pictures(minus).mean(0) if minus else 0)
         self.threshold = (self.scores(present).mean() + self.scores(absent).mean()).item() / 2
 
     def scores(self, pictures):
         """[N]"""
-        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
-        return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
+        crops = [crop for picture in pictures for crop in ((picture,) if self.whole_only else (*half_crops(picture), picture))]
+        return 100 * (self.grader.of_pictures(crops) @ self.direction).reshape(len(pictures), -1).amax(1)
 
     def __call__(self, pictures):
         """bool [N]"""
@@ -86,7 +90,8 @@ def make_finders(grader, concepts, args, others, labels):
     """({key: finder}, {key: how many real pictures that set no threshold it judges rightly}).
 
     A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
-    halves of the ordinary pictures. A subject is seen beside another thing; a subject in a style (key "0+1") needs real pictures in a folder of that name."""
+    halves of the ordinary pictures. A subject is seen beside another thing. Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there
+    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", told from the subject as it is."""
     finders, validation = {}, {}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     styles = [concept.number for concept in concepts if kind_of(concept, args) == "style"]
@@ -108,16 +113,17 @@ def make_finders(grader, concepts, args, others, labels):
         for subject in (concept.number for concept in concepts if concept.number not in styles):
             folder = args.input.parent / f"{subject}+{style}"
             if folder.is_dir():
-                both, others_in_style = example_pictures(folder), examples[style]
-                sets = [(both[i::2], others_in_style[i::2]) for i in (0, 1)]
-                add_finder(finders, validation, f"{subject}+{style}", grader, examples[subject], sets)
+                both = example_pictures(folder)
+                for key, absent, minus in ((f"{subject} in {style}", examples[style], None), (f"{style} on {subject}", examples[subject], examples[subject])):
+                    sets = [(both[1::3], absent), (both[2::3], [ImageOps.mirror(picture) for picture in absent])]
+                    add_finder(finders, validation, key, grader, both[0::3], sets, minus)
     finders["ordinary"] = WordFinder(grader, args.ordinary, labels, medium_of(args))
     return finders, validation
 
 
-def add_finder(finders, validation, key, grader, references, sets):
+def add_finder(finders, validation, key, grader, references, sets, minus=None):
     (present, absent), (new_present, new_absent) = sets
-    finders[key] = Finder(grader, references, present, absent)
+    finders[key] = Finder(grader, references, present, absent, minus)
     validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
                        "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
 
@@ -181,14 +187,17 @@ def drift(pictures, originals, grader):
     return {"grey_levels": float(levels), "clip_cosine": float(100 * (ours * theirs).sum(1).mean())}
 
 
-def make_prompts(args, concepts):
+def make_prompts(args, concepts, finders):
     """[(prompt, keys of the finders that must find)]: two subjects, a subject and an ordinary thing, a subject in a style."""
     subjects = [c for c in concepts if kind_of(c, args) == "object"]
     styles = [c for c in concepts if kind_of(c, args) == "style"]
     prompts = [(f"a {a.token}{SEPARATOR}a {b.token}", (a.number, b.number)) for a, b in pairwise(subjects)]
     prompts += [(f"a {subject.token}{SEPARATOR}a {args.ordinary}", (subject.number, "ordinary")) for subject in subjects[:1]]
-    return prompts + [(f"a {medium_of(args)} of a {subject.token} in the style of {style.token}", (f"{subject.number}+{style.number}", style.number))
-                      for subject in subjects[:1] for style in styles[:1]]
+    for subject, style in zip(subjects[:1], styles[:1]):
+        keys = (f"{subject.number} in {style.number}", f"{style.number} on {subject.number}")
+        keys = keys if keys[0] in finders else (subject.number, style.number)
+        prompts.append((f"a {medium_of(args)} of a {subject.token} in the style of {style.token}", keys))
+    return prompts
 
 
 def medium_of(args):
@@ -225,7 +234,6 @@ def main():
     for concept in concepts:
         if len(example_pictures(args.input.parent / concept.number)) < 3:
             raise UserError(f"{args.input.parent / concept.number} needs at least 3 pictures: two are kept to set and to try the score")
-    prompts = make_prompts(args, concepts)
     for name in ("results", "figures"):
         writable_folder(args.report / name)
     writable_folder(args.output)
@@ -233,7 +241,7 @@ def main():
     firsts = [paths[classes.index(number)] for number in dict.fromkeys(classes)]  # one of each class
     others = [Image.open(path).convert("RGB") for path in firsts]
     finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
-    prompts = [(prompt, keys) for prompt, keys in prompts if all(key in finders for key in keys)]
+    prompts = make_prompts(args, concepts, finders)
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")

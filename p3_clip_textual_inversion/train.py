@@ -88,7 +88,7 @@ def draw_batch(sources, scaling, batch_size, generator):
 
 
 def make_sources(parts, concepts, args, side, config):
-    """The pictures to learn from: each concept's; composed ones of each two subjects, if they learn together; ordinary ones, if projections learn."""
+    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn."""
     medium = "drawing" if is_mini(args) else "photo"
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
@@ -105,9 +105,8 @@ def make_sources(parts, concepts, args, side, config):
             subjects.append((concept, squares))
     if args.joint:
         for left, ours in subjects:
-            for right, theirs in subjects:
-                if left is not right:
-                    sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
+            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
+                sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
     if args.custom_diffusion and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(ORDINARY[medium])
         captions = [TEMPLATES[medium, "object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
