@@ -1,4 +1,4 @@
-"""Guidance that places two concepts in one picture: each half of the picture follows a prompt of its own.
+"""Guidance that brings two concepts into one picture: each half follows a prompt of its own, or a style is added to a subject.
 
 The noise estimate of "a <new1> next to a <new2>" is a weighted sum: a share of the whole prompt's everywhere, the rest of each side's prompt in its own half
 (regional guidance, in the manner of MultiDiffusion, Bar-Tal et al. 2023); or, with masks of one half everywhere, composed noise estimates (Liu et al. 2022).
@@ -33,6 +33,30 @@ class Regional(Guided):
         masks = self.masks(*x.shape[-2:]) if self.masks else [1 / self.count] * self.count
         parts = sum((mask.to(x.device) if torch.is_tensor(mask) else mask) * side for mask, side in zip(masks, sides))
         return (1 + self.w) * (self.whole * cond + (1 - self.whole) * parts) - self.w * uncond
+
+
+class Styled(Guided):
+    """Like `Guided`, towards a style: eps_cond = eps(prompt) + strength * (eps(styled) - eps(plain)), the direction in which the style changes an ordinary
+    subject (two composed noise estimates, Liu et al. 2022). plain, styled: hidden states [tokens, dim] of prompts that differ in the style only."""
+
+    def __init__(self, unet, cond, uncond, w, dtype, plain, styled, strength=1.0):
+        super().__init__(unet, cond, uncond, w, dtype)
+        self.strength = strength
+        self.predict_all = Guided(unet, torch.cat([cond, uncond, plain.expand_as(cond), styled.expand_as(cond)]), uncond, 0, dtype)
+
+    def __call__(self, x, t):
+        cond, uncond, plain, styled = self.predict_all(torch.cat([x] * 4), t).chunk(4)
+        return (1 + self.w) * (cond + self.strength * (styled - plain)) - self.w * uncond
+
+
+def toward_style(parts, plain, styled, strength=1.0):
+    """What `inference.draw` takes as `guided`, for a prompt of a learned subject in a style: plain and styled are prompts of an ordinary one."""
+    with torch.inference_mode():
+        ends = parts.encode_text([plain, styled])
+
+    def guided(unet, cond, uncond, w, dtype):
+        return Styled(unet, cond, uncond, w, dtype, *ends[:, None], strength)
+    return guided
 
 
 def regional(parts, prompt, whole=0.3, masks=halves, twice=True):

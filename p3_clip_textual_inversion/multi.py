@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .compose import SEPARATOR, regional
+from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_concepts
 from .diffusion import Guided
@@ -29,20 +29,21 @@ from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .train import ORDINARY, TEMPLATES, is_mini, kind_of
-from .world import MINI
+from .world import MINI, STYLES, words
 from .zero_shot import read_data
 
 GENTLY = "--lr=3e-3"  # where more learns, or for longer
 RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
         "custom_apart": ["--custom-diffusion", GENTLY]}
+OTHER_STYLES = {"drawing": tuple(map(words, STYLES)), "photo": ("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art")}
 METHODS = {  # name: (run whose words it uses, where its projections come from, guidance of "A next to B")
     "words learned apart": ("apart", None, None),
     "words learned together": ("together", None, None),
     "Custom Diffusion, together": ("custom", "run", None),
     "Custom Diffusion, apart, merged": ("custom_apart", "merged", None),
     "apart, composed noise estimates": ("apart", None, {"whole": 0.3, "masks": None}),
-    "apart, regional guidance": ("apart", None, {}),
-    "Custom Diffusion, together, regional guidance": ("custom", "run", {}),
+    "apart, regional or style guidance": ("apart", None, {}),
+    "Custom Diffusion, together, regional or style guidance": ("custom", "run", {}),
 }
 
 
@@ -55,35 +56,31 @@ def half_crops(picture):
 
 class Finder:
     """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
-    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it.
+    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
 
-    minus: examples whose score is taken off, to see in what a picture differs from them: for a style, the same subject as it is. Then of the whole alone."""
-
-    def __init__(self, grader, references, present, absent, minus=None):
-        self.grader, self.whole_only = grader, minus is not None
-        self.direction = grader.of_pictures(references).mean(0) - (grader.of_pictures(minus).mean(0) if minus else 0)
+    def __init__(self, grader, references, present, absent):
+        self.grader, self.references = grader, grader.of_pictures(references)
         self.threshold = (self.scores(present).mean() + self.scores(absent).mean()).item() / 2
 
     def scores(self, pictures):
         """[N]"""
-        crops = [crop for picture in pictures for crop in ((picture,) if self.whole_only else (*half_crops(picture), picture))]
-        return 100 * (self.grader.of_pictures(crops) @ self.direction).reshape(len(pictures), -1).amax(1)
+        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+        return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
 
     def __call__(self, pictures):
         """bool [N]"""
         return self.scores(pictures) > self.threshold
 
 
-class WordFinder:
-    """The same for an ordinary thing, by its name: in some half or the whole, CLIP takes it for the likeliest of many names."""
+class CaptionFinder:
+    """The same by captions: CLIP takes the picture, or one of its halves, for the first of several captions rather than for the others."""
 
-    def __init__(self, grader, name, names, medium):
-        self.grader = grader
-        self.directions = grader.of_texts([f"a {medium} of a {other}" for other in [name, *(n for n in names if n != name)]])
+    def __init__(self, grader, captions, halves=True):
+        self.grader, self.halves, self.directions = grader, halves, grader.of_texts(captions)
 
     def __call__(self, pictures):
-        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
-        return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(-1, 3).any(1)
+        crops = [crop for picture in pictures for crop in ((*half_crops(picture), picture) if self.halves else (picture,))]
+        return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(len(pictures), -1).any(1)
 
 
 def make_finders(grader, concepts, args, others, labels):
@@ -91,7 +88,8 @@ def make_finders(grader, concepts, args, others, labels):
 
     A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
     halves of the ordinary pictures. A subject is seen beside another thing. Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there
-    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", told from the subject as it is."""
+    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", by captions that name styles (CLIP's image score, which looks for
+    subjects, does not tell a style on a subject that is not among its examples)."""
     finders, validation = {}, {}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     styles = [concept.number for concept in concepts if kind_of(concept, args) == "style"]
@@ -114,16 +112,26 @@ def make_finders(grader, concepts, args, others, labels):
             folder = args.input.parent / f"{subject}+{style}"
             if folder.is_dir():
                 both = example_pictures(folder)
-                for key, absent, minus in ((f"{subject} in {style}", examples[style], None), (f"{style} on {subject}", examples[subject], examples[subject])):
-                    sets = [(both[1::3], absent), (both[2::3], [ImageOps.mirror(picture) for picture in absent])]
-                    add_finder(finders, validation, key, grader, both[0::3], sets, minus)
-    finders["ordinary"] = WordFinder(grader, args.ordinary, labels, medium_of(args))
+                sets = [(both[1::3], examples[style]), (both[2::3], [ImageOps.mirror(picture) for picture in examples[style]])]
+                add_finder(finders, validation, f"{subject} in {style}", grader, both[0::3], sets)
+    medium = medium_of(args)
+    for style in (concept for concept in concepts if concept.number in styles):
+        for subject in (concept for concept in concepts if f"{concept.number} in {style.number}" in finders):
+            key = f"{style.number} on {subject.number}"
+            names = (style.src_image, *OTHER_STYLES[medium])
+            finders[key] = CaptionFinder(grader, [f"a {medium} of a {subject.src_image} in the style of {name}" for name in names], halves=False)
+            validate(finders, validation, key, example_pictures(args.input.parent / f"{subject.number}+{style.number}"), examples[subject.number])
+    finders["ordinary"] = CaptionFinder(grader, [f"a {medium} of a {name}" for name in (args.ordinary, *(n for n in labels if n != args.ordinary))])
     return finders, validation
 
 
-def add_finder(finders, validation, key, grader, references, sets, minus=None):
+def add_finder(finders, validation, key, grader, references, sets):
     (present, absent), (new_present, new_absent) = sets
-    finders[key] = Finder(grader, references, present, absent, minus)
+    finders[key] = Finder(grader, references, present, absent)
+    validate(finders, validation, key, new_present, new_absent)
+
+
+def validate(finders, validation, key, new_present, new_absent):
     validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
                        "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
 
@@ -168,6 +176,18 @@ def prepare(method, args, concepts, device):
             ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
         set_weights(parts.unet, merge(base, tuned, targets, hidden[ids != parts.tokenizer.pad_token_id]))
     return parts, counts
+
+
+def guidance_of(parts, text, concepts, counts, options, args):
+    """What `draw` takes as `guided` for a prompt (words written out). options: of `regional`; None for plain guidance, {} for all that compose.py has."""
+    if options is None:
+        return Guided
+    written = {concept: expand(concept.token, counts) for concept in concepts if concept.token in counts}
+    subject = next(concept for concept in concepts if written[concept] in text and kind_of(concept, args) == "object")
+    for style in (concept for concept in concepts if kind_of(concept, args) == "style" and written[concept] in text):
+        plain = f"a {medium_of(args)} of a {subject.src_image}"
+        return toward_style(parts, plain, f"{plain} in the style of {written[style]}") if options == {} else Guided
+    return regional(parts, text, **options)
 
 
 def train_missing(args, concepts):
@@ -255,7 +275,7 @@ def main():
             results[method], drifts[method] = {}, drift(list(draw(parts, ordinary, ordinary, config)), originals, grader)
             for prompt, keys in prompts:
                 text = expand(prompt, counts)
-                guided = Guided if guidance is None else regional(parts, text, **guidance)
+                guided = guidance_of(parts, text, concepts, counts, guidance, args)
                 names = [f"{prompt}/{i}" for i in range(args.num_images)]  # the same noises for every method
                 pictures = [Image.fromarray(p) for p in draw(parts, [text] * args.num_images, names, config, guided, bar)]
                 found = torch.stack([finders[key](pictures) for key in keys])
@@ -271,11 +291,11 @@ def main():
         print(prompt)
         for method in METHODS:
             row = results[method][prompt]
-            print(f"  {method:45} both {row['both']:4.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})  "
+            print(f"  {method:54} both {row['both']:4.0%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})  "
                   + ", ".join(f"{key} {value:.0%}" for key, value in row.items() if key.startswith("finds")))
     print("ordinary prompts, against the untouched model")
     for method, row in drifts.items():
-        print(f"  {method:45} {row['grey_levels']:5.1f} grey levels, CLIP's cosine {row['clip_cosine']:.0f}")
+        print(f"  {method:54} {row['grey_levels']:5.1f} grey levels, CLIP's cosine {row['clip_cosine']:.0f}")
     print(f"wrote results/p3_multi.json and figures/p3_multi.png to {args.report}")
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from p3_clip_textual_inversion.compose import Regional, halves, regional
+from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.diffusion import Guided
@@ -96,6 +96,14 @@ def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
     for twice, texts in ((True, ["a dog next to a dog", "a red car next to a red car"]), (False, ["a dog", "a red car"])):
         predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, whole, parts.encode_text([""]), 3.0, torch.float32)
         assert isinstance(predict, Regional) and torch.equal(predict.predict_all.cond[2:], parts.encode_text(texts))
+
+
+def test_style_guidance_by_hand(echo):
+    x, (cond, plain, styled, uncond) = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
+    eps = Styled(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0.5)(x, 10)
+    assert torch.allclose(eps, torch.full_like(x, 4 * (1 + 0.5 * (5 - 2)) - 3 * 0.5))
+    none = Styled(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0)(x, 10)
+    assert torch.allclose(none, Guided(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0)(x, 10))
 
 
 def test_ordinary_pictures_that_stay_have_not_drifted():
