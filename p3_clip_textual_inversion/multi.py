@@ -182,11 +182,11 @@ def guidance_of(parts, text, concepts, counts, options, args):
     """What `draw` takes as `guided` for a prompt (words written out). options: of `regional`; None for plain guidance, {} for all that compose.py has."""
     if options is None:
         return Guided
-    written = {concept: expand(concept.token, counts) for concept in concepts if concept.token in counts}
-    subject = next(concept for concept in concepts if written[concept] in text and kind_of(concept, args) == "object")
-    for style in (concept for concept in concepts if kind_of(concept, args) == "style" and written[concept] in text):
+    there = [(concept, written) for concept in concepts if (written := expand(concept.token, counts)) in text]
+    subject = next(concept for concept, _ in there if kind_of(concept, args) == "object")
+    for _, style in (pair for pair in there if kind_of(pair[0], args) == "style"):
         plain = f"a {medium_of(args)} of a {subject.src_image}"
-        return toward_style(parts, plain, f"{plain} in the style of {written[style]}") if options == {} else Guided
+        return toward_style(parts, plain, f"{plain} in the style of {style}") if options == {} else Guided
     return regional(parts, text, **options)
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
-from p3_clip_textual_inversion.data import side_by_side
+from p3_clip_textual_inversion.data import read_concepts, side_by_side
 from p3_clip_textual_inversion.diffusion import Guided
-from p3_clip_textual_inversion.embedding import initial_rows, read_embeddings
+from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.multi import drift, half_crops, interval, paste_side_by_side
+from p3_clip_textual_inversion.multi import drift, guidance_of, half_crops, interval, paste_side_by_side
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -96,6 +96,22 @@ def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
     for twice, texts in ((True, ["a dog next to a dog", "a red car next to a red car"]), (False, ["a dog", "a red car"])):
         predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, whole, parts.encode_text([""]), 3.0, torch.float32)
         assert isinstance(predict, Regional) and torch.equal(predict.predict_all.cond[2:], parts.encode_text(texts))
+
+
+def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
+    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(kind="auto", checkpoint="x"), read_concepts(concepts_json)
+    vectors = {concept.token: torch.randn(2, 32) * 0.1 for concept in concepts}
+    add_words(parts, vectors)
+    counts = dict.fromkeys(vectors, 2)
+    pair, styled = (expand(prompt, counts) for prompt in ("a <new1> next to a cat", "a photo of a <new1> in the style of <new2>"))
+    empty = parts.encode_text([""])
+    predict = {(text, name): guidance_of(parts, text, concepts, counts, options, args)(parts.unet, parts.encode_text([text]), empty, 2.0, torch.float32)
+               for text in (pair, styled) for name, options in (("plain", None), ("all", {}), ("composed", {"masks": None}))}
+    assert {key: type(value) for key, value in predict.items()} == {
+        (pair, "plain"): Guided, (pair, "all"): Regional, (pair, "composed"): Regional,
+        (styled, "plain"): Guided, (styled, "all"): Styled, (styled, "composed"): Guided}
+    ends = parts.encode_text(["a photo of a dog", expand("a photo of a dog in the style of <new2>", counts)])
+    assert torch.equal(predict[styled, "all"].predict_all.cond[2:], ends)
 
 
 def test_style_guidance_by_hand(echo):
