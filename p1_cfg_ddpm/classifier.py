@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .data import default_data, load_digits, to_model
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, UserError, fill, load_pickle_safely, load_weights, run, save_weights, writable_folder
+from .files import BUNDLED, UserError, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_folder
 from .model import DOMAINS, NUM_DIGITS
 
 
@@ -88,9 +88,9 @@ def load_classifier(path, device="cpu"):
     else:
         content = load_pickle_safely(path, "classifier")
         state_dict = content.get("state_dict") if isinstance(content, dict) else None
-        if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        if not isinstance(state_dict, dict) or not all(map(is_plain, state_dict.values())):
             raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth, or a .safetensors of p1_cfg_ddpm.classifier")
-        model = fill(CourseClassifier(), state_dict, path)
+        model = fill(CourseClassifier(), {name: tensor.float() for name, tensor in state_dict.items()}, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

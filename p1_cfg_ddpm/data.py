@@ -87,7 +87,7 @@ def read_csv(path):
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
-        if len(row) != 2 or row[1].strip() not in [str(d) for d in range(NUM_DIGITS)]:
+        if len(row) != 2 or not row[0].isprintable() or row[1].strip() not in [str(d) for d in range(NUM_DIGITS)]:
             raise UserError(f"{path} line {number}: expected an image name and a label from 0 to 9, not {','.join(row)[:80]!r}")
         names.append(row[0].strip())
         labels.append(int(row[1]))
@@ -101,13 +101,13 @@ def read_image(path, resize=True):
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-                if not resize:
-                    raise UserError(f"{path} is {image.width}x{image.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
-                image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-            return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a decoder of a damaged file raises anything
         raise UserError(f"cannot read the image {path}: {error}") from None
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        if not resize:
+            raise UserError(f"{path} is {image.width}x{image.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def decode(paths, title):

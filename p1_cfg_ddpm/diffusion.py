@@ -46,6 +46,8 @@ class Diffusion:
         self.config = config or DiffusionConfig()
         if self.config.prediction not in ("eps", "v"):
             raise ValueError(f"unknown prediction {self.config.prediction!r}")
+        if self.config.num_timesteps not in range(1, 100_001):
+            raise ValueError(f"num_timesteps must be a whole number from 1 to 100,000, not {self.config.num_timesteps!r}")
         self.alpha_bar = make_alpha_bar(self.config.schedule, self.config.num_timesteps)  # float64, on the CPU
         self.signal, self.noise = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
 

@@ -136,8 +136,9 @@ def print_table(scores):
     for domain in DOMAINS:
         s = scores[domain]
         digit, worst = min(s["accuracy_per_digit"].items(), key=lambda item: item[1])
-        print(f"{domain:8} {s['images']:6} {s['accuracy']:9.2%} {f'{digit}: {worst:.0%}':>12} {s['frechet_distance']:8.2f} "
-              f"{s['real']['frechet_of_500_real']:10.2f} {s['feature_diversity']:20.2f} {s['pixel_diversity']:7.2f}  {s['classifier']}")
+        distance, in_features, in_pixels = (s.get(name, np.nan) for name in ("frechet_distance", "feature_diversity", "pixel_diversity"))  # one image has none
+        print(f"{domain:8} {s['images']:6} {s['accuracy']:9.2%} {f'{digit}: {worst:.0%}':>12} {distance:8.2f} "
+              f"{s['real']['frechet_of_500_real']:10.2f} {in_features:20.2f} {in_pixels:7.2f}  {s['classifier']}")
     print(f"mean accuracy {scores['mean_accuracy']:.2%}")
 
 
@@ -151,9 +152,8 @@ def main():
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and the pictures (default: OUT_grade beside OUT)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    report = args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade")
     found = read_folder(args.images)
-    writable_folder(report)
+    report = writable_folder(args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade"))
     scores, predictions = grade(found, {domain: getattr(args, f"classifier_{domain}") for domain in DOMAINS}, pick_device(args.device))
     for domain in DOMAINS:
         counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)

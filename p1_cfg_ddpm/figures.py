@@ -112,18 +112,18 @@ def main():
     args = parser.parse_args()
     sampling, device, dtype, batch_size = sampling_of(args)
     writable_folder(args.output)
-    model, diffusion = load_generator(args.checkpoint, device, dtype)
     written = []
+    if args.results.is_file():
+        try:
+            written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
+    model, diffusion = load_generator(args.checkpoint, device, dtype)
     for domain in DOMAINS:
         images = np.stack([image for _, image in generate(model, diffusion, all_jobs(10, [domain], range(NUM_DIGITS)), sampling, batch_size)])
         written += [args.output / f"p1_grid_{domain}.png", args.output / f"p1_reverse_{domain}.png"]
         save_image(grid(images), written[-2])
         save_image(reverse_process(model, diffusion, Job(domain, 0, 1), sampling), written[-1])
-    if args.results.is_file():
-        try:
-            written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
     for path in written:
         print(f"wrote {path}")
 

@@ -64,6 +64,14 @@ def writable_folder(folder):
     return folder
 
 
+def writable_file(path):
+    """Checks that a file can be written at `path`, before any long work starts. Returns its path."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write the file {path}: it is a folder")
+    return writable_folder(path.parent) / path.name
+
+
 def write_json(path, content):
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -93,7 +101,7 @@ def load_weights(path):
                         "p1_cfg_ddpm.train or p1_cfg_ddpm.classifier wrote") from None
     try:
         return tensors, json.loads(config)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise UserError(f"{path} has no configuration in its header; expected a file written by this project") from None
 
 
@@ -107,7 +115,7 @@ def load_pickle_safely(path, what):
 
 
 def fill(module, state_dict, path):
-    """Strictly loads a state dict into a module; names the first offending tensors."""
+    """Strictly puts a state dict's tensors into a module, which may be without data (on the device "meta"); names the first offending tensors."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own if name not in state_dict]
     problems += [f"unexpected {name}" for name in state_dict if name not in own]
@@ -116,8 +124,13 @@ def fill(module, state_dict, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(state_dict)
+    module.load_state_dict(state_dict, assign=True)
     return module
+
+
+def is_plain(value):
+    """Whether it is a tensor of numbers in memory: not sparse, nested, quantised or without data, as a file may have them too."""
+    return isinstance(value, torch.Tensor) and not (value.is_nested or value.is_quantized or value.is_meta) and value.layout == torch.strided
 
 
 def existing_file(path, what):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Sampling:
             raise UserError(f"--steps must be between 1 and 1000, not {self.steps}")
         if self.spacing == "logsnr" and self.steps > 500:
             raise UserError(f"--spacing logsnr is for up to 500 steps, not {self.steps}; use --spacing trailing")
+        if not math.isfinite(self.guidance_weight):
+            raise UserError(f"--guidance-weight must be a finite number, not {self.guidance_weight}")
         if not 0 <= self.eta <= 1:
             raise UserError(f"--eta must be between 0 and 1, not {self.eta}")
 
@@ -120,7 +123,7 @@ def sampling_of(args):
     sampling = Sampling(args.sampler, args.steps, args.spacing, args.guidance_weight, tuple(args.guidance_interval), args.eta, args.seed)
     sampling.check()
     device = pick_device(args.device)
-    batch_size = args.batch_size or (100 if device.type == "cpu" else 1000)
+    batch_size = args.batch_size if args.batch_size is not None else 100 if device.type == "cpu" else 1000
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     return sampling, device, pick_dtype(args.dtype, device), batch_size

@@ -167,8 +167,11 @@ def load_model(path, device="cpu", dtype=torch.float32):
     state_dict, metadata = load_weights(path)
     try:
         values = {field.name: metadata["unet"][field.name] for field in fields(UNetConfig)}
-        model = UNet(UNetConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}))
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if values["num_blocks"] > len(state_dict):  # it would build for ever
+            raise ValueError(f"num_blocks {values['num_blocks']}")
+        with torch.device("meta"):  # nor take memory for what the file has not
+            model = UNet(UNetConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}))
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is not a checkpoint of this UNet (its configuration lacks or garbles {error})") from None
     fill(model, {name: tensor.float() for name, tensor in state_dict.items()}, path)
     return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False), metadata

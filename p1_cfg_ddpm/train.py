@@ -51,6 +51,13 @@ def parse_args():
     for name in ("steps", "batch_size", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("lr", "weight_decay", "warmup", "sample_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    if not -10**12 < args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    if args.min_snr_gamma is not None and not args.min_snr_gamma > 0:
+        raise UserError(f"--min-snr-gamma must be above 0, not {args.min_snr_gamma}")
     for name in ("drop_condition", "decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
@@ -212,7 +219,7 @@ def ema_update(decay):
 
 def load_state(path, settings):
     state = load_pickle_safely(path, "training state")
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
     if changed:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from .ddim import DDIMConfig, ddim
 from .device import DTYPES, pick_device
 from .evaluate import mse, read_picture
-from .files import ROOT, UserError, run, writable_folder, write_json
-from .inference import MINI, generate, predictor, read_noises, to_pictures
+from .files import ROOT, UserError, run, writable_file, write_json
+from .inference import MINI, check_size, generate, predictor, read_noises, to_pictures
 from .model import UNet, UNetConfig, load_unet
 
 RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
@@ -82,11 +82,15 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--way", choices=list(WAYS), default=None, help=argparse.SUPPRESS)  # one way, in this process
     args = parser.parse_args()
+    for name in ("batch_size", "side", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_size(UNetConfig(), (3, args.side, args.side))
     device = pick_device(args.device)
     if args.way:
         print(json.dumps(measure(args.way, args.batch_size, args.side, args.repeats, device)))
         return
-    writable_folder(args.output.parent)
+    writable_file(args.output)
     rows = {}
     for way in tqdm(WAYS, desc="ways", unit="way"):
         command = [sys.executable, "-m", "p2_ddim.benchmark", "--way", way, "--device", args.device]

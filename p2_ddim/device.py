@@ -13,8 +13,8 @@ def pick_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # a device that can be named may still compute nothing: "meta"
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .ddim import ddim, invert
 from .evaluate import mse, psnr
-from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder, write_json
+from .files import ROOT, UserError, atomic_path, run, save_image, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
 from .interpolation import lerp, slerp
 from .model import load_unet
@@ -90,11 +90,13 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device, dtype, batch_size = settings_of(args)
+    if args.iterations < 1:
+        raise UserError(f"--iterations must be at least 1, not {args.iterations}")
     noises = read_noises(args.noise)
     if len(noises) < 4:
         raise UserError(f"{args.noise} has {len(noises)} noises; the figures need four")
-    for folder in (args.output, args.results.parent):
-        writable_folder(folder)
+    writable_folder(args.output)
+    writable_file(args.results)
     model = load_unet(args.checkpoint, device)
     check_size(model.config, next(iter(noises.values())).shape)
     predict = predictor(torch.compile(model) if args.compile else model, dtype)

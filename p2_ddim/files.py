@@ -62,6 +62,14 @@ def writable_folder(folder):
     return folder
 
 
+def writable_file(path):
+    """Checks that a file can be written at `path`, before any long work starts. Returns its path."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write the file {path}: it is a folder")
+    return writable_folder(path.parent) / path.name
+
+
 def write_json(path, content):
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -79,6 +87,11 @@ def load_pickle_safely(path, what):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes its reader raise anything, struct.error too
         raise UserError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
+
+
+def is_plain(value):
+    """Whether it is a tensor of numbers in memory: not sparse, nested, quantised or without data, as a file may have them too."""
+    return isinstance(value, torch.Tensor) and not (value.is_nested or value.is_quantized or value.is_meta) and value.layout == torch.strided
 
 
 def existing_file(path, what):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .ddim import DDIMConfig, ImageNoise, ddim
 from .device import DTYPES, pick_device, pick_dtype
-from .files import ROOT, UserError, load_pickle_safely, run, save_image, writable_folder
+from .files import ROOT, UserError, is_plain, load_pickle_safely, run, save_image, writable_folder
 from .model import load_unet
 
 MINI = ROOT / "hw2_data" / "mini" / "face"
@@ -24,14 +24,16 @@ MINI = ROOT / "hw2_data" / "mini" / "face"
 def read_noise(path):
     """A noise file, [1, 3, H, W] or [3, H, W] -> float32 [3, H, W]. Tensors saved on a GPU load on a CPU."""
     noise = load_pickle_safely(path, "noise tensor")
-    if not isinstance(noise, torch.Tensor):
-        raise UserError(f"{path} holds a {type(noise).__name__}, expected a float tensor [1, 3, H, W]")
+    if not is_plain(noise):
+        raise UserError(f"{path} holds a {type(noise).__name__}, expected a plain (dense) float tensor [1, 3, H, W]")
     if tuple(noise.shape[:-2]) not in ((1, 3), (3,)) or not noise.is_floating_point():
         raise UserError(f"{path} holds a {noise.dtype} tensor {tuple(noise.shape)}, expected floating point [1, 3, H, W] or [3, H, W]")
-    noise = noise.reshape(noise.shape[-3:])
+    if noise.numel() > noise.untyped_storage().nbytes():  # one number that stands for very many: each takes a byte at least
+        raise UserError(f"{path} holds {tuple(noise.shape)} values, but is too small for them")
+    noise = noise.reshape(noise.shape[-3:]).float()
     if not noise.isfinite().all():
         raise UserError(f"{path} has values that are not finite; expected standard normal noise")
-    return noise.float()
+    return noise
 
 
 def read_noises(folder):
@@ -53,7 +55,7 @@ def read_noises(folder):
 def check_size(config, shape):
     """Refuses an image size [3, H, W] that the network cannot halve as often as it has levels."""
     factor = 2 ** (len(config.widths) - 1)
-    if shape[1] % factor or shape[2] % factor:
+    if 0 in shape or shape[1] % factor or shape[2] % factor:
         raise UserError(f"the noise is {shape[1]}x{shape[2]}; this network needs sides that are multiples of {factor}")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import UserError, load_pickle_safely
+from .files import UserError, is_plain, load_pickle_safely
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def config_of(state_dict, path="the state dict"):
 def load_unet(path, device="cpu"):
     """Reads a state dict in the course's format strictly. Returns the UNet in eval mode, channels-last."""
     state_dict = load_pickle_safely(path, "UNet checkpoint")
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(map(is_plain, state_dict.values())):
         raise UserError(f"{path} is not a state dict of tensors; expected the course's UNet.pt")
     config = config_of(state_dict, path)
     with torch.device("meta"):

@@ -54,13 +54,20 @@ def parse_args():
     for name in ("steps", "batch_size", "save_every", "image_size", "blocks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.max_weight < 1:
+    for name in ("lr", "weight_decay", "warmup", "sample_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    if not -10**12 < args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    if not args.max_weight >= 1:  # not a number neither
         raise UserError(f"--max-weight must be at least 1, not {args.max_weight}")
     for name in ("decay", "ema", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
     if any(width < 32 or width % 32 for width in args.widths):
         raise UserError(f"--widths must be multiples of 32, not {args.widths}")
+    if not set(args.attention) <= set(range(len(args.widths))):
+        raise UserError(f"--attention must be levels from 0 to {len(args.widths) - 1}, as there are --widths, not {args.attention}")
     if args.image_size % 2 ** (len(args.widths) - 1):
         raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.widths) - 1} times")
     return args
@@ -163,7 +170,7 @@ def read_pictures(folder, side):
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a decoder of a damaged file raises anything
             raise UserError(f"cannot read the picture {path}: {error}") from None
         square = min(image.size)
         left, top = (image.width - square) // 2, (image.height - square) // 2
@@ -228,7 +235,7 @@ def ema_update(decay):
 
 def load_state(path, settings):
     state = load_pickle_safely(path, "training state")
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
     if changed:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .files import UserError
+from .files import UserError, read_json
 
 CAPTIONS = "metadata.jsonl"
 
@@ -29,7 +29,7 @@ def read_concepts(path):
     """The concepts of an input.json, in its order, every entry checked."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict) or not content:
@@ -37,7 +37,7 @@ def read_concepts(path):
     concepts = []
     for number, entry in content.items():
         where = f"{path}, concept {number!r}"
-        if not number or Path(number).name != number or number in (".", ".."):
+        if not number.isprintable() or not number or Path(number).name != number or number in (".", ".."):
             raise UserError(f"{where}: the name must do as a folder's")
         if not isinstance(entry, dict):
             raise UserError(f"{where} must be an object with token_name and prompt")
@@ -51,15 +51,22 @@ def read_concepts(path):
                 raise UserError(f"{where}: {key} must be a list of texts")
         if len(evals) != len(prompts):
             raise UserError(f"{where} has {len(prompts)} prompts, but {len(evals)} in prompt_4_clip_eval")
+        if token.split() != [token]:
+            raise UserError(f"{where}: the token {token!r} must be one word without spaces, such as <new1>")
         for prompt in prompts:
-            if not token or token not in prompt:
+            if token not in prompt:
                 raise UserError(f"{where}: the token {token!r} is not in the prompt {prompt!r}")
         baseline = entry.get("baseline")
         if baseline is not None and not (isinstance(baseline, list) and len(baseline) == len(prompts) and all(
-                isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in pair) for pair in baseline)):
+                isinstance(pair, list) and len(pair) == 2 and all(map(is_score, pair)) for pair in baseline)):
             raise UserError(f"{where}: baseline must be a pair [image score, text score] for each of the {len(prompts)} prompts")
         concepts.append(Concept(number, entry.get("src_image", ""), token, prompts, evals, baseline))
     return concepts
+
+
+def is_score(value):
+    """A number that can be printed: JSON also has NaN, Infinity and whole numbers of any length."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def read_pictures(folder):
@@ -72,7 +79,7 @@ def read_pictures(folder):
         try:
             with Image.open(path) as image:
                 pictures[path.name] = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # a decoder of a damaged file raises anything
             skipped.append(path.name)
     if not pictures:
         raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))

@@ -59,9 +59,9 @@ class Guided:
 
 
 def leading_timesteps(num_steps, num_timesteps=1000):
-    """Stable Diffusion's own: t = 1 + multiples of T / num_steps, from the top: 981, ..., 21, 1 for 50."""
+    """Stable Diffusion's own: t = 1 + multiples of T / num_steps, from the top: 981, ..., 21, 1 for 50; for T steps, where 1 + T - 1 is none, 999, ..., 0."""
     stride = num_timesteps // num_steps
-    return [1 + stride * i for i in reversed(range(num_steps))]
+    return [stride * i + (num_steps < num_timesteps) for i in reversed(range(num_steps))]
 
 
 def even_timesteps(num_steps, num_timesteps=1000):

@@ -127,8 +127,10 @@ def read_embedding(path):
             rows = file.get_tensor(names[0])
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read the embedding {path}: {error}") from None
+    if names[0].split() != names:
+        raise UserError(f"{path} names its word {names[0]!r}; expected one word without spaces, such as <new1>")
     rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not rows.is_floating_point() or 0 in rows.shape or not rows.isfinite().all():
+    if rows.ndim != 2 or not rows.is_floating_point() or 0 in rows.shape or not rows.float().isfinite().all():
         raise UserError(f"{path} holds {names[0]} as {rows.dtype} {tuple(rows.shape)}; expected finite floating point [vectors, dim]")
     return names[0], rows.float(), metadata
 

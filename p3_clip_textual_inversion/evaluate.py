@@ -84,6 +84,8 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
+    if args.num_images < 1:
+        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
     device = pick_device(args.device)
     concepts = read_concepts(args.input)
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}

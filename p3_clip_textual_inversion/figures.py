@@ -7,7 +7,6 @@ p3_steps: the same prompt and noise at several training steps.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +22,7 @@ import matplotlib.pyplot as plt
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
-from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder
+from .files import ROOT, UserError, atomic_path, read_json, run, save_image, writable_folder
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
@@ -32,10 +31,12 @@ from .world import MINI
 def read_run(folder):
     """(history, {step: rows}) of one concept's run."""
     try:
-        history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        history = read_json(folder / "history.json")
+        for point in history:
+            point["step"], point["loss"], point["norm"]
         snapshots = {int(step): rows for step, rows in load_file(folder / "snapshots.safetensors").items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a finished run of scripts/p3_train.sh: {error}") from None
+    except (OSError, ValueError, SafetensorError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder} is not a finished run of scripts/p3_train.sh: {type(error).__name__}: {error}") from None
     return history, dict(sorted(snapshots.items()))
 
 
@@ -51,7 +52,7 @@ def draw_learning(concepts, runs, parts, path):
         axes[row, 2].axis("off")
         shown = list(snapshots)[:: max(len(snapshots) // 6, 1)]
         lines = [f"{step:5}  " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest_words(parts, snapshots[step][:1])[0]) for step in shown]
-        axes[row, 2].text(0, 0.95, "step   nearest words (cosine)\n" + "\n".join(lines), family="monospace", fontsize=9, va="top")
+        axes[row, 2].text(0, 0.95, "step   nearest words (cosine)\n" + "\n".join(lines), family="monospace", fontsize=9, va="top", parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)
@@ -67,6 +68,9 @@ def main():
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
     concepts, vectors = read_concepts(args.input), read_embeddings(args.runs)
+    for concept in concepts:
+        if concept.token not in vectors:
+            raise UserError(f"{args.runs} has no embedding of {concept.token} (only {', '.join(vectors)}); learn it with scripts/p3_train.sh {args.input}")
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     writable_folder(args.output)

@@ -67,6 +67,14 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def read_json(path):
+    """The content of a JSON file, which someone else may have written. `OSError`, `ValueError` or `RecursionError` where there is none."""
+    text = Path(path).read_text(encoding="utf-8")
+    content = json.loads(text)
+    json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a pair of surrogates is no text: no tokenizer and no file's name takes it
+    return content
+
+
 def save_image(image, path):
     with atomic_path(path) as temporary:
         image.save(temporary)
@@ -84,12 +92,17 @@ def load_pickle_safely(path, what):
 def load_state(path, settings):
     """The state that a training saved, if it belongs to a run with these settings."""
     state = load_pickle_safely(path, "training state")
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
     return state
+
+
+def is_plain(value):
+    """Whether it is a tensor of numbers in memory: not sparse, nested, quantised or without data, as a file may have them too."""
+    return isinstance(value, torch.Tensor) and not (value.is_nested or value.is_quantized or value.is_meta) and value.layout == torch.strided
 
 
 def existing_file(path, what):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,10 @@ def settings_of(args, checkpoint):
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance must be a finite number, not {args.guidance}")
+    if args.side is not None and args.side < 1:
+        raise UserError(f"--side must be at least 1, not {args.side}")
     device = pick_device(args.device)
     guidance = args.guidance
     if guidance is None:

@@ -88,6 +88,7 @@ def load_clip(name, pretrained=None, device="cpu"):
     if (folder / "open_clip_config.json").is_file():
         name, pretrained = f"local-dir:{folder.resolve()}", None
         if (folder / BPE_FILE).is_file():
+            read_merges(folder / BPE_FILE)  # says what is wrong with it
             tokenizer_options["bpe_path"] = str(folder / BPE_FILE)
     else:
         if name not in open_clip.list_models():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .diffusion import make_alpha_bar
-from .files import UserError
+from .files import UserError, is_plain
 from .model import make_clip_tokenizer, read_merges
 from .world import MINI
 
@@ -102,7 +102,12 @@ def load_folder(source, local, dtype):
     if schedule.get("beta_schedule") != "scaled_linear" or schedule.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(f"{source} has a schedule {schedule.get('beta_schedule')} that predicts {schedule.get('prediction_type')}; "
                         "expected scaled_linear and epsilon, as Stable Diffusion v1 has")
-    parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
+    try:
+        parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
+        if len(parts.alpha_bar) != 1000:
+            raise ValueError(f"num_train_timesteps {len(parts.alpha_bar)}, expected 1000")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the schedule of {source} lacks or garbles {first_line(error)}") from None
     return parts
 
 
@@ -171,7 +176,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     named = content.items() if isinstance(content, dict) else ()
-    weights = {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+    weights = {name: tensor for name, tensor in named if isinstance(name, str) and is_plain(tensor)}
     if not weights:
         raise UserError(f"{path} holds no tensors by name; expected a checkpoint of Stable Diffusion")
     return weights

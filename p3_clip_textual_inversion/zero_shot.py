@@ -6,7 +6,6 @@
 
 import argparse
 import csv
-import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, run, writable_folder, write_json
+from .files import UserError, atomic_path, read_json, run, writable_folder, write_json
 from .model import load_clip
 from .world import MINI
 
@@ -32,8 +31,8 @@ def read_data(folder):
     """(paths of val/{class_id}_{number}.png in order, their class ids, {class id: label}), all checked."""
     folder = Path(folder)
     try:
-        labels = json.loads((folder / "id2label.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        labels = read_json(folder / "id2label.json")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
@@ -61,7 +60,7 @@ def load_pictures(paths, transform, batch_size):
         try:
             with Image.open(path) as image:
                 return transform(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a decoder of a damaged file raises anything
             raise UserError(f"cannot read the picture {path}: {error}") from None
 
     with ThreadPoolExecutor() as pool:
@@ -115,11 +114,13 @@ def draw_examples(paths, truth, probabilities, names, path, count=5):
             i = chosen[column]
             with Image.open(paths[i]) as image:
                 picture.imshow(image.convert("RGB"))
-            picture.set_title(f"{title}: {names[truth[i]]}", fontsize=11)
+            picture.set_title(f"{title}: {names[truth[i]]}", fontsize=11, parse_math=False)
             colours = ["tab:green" if index == truth[i] else "tab:gray" for index in top.indices[i]]
             bars.barh([names[index] for index in top.indices[i]][::-1], top.values[i].tolist()[::-1], color=colours[::-1])
             bars.set_xlim(0, 1)
             bars.tick_params(labelsize=9)
+            for label in bars.get_yticklabels():
+                label.set_parse_math(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)

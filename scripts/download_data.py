@@ -1,6 +1,7 @@
 """Downloads the course's data archive (about 1 GB) and unpacks it into hw2_data/. Run it again to go on after an interruption."""
 
 import argparse
+import errno
 import shutil
 import sys
 import zipfile
@@ -24,7 +25,10 @@ def main():
     if not problems(args.output):
         print(f"{args.output} is complete; nothing to do")
         return
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: cannot make the folder {args.output}: {error.strerror}")
     archive = args.archive or download(args.output)
     unpack(archive, args.output)
     found = problems(args.output)
@@ -72,9 +76,10 @@ def unpack(archive, folder):
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(temporary)  # checks every file's checksum, and keeps names inside the folder
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # a damaged archive raises what its decoder pleases: zlib.error, or RuntimeError where it seems to be encrypted
         shutil.rmtree(temporary, ignore_errors=True)
-        sys.exit(f"error: {archive} cannot be unpacked ({error}); delete it and run this again")
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        sys.exit(f"error: {archive} cannot be unpacked ({error}); {'free some space' if full else 'delete it'} and run this again")
     top = temporary / "hw2_data" if (temporary / "hw2_data").is_dir() else temporary
     for part in sorted({name.split("/")[0] for name in EXPECTED}):
         if (top / part).exists():

@@ -1,0 +1,215 @@
+"""Bad calls of P1's commands, files that are none, and runs that are killed or crowded: one line, or whole files."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
+from p1_cfg_ddpm.data import load_digits, read_image
+from p1_cfg_ddpm.files import ROOT, UserError, run
+from p1_cfg_ddpm.inference import load_generator
+from p1_cfg_ddpm.model import DOMAINS
+from p1_cfg_ddpm.train import load_state
+
+DRAW = ["--images-per-digit=3", "--digits", "3", "--steps=2", "--dtype=fp32", "--batch-size=1"]
+TRAIN = ["--size=tiny", "--steps=1", "--batch-size=2", "--device=cpu"]
+# Runs a module, but its fourth picture is half written when the process is killed, as by kill -9.
+KILLED = """
+import io, os, runpy, signal, sys
+from PIL import Image
+save, count = Image.Image.save, 0
+def half(self, path):
+    global count
+    count += 1
+    if count < 4:
+        return save(self, path)
+    save(self, whole := io.BytesIO(), "PNG")
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = half
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Like `command`, in this process, which has imported everything already."""
+    def run_here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        code = 0
+        try:
+            run(importlib.import_module(f"p1_cfg_ddpm.{module}").main)
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 1
+            if isinstance(stopped.code, str):
+                print(stopped.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run_here
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A file, an empty folder, one with a picture of each of two digits, and JSONs that are no benchmark's."""
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "empty").mkdir()
+    for domain in DOMAINS:
+        (tmp_path / "drawn" / domain).mkdir(parents=True)
+        for digit in (3, 4):
+            Image.new("RGB", (28, 28), "red").save(tmp_path / "drawn" / domain / f"{digit}_001.png")
+    (tmp_path / "rows.json").write_text('{"guidance": [], "ladder": []}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    return tmp_path
+
+
+@pytest.mark.parametrize("module, arguments, said", [
+    ("inference", ["{t}/out", "--guidance-weight=nan"], "--guidance-weight must be a finite number, not nan"),
+    ("inference", ["{t}/out", "--guidance-interval", "nan", "1"], "--guidance-interval must be two numbers"),
+    ("inference", ["{t}/out", "--eta=nan"], "--eta must be between 0 and 1, not nan"),
+    ("inference", ["{t}/out", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
+    ("inference", ["{t}/out", "--device=meta"], "the device 'meta' cannot be used"),
+    ("inference", ["{t}/out", "--device=hpu"], "the device 'hpu' cannot be used"),
+    ("inference", ["/proc/out"], "cannot write into folder /proc/out/mnistm"),
+    ("inference", ["{t}/out", "--checkpoint={t}"], "no such checkpoint: {t}"),
+    ("evaluate", ["/"], "/mnistm does not exist"),
+    ("evaluate", ["{t}/file"], "{t}/file/mnistm does not exist"),
+    ("evaluate", ["{t}/drawn", "--report={t}/file"], "cannot write into folder {t}/file"),
+    ("evaluate", ["{t}/drawn", "--classifier-svhn={t}/file"], "{t}/file cannot be read as a classifier"),
+    ("evaluate", ["{t}/drawn", "--data={t}/empty"], "cannot read {t}/empty/mnistm/train.csv"),
+    ("figures", ["--output={t}/file"], "cannot write into folder {t}/file"),
+    ("figures", ["--output={t}/out", "--results={t}/file"], "{t}/file is not what scripts/p1_benchmark.sh writes"),
+    ("figures", ["--output={t}/out", "--results={t}/rows.json"], "{t}/rows.json is not what scripts/p1_benchmark.sh writes (IndexError"),
+    ("figures", ["--output={t}/out", "--results={t}/deep.json"], "{t}/deep.json is not what scripts/p1_benchmark.sh writes (RecursionError"),
+    ("figures", ["--output={t}/out", "--results={t}/no", "--checkpoint={t}/file"], "{t}/file is not a readable safetensors file"),
+    ("benchmark", ["--output={t}"], "cannot write the file {t}: it is a folder"),
+    ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
+    ("benchmark", ["--output={t}/b.json", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
+    ("benchmark", ["--output={t}/b.json", "--sweep-images-per-digit=0"], "--sweep-images-per-digit must be at least 1, not 0"),
+    ("benchmark", ["--output={t}/b.json", "--classic-images-per-digit=-1"], "--classic-images-per-digit must be at least 0, not -1"),
+    ("benchmark", ["--output={t}/b.json", "--checkpoint={t}/no"], "no such checkpoint: {t}/no"),
+    ("train", ["--lr=-1"], "--lr must be a number from 0, not -1.0"),
+    ("train", ["--lr=nan"], "--lr must be a number from 0, not nan"),
+    ("train", ["--weight-decay=-1"], "--weight-decay must be a number from 0, not -1.0"),
+    ("train", ["--warmup=-1"], "--warmup must be a number from 0, not -1"),
+    ("train", ["--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
+    ("train", ["--min-snr-gamma=-1"], "--min-snr-gamma must be above 0, not -1.0"),
+    ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
+    ("train", ["--ema=nan"], "--ema must be between 0 and 1, not nan"),
+    ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+])
+def test_bad_calls_end_in_one_line(call, places, module, arguments, said):
+    fixed = [*TRAIN, f"--output={places / 'run'}"] if module == "train" else []
+    code, _, err = call(module, *fixed, *(argument.format(t=places) for argument in arguments))
+    lines = err.strip().splitlines()
+    assert code == 1 and lines[-1].startswith("error: ") and said.format(t=places) in lines[-1], err
+    assert len(lines) == 1 or module == "train"
+    assert not list(places.glob("out/**/*.png")) and not list(places.glob("run/*"))
+
+
+def test_a_folder_with_one_picture_of_each_domain_is_graded(call, places):
+    """One picture has no covariance and no diversity."""
+    for domain in DOMAINS:
+        (places / "drawn" / domain / "4_001.png").unlink()
+    code, out, err = call("evaluate", places / "drawn", "--data", places / "no", "--report", places / "grade")
+    assert code == 0 and out.count(" nan ") >= 4, err
+    assert json.loads((places / "grade" / "grade.json").read_text())["svhn"]["images"] == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", '"a\nb.png"', "x" * 300, "../../no.png"])
+def test_names_that_no_file_has_are_refused(tmp_path, name):
+    for domain in DOMAINS:
+        (tmp_path / domain / "data").mkdir(parents=True)
+        (tmp_path / domain / "train.csv").write_text(f"image_name,label\n{name},1\n")
+    with pytest.raises(UserError, match=r"train\.csv (names .* does not exist|line 2: expected an image name)") as error:
+        load_digits(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from([10**9, 10**30, 16, 32]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2), max_leaves=5)
+UNET = {"patch_size": 2, "widths": [16, 32], "num_blocks": 1, "attention_levels": [], "dropout": 0.0}
+DIFFUSION = {"schedule": "cosine", "prediction": "v", "num_timesteps": 1000}
+
+
+@quick
+@given(unet=st.dictionaries(st.sampled_from(list(UNET)), JSON, max_size=2) | st.just({}), diffusion=st.dictionaries(st.sampled_from(list(DIFFUSION)), JSON, max_size=1),
+       anything=st.none() | JSON)
+def test_any_settings_in_a_checkpoint_are_taken_or_refused(tmp_path, tiny_model, unet, diffusion, anything):
+    """Without building what they ask for: a network of 10^9 blocks would never end."""
+    content = {"unet": UNET | unet, "diffusion": DIFFUSION | diffusion} if anything is None else anything
+    save_file(tiny_model.state_dict(), tmp_path / "a.safetensors", {"config": json.dumps(content)})
+    try:
+        model, _ = load_generator(tmp_path / "a.safetensors", "cpu", torch.float32)
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tiny_model.state_dict().items())
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("settings_", ['{"unet"', "[" * 100_000, json.dumps({"unet": UNET | {"num_blocks": 10**9}, "diffusion": DIFFUSION}),
+                                       json.dumps({"unet": UNET | {"widths": [10**5, 10**5]}, "diffusion": DIFFUSION}),
+                                       json.dumps({"unet": UNET, "diffusion": DIFFUSION | {"num_timesteps": 10**12}})])
+def test_settings_that_would_never_end_or_fit_are_refused_at_once(tmp_path, tiny_model, settings_):
+    save_file(tiny_model.state_dict(), tmp_path / "a.safetensors", {"config": settings_})
+    with pytest.raises(UserError, match=r"a\.safetensors"):
+        load_generator(tmp_path / "a.safetensors", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to_sparse(), lambda t: t.to("meta")])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_tensors_of_another_kind_are_refused(tmp_path, change):
+    torch.save({"state_dict": {name: change(tensor) for name, tensor in CourseClassifier().state_dict().items()}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="has no state_dict"):
+        load_classifier(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("content", [3, {}, {"settings": None}, {"settings": [1]}, {"settings": {"lr": 1}}])
+def test_a_state_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt (is not a training state|belongs to a run with other settings)"):
+        load_state(tmp_path / "state.pt", {"lr": 2})
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OverflowError, NotImplementedError, KeyError])
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch, error):
+    """As those of damaged AVIF, Spider and DDS do, which a file called .png may hold."""
+    def fail(*_, **__):
+        raise error("damaged")
+
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match=r"cannot read the image .*a\.png"):
+        read_image(tmp_path / "a.png")
+
+
+def test_two_runs_and_a_killed_one_in_a_folder_leave_the_pictures_of_one_run(call, command, tiny_checkpoint, tmp_path):
+    """kill -9 in the middle of a picture, which then has no final name; the other runs are not disturbed."""
+    arguments = ["--checkpoint", tiny_checkpoint, *DRAW]
+    out, alone = tmp_path / "märz 数字 out", tmp_path / "killed"
+    killed = [subprocess.Popen([sys.executable, "-c", KILLED, "p1_cfg_ddpm.inference", folder, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+              for folder in (out, alone)]
+    others = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False) for _ in range(2)]
+    assert call("inference", tmp_path / "one", *arguments)[0] == 0
+    for process in others:
+        assert process.communicate()[1] is not None and process.returncode == 0
+    for process in killed:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    expected = {path.relative_to(tmp_path / "one"): np.asarray(Image.open(path)) for path in (tmp_path / "one").rglob("*.png")}
+    assert len(expected) == 6
+    for folder, count in ((out, 6), (alone, 3)):
+        found = {path.relative_to(folder): np.asarray(Image.open(path)) for path in folder.rglob("*.png") if not path.name.startswith(".")}
+        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+        assert len([path for path in folder.rglob(".*.png")]) == 1  # what the kill left

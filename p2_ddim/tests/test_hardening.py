@@ -1,0 +1,199 @@
+"""Bad calls of P2's commands, files that are none, and runs that are killed or crowded: one line, or whole files."""
+
+import importlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from p2_ddim.evaluate import read_picture
+from p2_ddim.files import ROOT, UserError, run
+from p2_ddim.inference import read_noise
+from p2_ddim.model import UNet, UNetConfig, load_unet
+from p2_ddim.train import load_state, read_pictures
+
+# Runs a module, but its third picture is half written when the process is killed, as by kill -9.
+KILLED = """
+import io, os, runpy, signal, sys
+from PIL import Image
+save, count = Image.Image.save, 0
+def half(self, path):
+    global count
+    count += 1
+    if count < 3:
+        return save(self, path)
+    save(self, whole := io.BytesIO(), "PNG")
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = half
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Like `command`, in this process, which has imported everything already."""
+    def run_here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        code = 0
+        try:
+            run(importlib.import_module(f"p2_ddim.{module}").main)
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 1
+            if isinstance(stopped.code, str):
+                print(stopped.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run_here
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A file, an empty folder, a checkpoint, folders of four noises, of one without pixels, and of a picture."""
+    torch.manual_seed(0)
+    (tmp_path / "file").write_text("no folder")
+    for name in ("empty", "noise", "nothing", "pictures"):
+        (tmp_path / name).mkdir()
+    for i in range(4):
+        torch.save(torch.randn(1, 3, 16, 16), tmp_path / "noise" / f"{i:02d}.pt")
+    torch.save(torch.zeros(1, 3, 0, 0), tmp_path / "nothing" / "00.pt")
+    torch.save(UNet(UNetConfig((32, 32), (), 1)).state_dict(), tmp_path / "UNet.pt")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "a.png")
+    return tmp_path
+
+
+ARGUMENTS = {  # what each command is called with before the bad argument, where that does not stand in a place of its own
+    "inference": ["{t}/noise", "{t}/out", "{t}/UNet.pt"], "evaluate": [],
+    "figures": ["--noise={t}/noise", "--checkpoint={t}/UNet.pt", "--output={t}/out", "--results={t}/out/r.json", "--steps=2"],
+    "benchmark": ["--output={t}/b.json"],
+    "train": ["--data={t}/pictures", "--image-size=16", "--widths", "32", "32", "--attention", "1", "--steps=1", "--batch-size=2", "--output={t}/run"],
+}
+
+
+@pytest.mark.parametrize("module, arguments, said", [
+    ("inference", ["--eta=nan"], "eta must be between 0 and 1, not nan"),
+    ("inference", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
+    ("inference", ["--device=meta"], "the device 'meta' cannot be used"),
+    ("evaluate", ["{t}/file", "{t}/pictures"], "no such folder: {t}/file"),
+    ("evaluate", ["{t}/empty", "{t}/pictures"], "{t}/empty/a.png is missing"),
+    ("evaluate", ["/", "{t}/pictures"], "/a.png is missing"),
+    ("evaluate", ["{t}/pictures", "{t}/pictures", "--report={t}/file"], "cannot write into folder {t}/file"),
+    ("figures", ["--iterations=0"], "--iterations must be at least 1, not 0"),
+    ("figures", ["--noise={t}/nothing"], "{t}/nothing has 1 noises; the figures need four"),
+    ("figures", ["--results={t}"], "cannot write the file {t}: it is a folder"),
+    ("figures", ["--output={t}/file"], "cannot write into folder {t}/file"),
+    ("figures", ["--checkpoint={t}/file"], "{t}/file cannot be read as a UNet checkpoint"),
+    ("benchmark", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
+    ("benchmark", ["--repeats=0"], "--repeats must be at least 1, not 0"),
+    ("benchmark", ["--side=100"], "needs sides that are multiples of 32"),
+    ("benchmark", ["--output={t}"], "cannot write the file {t}: it is a folder"),
+    ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
+    ("train", ["--lr=-1"], "--lr must be a number from 0, not -1.0"),
+    ("train", ["--weight-decay=nan"], "--weight-decay must be a number from 0, not nan"),
+    ("train", ["--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
+    ("train", ["--max-weight=nan"], "--max-weight must be at least 1, not nan"),
+    ("train", ["--attention", "9"], "--attention must be levels from 0 to 1"),
+    ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
+    ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("train", ["--data={t}/file", "--device=cpu", "--dtype=fp32"], "no such folder of pictures: {t}/file"),
+])
+def test_bad_calls_end_in_one_line(call, places, module, arguments, said):
+    code, _, err = call(module, *(argument.format(t=places) for argument in ARGUMENTS[module] + arguments))
+    assert code == 1 and err.startswith("error: ") and err.strip().count("\n") == 0 and said.format(t=places) in err, err
+    assert not list(places.glob("out/*")) and not list(places.glob("run/*"))
+
+
+def test_a_noise_without_pixels_is_refused(call, places):
+    code, _, err = call("inference", places / "nothing", places / "out", places / "UNet.pt")
+    assert code == 1 and err == "error: the noise is 0x0; this network needs sides that are multiples of 2\n"
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1, 3, 8, 8).to_sparse(), torch.zeros(1, 3, 8, 8, device="meta"), torch.zeros(1).expand(1, 3, 10**6, 10**6)])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_noises_of_another_kind_are_refused(tmp_path, tensor):
+    """Also one number that says it were 10^12."""
+    torch.save(tensor, tmp_path / "00.pt")
+    with pytest.raises(UserError, match=r"00\.pt holds"):
+        read_noise(tmp_path / "00.pt")
+
+
+def test_noises_in_any_number_format_are_read(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float64):
+        torch.save(torch.full((3, 8, 8), 1.5).to(dtype), tmp_path / "00.pt")
+        assert read_noise(tmp_path / "00.pt").eq(1.5).all() and read_noise(tmp_path / "00.pt").dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to_sparse(), lambda t: t.to("meta"), lambda t: [t]])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_weights_of_another_kind_are_refused(tmp_path, change):
+    torch.save({name: change(tensor) for name, tensor in UNet(UNetConfig((32,), (), 1)).state_dict().items()}, tmp_path / "UNet.pt")
+    with pytest.raises(UserError, match="is not a state dict of tensors"):
+        load_unet(tmp_path / "UNet.pt")
+
+
+@pytest.mark.parametrize("content", [3, {}, {"settings": None}, {"settings": [1]}, {"settings": {"lr": 1}}])
+def test_a_state_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt (is not a training state|belongs to a run with other settings)"):
+        load_state(tmp_path / "state.pt", {"lr": 2})
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), length=st.integers(0, 3000),
+       changes=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=5))
+def test_damaged_pictures_are_read_or_named(tmp_path, kind, length, changes):
+    Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint8).reshape(20, 20, 3)).save(tmp_path / "whole", kind)
+    content = bytearray((tmp_path / "whole").read_bytes()[:length])
+    for position, value in changes:
+        if content:
+            content[position % len(content)] = value
+    (tmp_path / "damaged").mkdir(exist_ok=True)
+    (tmp_path / "damaged" / "a.png").write_bytes(content)
+    for read in (lambda: read_picture(tmp_path / "damaged" / "a.png"), lambda: read_pictures(tmp_path / "damaged", 8)[0]):
+        try:
+            assert read().shape[2] == 3
+        except UserError as error:
+            assert "a.png" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OverflowError, NotImplementedError])
+def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error):
+    """As those of damaged AVIF, Spider and DDS do, which a file called .png may hold."""
+    def fail(*_, **__):
+        raise error("damaged")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    for read in (lambda: read_picture(places / "pictures" / "a.png"), lambda: read_pictures(places / "pictures", 8)):
+        with pytest.raises(UserError, match=r"cannot read the picture .*a\.png"):
+            read()
+
+
+def test_two_runs_and_a_killed_one_in_a_folder_leave_the_pictures_of_one_run(call, command, places):
+    """kill -9 in the middle of a picture, which then has no final name; the other runs are not disturbed."""
+    def arguments(output):
+        return [places / "noise", output, places / "UNet.pt", "--steps=2", "--batch-size=1"]
+
+    out, alone = places / "märz 数字 out", places / "killed"
+    killed = [subprocess.Popen([sys.executable, "-c", KILLED, "p2_ddim.inference", *map(str, arguments(folder))], cwd=ROOT, stderr=subprocess.PIPE)
+              for folder in (out, alone)]
+    others = [command("p2_ddim.inference", *arguments(out), wait=False) for _ in range(2)]
+    assert call("inference", *arguments(places / "one"))[0] == 0
+    for process in others:
+        assert process.communicate()[1] is not None and process.returncode == 0
+    for process in killed:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    expected = {path.name: np.asarray(Image.open(path)) for path in (places / "one").iterdir()}
+    assert sorted(expected) == ["00.png", "01.png", "02.png", "03.png"]
+    for folder, count in ((out, 4), (alone, 2)):
+        found = {path.name: np.asarray(Image.open(path)) for path in folder.iterdir() if not path.name.startswith(".")}
+        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+        assert len(list(folder.glob(".*.png"))) == 1  # what the kill left
