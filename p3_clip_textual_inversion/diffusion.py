@@ -65,7 +65,9 @@ def leading_timesteps(num_steps, num_timesteps=1000):
 
 
 def even_timesteps(num_steps, num_timesteps=1000):
-    """Evenly from T-1 down, T / num_steps above clean at the last: 999, 949, ..., 50 for 20 (diffusers' "linspace")."""
+    """Evenly from T-1 down, T / num_steps above clean at the last: 999, 949, ..., 50 for 20 (diffusers' "linspace"); for T steps, 999, ..., 0."""
+    if num_steps == num_timesteps:  # rounding would have two of them equal
+        return list(reversed(range(num_timesteps)))
     return [round((num_timesteps - 1) * i / num_steps) for i in range(num_steps, 0, -1)]
 
 

@@ -176,24 +176,36 @@ def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error)
             read()
 
 
-def test_two_runs_and_a_killed_one_in_a_folder_leave_the_pictures_of_one_run(call, command, places):
-    """kill -9 in the middle of a picture, which then has no final name; the other runs are not disturbed."""
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in the processes that are started: then all of them compute the same to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+def pictures(folder):
+    """{name: pixels} of every finished picture."""
+    return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places):
+    """Two at once in one folder leave all of them, a run stopped by kill -9 in the middle of the third picture leaves two."""
     def arguments(output):
         return [places / "noise", output, places / "UNet.pt", "--steps=2", "--batch-size=1"]
 
-    out, alone = places / "märz 数字 out", places / "killed"
-    killed = [subprocess.Popen([sys.executable, "-c", KILLED, "p2_ddim.inference", *map(str, arguments(folder))], cwd=ROOT, stderr=subprocess.PIPE)
-              for folder in (out, alone)]
-    others = [command("p2_ddim.inference", *arguments(out), wait=False) for _ in range(2)]
+    out, killed = places / "märz 数字 out", places / "killed"
+    victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p2_ddim.inference", *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
+    both = [command("p2_ddim.inference", *arguments(out), wait=False) for _ in range(2)]
     assert call("inference", *arguments(places / "one"))[0] == 0
-    for process in others:
-        assert process.communicate()[1] is not None and process.returncode == 0
-    for process in killed:
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    expected = {path.name: np.asarray(Image.open(path)) for path in (places / "one").iterdir()}
-    assert sorted(expected) == ["00.png", "01.png", "02.png", "03.png"]
-    for folder, count in ((out, 4), (alone, 2)):
-        found = {path.name: np.asarray(Image.open(path)) for path in folder.iterdir() if not path.name.startswith(".")}
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert victim.wait() == -signal.SIGKILL
+    expected = pictures(places / "one")
+    assert sorted(expected) == ["00.png", "01.png", "02.png", "03.png"] and len(list(out.iterdir())) == 4
+    for folder, count in ((out, 4), (killed, 2)):
+        found = pictures(folder)
         assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
-        assert len(list(folder.glob(".*.png"))) == 1  # what the kill left

@@ -1,0 +1,278 @@
+"""Bad calls of P3's commands, files that are none, and runs that are killed or crowded: one line, or whole files."""
+
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save, save_file
+
+from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
+from p3_clip_textual_inversion.data import read_concepts, read_pictures
+from p3_clip_textual_inversion.diffusion import SAMPLERS, leading_timesteps, make_alpha_bar
+from p3_clip_textual_inversion.embedding import read_embedding, save_embedding
+from p3_clip_textual_inversion.figures import read_run
+from p3_clip_textual_inversion.files import ROOT, UserError, load_state
+from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion, read_checkpoint
+from p3_clip_textual_inversion.zero_shot import load_pictures, read_data
+
+PACKAGE = "p3_clip_textual_inversion"
+# Runs a module, but its second picture is half written when the process is killed, as by kill -9.
+KILLED = """
+import io, os, runpy, signal, sys
+from PIL import Image
+save, count = Image.Image.save, 0
+def half(self, path):
+    global count
+    count += 1
+    if count < 2:
+        return save(self, path)
+    save(self, whole := io.BytesIO(), "PNG")
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = half
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture
+def places(tmp_path, concepts_json):
+    """A file, an empty folder, words, a run that is none, drawings, and data of one class."""
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "empty").mkdir()
+    for folder in ("words", "run"):
+        (tmp_path / folder).mkdir()
+        for i in (1, 2):
+            save_embedding(tmp_path / folder / f"{i}.safetensors", f"<new{i}>", torch.ones(1, 32))
+    for concept, prompt in (("0", 0), ("0", 1), ("1", 0)):
+        (tmp_path / "out" / concept / str(prompt)).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "out" / concept / str(prompt) / f"source{concept}_prompt{prompt}_0.png")
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "data" / "val" / "0_1.png")
+    (tmp_path / "data" / "id2label.json").write_text('{"0": "dog"}')
+    return tmp_path
+
+
+ARGUMENTS = {
+    "inference": ["{t}/concepts/input.json", "{t}/new", "{sd}", "--embeddings={t}/words", "--num-images=1", "--steps=1"],
+    "evaluate": ["{t}/out", "{t}/concepts/input.json", "--model={clip}", "--num-images=1"],
+    "zero_shot": ["--data={t}/data", "--model={clip}", "--output={t}/new"],
+    "figures": ["--runs={t}/run", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new"],
+    "multi": ["{t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new", "--report={t}/new"],
+    "fullsize": [], "benchmark": [],
+}
+
+
+@pytest.mark.parametrize("module, arguments, said", [
+    ("inference", ["--guidance=nan"], "--guidance must be a finite number, not nan"),
+    ("inference", ["--side=0"], "--side must be at least 1, not 0"),
+    ("inference", ["--side=7"], "pictures of 7 pixels do not fit this model"),
+    ("inference", ["--device=meta"], "the device 'meta' cannot be used"),
+    ("inference", ["--num-images=0"], "--num-images must be at least 1, not 0"),
+    ("inference", ["--embeddings={t}/file"], "cannot read the embedding {t}/file"),
+    ("inference", ["--projections={t}/no"], "cannot read the projections {t}/no"),
+    ("evaluate", ["--num-images=0"], "--num-images must be at least 1, not 0"),
+    ("evaluate", ["--model={t}/file"], "no such CLIP: {t}/file"),
+    ("evaluate", ["--report={t}/file"], "cannot write into folder {t}/file"),
+    ("zero_shot", ["--data={t}/file"], "cannot read {t}/file/id2label.json"),
+    ("zero_shot", ["--output={t}/file"], "cannot write into folder {t}/file"),
+    ("zero_shot", ["--model={t}/empty"], "no such CLIP: {t}/empty"),
+    ("figures", ["--runs={t}/no"], "{t}/no has no embeddings"),
+    ("figures", [], "{t}/run/0 is not a finished run of scripts/p3_train.sh"),
+    ("figures", ["--output={t}/file", "--input={t}/no"], "cannot read {t}/no"),
+    ("multi", ["--num-images=0"], "--num-images and --train-steps must be at least 1"),
+    ("multi", ["--ordinary-pictures={t}/file"], "cannot read {t}/file/id2label.json"),
+    ("multi", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
+    ("fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
+    ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
+    ("benchmark", ["--device=abacus"], "the device 'abacus' cannot be used"),
+])
+def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):
+    code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS[module] + arguments))
+    lines = err.strip().splitlines()
+    assert code == 1 and lines[-1].startswith("error: ") and said.format(t=places) in lines[-1], err
+    assert len(lines) == 1 or "--side=7" in arguments
+    assert not [path for path in (places / "new").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"token_name": "two words", "prompt": ["two words"]}, "must be one word without spaces"),
+    ({"token_name": "<a>\n<b>", "prompt": ["<a>\n<b>"]}, "must be one word without spaces"),
+    ({"prompt": ["a <new1> \ud800"]}, "cannot read"), ({"src_image": "\udfff"}, "cannot read"),
+    ({"baseline": [[10**400, 1]]}, "baseline must be a pair"), ({"baseline": [[float("nan"), 1]]}, "baseline must be a pair")])
+def test_wrong_concepts(tmp_path, changed, said):
+    entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"]} | changed
+    (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
+    with pytest.raises(UserError, match=said) as error:
+        read_concepts(tmp_path / "input.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["a\0b", "a\nb", "\ud800", ".."])
+def test_concepts_that_are_no_folders_are_refused(tmp_path, number):
+    (tmp_path / "input.json").write_text(json.dumps({number: {"token_name": "<new1>", "prompt": ["a <new1>"]}}))
+    with pytest.raises(UserError, match=r"input\.json") as error:
+        read_concepts(tmp_path / "input.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", ["[" * 100_000, '{"0": "\\ud800"}', '{"0": null}'])
+def test_wrong_labels(places, labels):
+    (places / "data" / "id2label.json").write_text(labels)
+    with pytest.raises(UserError, match=r"id2label\.json"):
+        read_data(places / "data")
+
+
+def test_labels_are_shown_as_they_are(call, places, tiny_clip):
+    """Not as mathematics, which charts write between two dollar signs, and which this would not be."""
+    (places / "data" / "id2label.json").write_text('{"0": "$a_$ {b} 数字"}')
+    code, _, err = call(f"{PACKAGE}.zero_shot", *(a.format(t=places, clip=tiny_clip) for a in ARGUMENTS["zero_shot"]))
+    assert code == 0 and (places / "new" / "examples.png").is_file(), err
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"#\none\n"), gzip.compress(b"#\na b\n")[:-9]])
+def test_a_damaged_vocabulary_is_named(call, places, tiny_clip, content):
+    folder = shutil.copytree(tiny_clip, places / "clip")
+    (folder / "bpe.txt.gz").write_bytes(content)
+    code, _, err = call(f"{PACKAGE}.zero_shot", "--data", places / "data", "--model", folder, "--output", places / "new")
+    assert code == 1 and err.startswith("error: ") and "bpe.txt.gz" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("change", [{"beta_start": None}, {"beta_end": "x"}, {"num_train_timesteps": -1}, {"num_train_timesteps": 10}, {}])
+def test_a_damaged_schedule_is_named(tiny_sd, tmp_path, change):
+    folder = shutil.copytree(tiny_sd, tmp_path / "sd")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | change
+    if not change:
+        del config["beta_start"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the schedule of .*sd lacks or garbles"):
+        load_stable_diffusion(folder)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("num_steps", [1, 999, 1000])
+def test_as_many_steps_as_are_allowed(sampler, num_steps):
+    alpha_bar, x = make_alpha_bar(), torch.ones(1, 4, 2, 2)
+    asked = [state.t for state in SAMPLERS[sampler](lambda x, t: torch.zeros_like(x), alpha_bar, x, num_steps)]
+    assert len(asked) == len(set(asked)) == num_steps and asked == sorted(asked, reverse=True) and 0 <= asked[-1] <= asked[0] <= 999
+    assert leading_timesteps(50)[::49] == [981, 1]
+
+
+def test_tensors_of_other_kinds(tmp_path):
+    save_file({"<new1>": torch.ones(1, 8).to(torch.float8_e4m3fn)}, tmp_path / "eight_bits.safetensors")
+    assert read_embedding(tmp_path / "eight_bits.safetensors")[1].eq(1).all()
+    for word in ("", "two words", "a\nb"):
+        save_file({word: torch.ones(1, 8)}, tmp_path / "word.safetensors")
+        with pytest.raises(UserError, match=r"word\.safetensors names its word") as error:
+            read_embedding(tmp_path / "word.safetensors")
+        assert "\n" not in str(error.value)
+    torch.save({"state_dict": {"a": torch.ones(2, device="meta"), "b": torch.ones(2)}}, tmp_path / "a.ckpt")
+    assert list(read_checkpoint(tmp_path / "a.ckpt")) == ["b"]
+
+
+@pytest.mark.parametrize("history", ["3", "[3]", '[{"step": 1}]', "[" * 100_000, "{"])
+def test_a_run_of_something_else_is_refused(tmp_path, history):
+    save_file({"000000": torch.zeros(1, 8)}, tmp_path / "snapshots.safetensors")
+    (tmp_path / "history.json").write_text(history)
+    with pytest.raises(UserError, match=r"is not a finished run of scripts/p3_train\.sh"):
+        read_run(tmp_path)
+
+
+def test_figures_of_a_word_that_was_not_learned(call, places, tiny_sd):
+    path = places / "concepts" / "input.json"
+    path.write_text(path.read_text().replace("<new2>", "<new7>"))
+    code, _, err = call(f"{PACKAGE}.figures", *(a.format(t=places, sd=tiny_sd) for a in ARGUMENTS["figures"]))
+    assert code == 1 and "run has no embedding of <new7> (only <new1>, <new2>)" in err
+
+
+@pytest.mark.parametrize("content", [3, {}, {"settings": None}, {"settings": [1]}, {"settings": {"lr": 1}}])
+def test_a_state_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt (is not a training state|belongs to a run with other settings)"):
+        load_state(tmp_path / "state.pt", {"lr": 2})
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_sd):
+    return load_stable_diffusion(tiny_sd).unet
+
+
+@quick
+@given(length=st.integers(0, 4000), changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6))
+def test_damaged_projections(tmp_path, unet, length, changes):
+    content = bytearray(save(weights_of(unet)))
+    content = content[:length] if length < 2000 else content
+    for position, value in changes:
+        if content:
+            content[position % min(len(content), 4000)] = value  # where its header is
+    (tmp_path / "a.safetensors").write_bytes(content)
+    try:
+        assert read_weights(tmp_path / "a.safetensors", unet).keys() >= weights_of(unet).keys()
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OverflowError, NotImplementedError])
+def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error):
+    """As those of damaged AVIF, Spider and DDS do, which a file called .png may hold."""
+    def fail(*_, **__):
+        raise error("damaged")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match=r"has no readable picture \(not 0_1\.png\)"):
+        read_pictures(places / "data" / "val")
+    with pytest.raises(UserError, match=r"cannot read the picture .*0_1\.png"):
+        list(load_pictures([places / "data" / "val" / "0_1.png"], lambda picture: picture, 1))
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in the processes that are started: then all of them compute the same to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+def pictures(folder):
+    """{name: pixels} of every finished picture."""
+    return {path.relative_to(folder): np.asarray(Image.open(path)) for path in folder.rglob("*.png") if not path.name.startswith(".")}
+
+
+def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places, tiny_sd):
+    """Two at once in one folder leave all of them, a run stopped by kill -9 in the middle of the second picture leaves one; the next run adds the others."""
+    def arguments(output):
+        return [places / "concepts" / "input.json", output, tiny_sd, "--embeddings", places / "words", "--num-images=1", "--steps=1", "--dtype=fp32",
+                "--batch-size=1"]
+
+    module, out, killed = f"{PACKAGE}.inference", places / "märz 数字 out", places / "killed"
+    victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, module, *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
+    both = [command(module, *arguments(out), "--overwrite", wait=False) for _ in range(2)]
+    assert call(module, *arguments(places / "one"))[0] == 0
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert victim.wait() == -signal.SIGKILL
+    expected = pictures(places / "one")
+    assert len(expected) == 3 and len(list(out.rglob("*.*"))) == 3
+
+    def check(folder, count):
+        found = pictures(folder)
+        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+    check(out, 3)
+    check(killed, 1)
+    assert call(module, *arguments(killed))[0] == 0
+    check(killed, 3)

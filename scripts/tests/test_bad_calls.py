@@ -1,0 +1,84 @@
+"""Bad calls of the scripts that are no package's: one line that says what is wrong, and nothing half done."""
+
+import errno
+import importlib.util
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refused(module, monkeypatch, *arguments):
+    """What the script says as it stops."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    return stopped.value.code
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A zip of one compressed picture, which ends in a table with a copy of the file's head."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("hw2_data/face/GT/00.png", bytes(range(256)) * 40)
+    return tmp_path / "a.zip"
+
+
+def damage(path, changes):
+    content = bytearray(path.read_bytes())
+    for position, value in changes.items():
+        content[position] = value
+    path.write_bytes(content)
+
+
+def test_a_damaged_archive_leaves_nothing(archive, tmp_path, monkeypatch):
+    """Its compressed data, which its reader calls zlib.error; and a mark that it were encrypted, RuntimeError."""
+    download, whole = load("download_data"), archive.read_bytes()
+    start = 30 + len("hw2_data/face/GT/00.png")  # after the head
+    for changes in ({start: 0xFF, start + 1: 0xFF}, {start + 8: whole[start + 8] ^ 0xFF}, {6: 1, whole.index(b"PK\x01\x02") + 8: 1}):
+        archive.write_bytes(whole)
+        damage(archive, changes)
+        said = refused(download, monkeypatch, "--archive", archive, "--output", tmp_path / "data")
+        assert said.startswith(f"error: {archive} cannot be unpacked (") and said.endswith("; delete it and run this again") and "\n" not in said
+        assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_full_disk_does_not_blame_the_archive(archive, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    said = refused(load("download_data"), monkeypatch, "--archive", archive, "--output", tmp_path / "data")
+    assert "No space left on device" in said and said.endswith("; free some space and run this again") and archive.exists()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--output", "{t}/file"], "error: cannot make the folder {t}/file: File exists"),
+    (["--output", "{t}/file/data"], "error: cannot make the folder {t}/file/data: Not a directory"),
+    (["--output", "/proc/data"], "error: cannot make the folder /proc/data: No such file or directory"),
+    (["--output", "{t}/data", "--archive", "{t}/no.zip"], "error: {t}/no.zip cannot be unpacked ([Errno 2] No such file"),
+    (["--output", "{t}/data", "--archive", "{t}"], "error: {t} cannot be unpacked ([Errno 21] Is a directory"),
+    (["--output", "{t}/data", "--archive", "{t}/file"], "error: {t}/file cannot be unpacked (File is not a zip file)"),
+])
+def test_bad_calls_of_the_download(tmp_path, monkeypatch, arguments, said):
+    (tmp_path / "file").write_text("no archive")
+    code = refused(load("download_data"), monkeypatch, *(argument.format(t=tmp_path) for argument in arguments))
+    assert code.startswith(said.format(t=tmp_path)) and "\n" not in code
+
+
+def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    assert refused(load("quickstart"), monkeypatch, "--output", "/dev/null/out") == 1
+    out, err = capfd.readouterr()
+    assert err == "error: cannot write into folder /dev/null/out/p1/mnistm: Not a directory\n" and "P1 2/3" not in out
