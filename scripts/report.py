@@ -60,7 +60,7 @@ class Missing(dict):
     """What stands for the results of a run that has not happened: every key, to any depth, reads "not measured"."""
 
     def __missing__(self, key):
-        return Missing()
+        return self[str(key)] if isinstance(key, int) and str(key) in self else Missing()  # JSON's keys are texts, format's digits numbers
 
     def __format__(self, spec):
         return "not measured"

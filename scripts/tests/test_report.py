@@ -25,8 +25,9 @@ def report(tmp_path, monkeypatch):
 
 
 def test_numbers_come_from_the_results(report, tmp_path):
-    (tmp_path / "results" / "p1.json").write_text('{"way, fast": {"share": 0.1234}, "list": [{"x": 2}]}')
+    (tmp_path / "results" / "p1.json").write_text('{"way, fast": {"share": 0.1234}, "list": [{"x": 2}], "by": {"50": 0.5}}')
     results = report.read_results(tmp_path / "results")
+    assert report.fill_in("{p1[by][50]:.1f}", results) == "0.5"
     assert report.fill_in("{p1[way, fast][share]:.1%}, {p1[list][0][x]}, {{0..24}}, {p2[a][b]:.3f}", results) == "12.3%, 2, {0..24}, not measured"
     with pytest.raises(SystemExit, match="IndexError"):
         report.fill_in("{p1[list][7]}", results)
