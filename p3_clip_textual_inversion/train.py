@@ -251,10 +251,17 @@ def parse_args():
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
     args = parser.parse_args()
     for name in ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if args.min_snr_gamma < 0 or args.prior < 0:
-        raise UserError("--min-snr-gamma and --prior must not be below 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {getattr(args, name)}")
+    for name in ("min_snr_gamma", "prior", "sample_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    if not 0 <= args.decay <= 1:
+        raise UserError(f"--decay must be between 0 and 1, not {args.decay}")
+    if args.side is not None and args.side < 1:
+        raise UserError(f"--side must be at least 1, not {args.side}")
+    if not 0 <= args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     return args
 
 
@@ -272,6 +279,8 @@ def main():
         read_captions(folder, read_pictures(folder)[0], concept.token)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
     accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=args.accumulate,
                               mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     if args.batch_size % accelerator.num_processes:

@@ -286,7 +286,9 @@ def test_wrong_embeddings(tmp_path):
 @pytest.mark.parametrize("module, arguments, said", [
     ("train", ["missing.json"], "cannot read missing.json"), ("train", ["{json}", "--checkpoint", "missing.ckpt"], "no such checkpoint"),
     ("train", ["{json}", "--concepts", "7"], "no concept '7'"), ("train", ["{json}", "--steps", "0"], "above 0"),
-    ("train", ["{json}", "--side", "63"], "multiple of"),
+    ("train", ["{json}", "--side", "63"], "multiple of"), ("train", ["{json}", "--side", "0"], "at least 1"), ("train", ["{json}", "--lr", "nan"], "above 0"),
+    ("train", ["{json}", "--decay", "9"], "between 0 and 1"), ("train", ["{json}", "--sample-every=-1"], "from 0"),
+    ("train", ["{json}", "--seed", "1" + "0" * 30], "at most 12 digits"), ("train", ["{json}", "--dtype", "fp16", "--device", "cpu"], "on a GPU only"),
     ("inference", ["{json}", "{tmp}", "--embeddings", "{tmp}"], "has no embeddings"), ("inference", ["{json}", "/proc/nothing"], "cannot write"),
     ("inference", ["{json}", "{tmp}", "--steps", "0"], "between 1 and 1000"), ("evaluate", ["{tmp}", "{json}"], "is missing")])
 def test_wrong_use_ends_in_one_line(call, concepts_json, tiny_sd, tmp_path, module, arguments, said):
