@@ -3,8 +3,8 @@
     python -m p3_clip_textual_inversion.multi                                                              # on the miniature
     python -m p3_clip_textual_inversion.multi hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --ordinary cat --output runs/p3_multi_sd
 
-Trains what is missing: words learned apart and together, and Custom Diffusion together and apart, merged. Then draws with each, and with the words
-learned apart under composed and under regional guidance (compose.py).
+Trains what is missing: words learned apart and together, and Custom Diffusion together and apart, merged. Then draws with each, and with words learned
+apart and Custom Diffusion under the guidance of compose.py.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GENTLY = "--lr=3e-3"  # where more learns, or for longer
 RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
         "custom_apart": ["--custom-diffusion", GENTLY]}
 OTHER_STYLES = {"drawing": tuple(map(words, STYLES)), "photo": ("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art")}
-METHODS = {  # name: (run whose words it uses, where its projections come from, guidance of "A next to B")
+METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
     "words learned apart": ("apart", None, None),
     "words learned together": ("together", None, None),
     "Custom Diffusion, together": ("custom", "run", None),
@@ -54,6 +54,11 @@ def half_crops(picture):
     return [picture.crop((left, top, left + side, top + side)) for left in (0, picture.width - side)]
 
 
+def halves_and_whole(pictures):
+    """Three for each picture, in turn."""
+    return [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+
+
 class Finder:
     """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
     threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
@@ -64,7 +69,7 @@ class Finder:
 
     def scores(self, pictures):
         """[N]"""
-        crops = [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+        crops = halves_and_whole(pictures)
         return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
 
     def __call__(self, pictures):
@@ -79,7 +84,7 @@ class CaptionFinder:
         self.grader, self.halves, self.directions = grader, halves, grader.of_texts(captions)
 
     def __call__(self, pictures):
-        crops = [crop for picture in pictures for crop in ((*half_crops(picture), picture) if self.halves else (picture,))]
+        crops = halves_and_whole(pictures) if self.halves else pictures
         return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(len(pictures), -1).any(1)
 
 
