@@ -21,6 +21,7 @@ import open_clip
 import torch
 from tqdm import tqdm
 
+from . import diffusion
 from .data import example_pictures, read_concepts, varied
 from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
@@ -28,7 +29,7 @@ from .files import ROOT, UserError, run, writable_folder, write_json
 from .inference import MINI_GUIDANCE, DrawConfig, draw
 from .model import load_clip
 from .stable_diffusion import load_stable_diffusion
-from .train import Loss, Source, draw_batch, encode
+from .train import Loss, draw_batch, draw_noise, encode, pick
 from .world import MINI
 from .zero_shot import image_features
 
@@ -64,19 +65,19 @@ def drawing_speed(dtype, device):
 
 
 def learning_speed(way, dtype, device, steps, batch_size):
-    """Steps a second of learning the bundled subject, after five to warm up, and the mean loss of the last half.
+    """Steps a second of learning the bundled subject, by the median step after five to warm up, and the mean loss of the last half.
 
     "plain" is what published scripts do: the whole token table goes to AdamW, the other rows are restored after each step, and every
-    step encodes its pictures."""
+    step encodes its pictures and its captions. Both ways see the same pictures, noise and timesteps."""
     concept = read_concepts(MINI / "textual_inversion" / "input.json")[0]
     pictures = example_pictures(MINI / "textual_inversion" / concept.number)
     parts = load_stable_diffusion(device=device, dtype=dtype if way == "ours" else torch.float32)
     rows, scaling = initial_rows(parts, concept.src_image, 1), parts.vae.config.scaling_factor
     squares = torch.cat([varied(picture, parts.side, 8, np.random.default_rng(0)) for picture in pictures])
     captions = [f"a drawing of a {concept.token}"]
+    sources = [encode(parts, squares, captions)]
     if way == "ours":
         trained = add_words(parts, {concept.token: rows}).rows
-        sources = [encode(parts, squares, captions)]
     else:
         parts.tokenizer.add_tokens([concept.token])
         parts.text_encoder.resize_token_embeddings(len(parts.tokenizer), mean_resizing=False)
@@ -84,20 +85,20 @@ def learning_speed(way, dtype, device, steps, batch_size):
         trained.data[-1] = rows[0]
         original = trained.detach().clone()
     optimizer = torch.optim.AdamW([trained], lr=5e-3, weight_decay=0.0)
-    model = Loss(parts, None)
-    losses = []
+    model, losses, seconds = Loss(parts, None), [], []
     for step in range(steps + 5):
-        if step == 5:
-            started = time.perf_counter()
-        generator = torch.Generator().manual_seed(step)
+        started, generator = time.perf_counter(), torch.Generator().manual_seed(step)
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            if way == "plain":
-                chosen = torch.randint(0, len(squares), (batch_size,), generator=generator)
+            if way == "ours":
+                x0, eps, t, texts = draw_batch(sources, scaling, batch_size, generator)
+                loss = model(x0, eps, t, parts.tokens(texts).to(device))
+            else:
+                picked = pick(sources, batch_size, generator)
                 with torch.no_grad():
-                    posterior = parts.vae.encode(squares[chosen].to(device)).latent_dist
-                sources = [Source(posterior.mean.float(), posterior.std.float(), captions)]
-            x0, eps, t, texts = draw_batch(sources, scaling, batch_size, generator)
-            loss = model(x0, eps, t, parts.tokens(texts).to(device))
+                    posterior = parts.vae.encode(squares[[row for _, row, _ in picked]].to(device)).latent_dist
+                x0, eps, t = draw_noise(posterior.mean.float(), posterior.std.float(), scaling, generator)
+                hidden = parts.text_encoder(parts.tokens([caption for _, _, caption in picked]).to(device)).last_hidden_state
+                loss = diffusion.loss(parts.unet, parts.alpha_bar, x0, eps, t, hidden).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +106,8 @@ def learning_speed(way, dtype, device, steps, batch_size):
             with torch.no_grad():
                 trained[:-1] = original[:-1]
         losses.append(loss.item())
-    return {"steps_per_second": steps / (time.perf_counter() - started), "loss": float(np.mean(losses[-steps // 2:])),
+        seconds.append(time.perf_counter() - started)
+    return {"steps_per_second": 1 / float(np.median(seconds[5:])), "loss": float(np.mean(losses[-steps // 2:])),
             "optimizer_bytes": sum(v.numel() * v.element_size() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))}
 
 

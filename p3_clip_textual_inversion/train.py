@@ -10,6 +10,7 @@ every cross-attention learn too, held in place by ordinary pictures that the mod
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from . import diffusion
@@ -52,8 +54,12 @@ class Loss(torch.nn.Module):
         self.text_encoder, self.unet, self.alpha_bar, self.gamma = parts.text_encoder, parts.unet, parts.alpha_bar, min_snr_gamma
 
     def forward(self, x0, eps, t, ids):
-        hidden = self.text_encoder(ids).last_hidden_state
-        return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma).mean()
+        captions, which = ids.unique(dim=0, return_inverse=True)  # a few pictures have few captions: each is encoded once
+        # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
+        small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024
+        with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
+            hidden = self.text_encoder(captions).last_hidden_state[which]
+            return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma).mean()
 
 
 class Source(NamedTuple):
@@ -71,20 +77,28 @@ def encode(parts, squares, captions, paired=False):
     return Source(*(torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std")), captions, paired)
 
 
-def draw_batch(sources, scaling, batch_size, generator):
-    """(x0, eps, t, captions) of a batch, each picture from a source picked at random. Everything is drawn on the CPU from the generator."""
-    picked = torch.randint(0, len(sources), (batch_size,), generator=generator).tolist()
-    means, deviations, captions = [], [], []
-    for source in (sources[i] for i in picked):
+def pick(sources, batch_size, generator):
+    """[(source, row, caption)] of a batch, each picture from a source picked at random."""
+    picked = []
+    for source in (sources[i] for i in torch.randint(0, len(sources), (batch_size,), generator=generator).tolist()):
         row = int(torch.randint(0, len(source.means), (), generator=generator))
         caption = int(torch.randint(0, len(source.captions), (), generator=generator))
-        means.append(source.means[row])
-        deviations.append(source.deviations[row])
-        captions.append(source.captions[row if source.paired else caption])
-    means, deviations = torch.stack(means), torch.stack(deviations)
+        picked.append((source, row, source.captions[row if source.paired else caption]))
+    return picked
+
+
+def draw_noise(means, deviations, scaling, generator):
+    """(x0, eps, t) of latents with these means and deviations. Everything is drawn on the CPU from the generator."""
     fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device) for _ in range(2))
-    t = torch.randint(0, 1000, (batch_size,), generator=generator).to(means.device)
-    return scaling * (means + deviations * fresh), eps, t, captions
+    t = torch.randint(0, 1000, (len(means),), generator=generator).to(means.device)
+    return scaling * (means + deviations * fresh), eps, t
+
+
+def draw_batch(sources, scaling, batch_size, generator):
+    """(x0, eps, t, captions) of a batch."""
+    picked = pick(sources, batch_size, generator)
+    means, deviations = (torch.stack([getattr(source, name)[row] for source, row, _ in picked]) for name in ("means", "deviations"))
+    return *draw_noise(means, deviations, scaling, generator), [caption for _, _, caption in picked]
 
 
 def make_sources(parts, concepts, args, side, config):
