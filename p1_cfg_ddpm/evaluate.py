@@ -28,7 +28,7 @@ def read_folder(folder):
     for domain in DOMAINS:
         if not (folder / domain).is_dir():
             raise UserError(f"{folder / domain} does not exist; expected {folder}/{{mnistm,svhn}}/{{digit}}_{{001..050}}.png")
-        paths = sorted((folder / domain).glob("*.png"))
+        paths = sorted((folder / domain).glob("[!.]*.png"))
         if not paths:
             raise UserError(f"{folder / domain} has no .png files; expected {{digit}}_{{001..050}}.png")
         for path in paths:

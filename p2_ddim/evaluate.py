@@ -29,7 +29,7 @@ def read_pairs(output, truth):
     for folder in (output, truth):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
-    names = sorted(path.name for path in truth.glob("*.png"))
+    names = sorted(path.name for path in truth.glob("[!.]*.png"))
     if not names:
         raise UserError(f"{truth} has no .png files; expected the reference images 00.png, 01.png, ...")
     pairs = {}

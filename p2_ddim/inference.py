@@ -41,7 +41,7 @@ def read_noises(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder of noises: {folder}")
-    noises = {path.stem: read_noise(path) for path in sorted(folder.glob("*.pt"))}
+    noises = {path.stem: read_noise(path) for path in sorted(folder.glob("[!.]*.pt"))}
     if not noises:
         raise UserError(f"{folder} has no .pt files; expected noise tensors, 00.pt, 01.pt, ...")
     shapes = {name: tuple(noise.shape) for name, noise in noises.items()}

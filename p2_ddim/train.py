@@ -162,7 +162,7 @@ def read_pictures(folder, side):
     """Every picture in a folder, in name order, its largest centred square reduced to side x side: uint8 [N, side, side, 3]."""
     if not Path(folder).is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
         raise UserError(f"{folder} has no pictures (.png, .jpg, .webp)")
 

@@ -25,7 +25,7 @@ from . import diffusion
 from .data import example_pictures, read_concepts, varied
 from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
-from .files import ROOT, UserError, run, writable_folder, write_json
+from .files import ROOT, UserError, run, writable_file, write_json
 from .inference import MINI_GUIDANCE, DrawConfig, draw
 from .model import load_clip
 from .stable_diffusion import load_stable_diffusion
@@ -132,11 +132,14 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--row", choices=list(ROWS), default=None, help=argparse.SUPPRESS)  # one row, in this process
     args = parser.parse_args()
+    for name in ("images", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     device = pick_device(args.device)
     if args.row:
         print(json.dumps(measure(args.row, device, args)))
         return
-    writable_folder(args.output.parent)
+    writable_file(args.output)
     rows = {}
     for row in tqdm(ROWS, desc="measuring", unit="row"):
         command = [sys.executable, "-m", "p3_clip_textual_inversion.benchmark", "--row", row, "--device", args.device]

@@ -1,4 +1,4 @@
-"""What learning a word is worth: the same prompts and noises with the learned word, with the words it started from, and with an untrained word.
+"""What learning a word is worth: the same prompts and noises with the learned word, with the words it started from, and with untrained words.
 
     python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2      # report/results/p3_compare.json, figures/p3_compare.png
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import Grader, best_of, clip_scores, sheet
-from .files import ROOT, UserError, run, save_image, writable_folder, write_json
+from .files import ROOT, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
@@ -53,12 +53,13 @@ def score_way(checkpoint, concepts, vectors, count, config, device, grader, refe
 
 
 def summary_of(prompt, rows):
-    """The scores of one prompt in one row: of both ways without learning, and the mean, lowest and highest of the seeds. rows: {way: scores}"""
+    """The scores of one prompt in one row: with the initial words, and [mean, lowest, highest] of the untrained words and of the seeds. rows: {way: scores}"""
     summary = {"prompt": prompt}
     for what in ("image", "text", "rest"):
-        ours = [row[what] for way, row in rows.items() if way.startswith("learned")]
-        summary[what] = {"initial": rows["initial words"][what], "untrained": rows["untrained word"][what], "learned": float(np.mean(ours)),
-                         "lowest": min(ours), "highest": max(ours)}
+        summary[what] = {"initial": rows["initial words"][what]}
+        for kind in ("untrained", "learned"):
+            values = [row[what] for way, row in rows.items() if way.startswith(kind)]
+            summary[what][kind] = [float(np.mean(values)), min(values), max(values)]
     return summary
 
 
@@ -77,18 +78,15 @@ def main():
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
     concepts = read_concepts(args.input)
-    learned = [read_embeddings(folder) for folder in args.learned]
-    for folder, vectors in zip(args.learned, learned):
-        missing = [concept.token for concept in concepts if concept.token not in vectors]
-        if missing:
-            raise UserError(f"{folder} has no embedding of {missing[0]}")
+    learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
     for name in ("results", "figures"):
         writable_folder(args.output / name)
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     grader = Grader(args.model, args.pretrained, device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
-    untrained = initial_rows(load_stable_diffusion(args.checkpoint, device), None, 1, torch.Generator().manual_seed(args.seed))
-    ways = {"initial words": None, "untrained word": {concept.token: untrained for concept in concepts},
+    parts, generator = load_stable_diffusion(args.checkpoint, device), torch.Generator().manual_seed(args.seed)
+    untrained = [{c.token: initial_rows(parts, None, len(vectors[c.token]), generator) for c in concepts} for vectors in learned]
+    ways = {"initial words": None, **{f"untrained ({i})": vectors for i, vectors in enumerate(untrained)},
             **{f"learned ({folder})": {c.token: vectors[c.token] for c in concepts} for folder, vectors in zip(args.learned, learned)}}
     prompts = [(concept, k) for concept in concepts for k in range(len(concept.prompts))]
     scores, pictures, marks = {}, {}, []
@@ -115,12 +113,13 @@ def main():
     for j, (concept, k) in enumerate(prompts):
         if k == 0:
             rows.append((f"examples of {concept.token}", examples[concept.number]))
-        rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in list(ways)[:3]]
+        shown = ("initial words", "untrained (0)", f"learned ({args.learned[0]})")
+        rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in shown]
         print(concept.prompts[k])
         for what in ("image", "text", "rest"):
             row = summary[j][what]
-            print(f"  {what:5} score: initial words {row['initial']:.1f}, untrained word {row['untrained']:.1f}, "
-                  f"learned {row['learned']:.1f} (seeds {row['lowest']:.1f} to {row['highest']:.1f})")
+            others = ", ".join(f"{kind} {row[kind][0]:.1f} ({row[kind][1]:.1f} to {row[kind][2]:.1f})" for kind in ("untrained", "learned"))
+            print(f"  {what:5} score: initial words {row['initial']:.1f}, {others}")
     save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 

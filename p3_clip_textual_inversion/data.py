@@ -69,17 +69,25 @@ def is_score(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
+def read_picture(path):
+    """A picture, RGB and upright by its EXIF orientation."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a decoder of a damaged file raises anything
+        raise UserError(f"cannot read the picture {path}: {error}") from None
+
+
 def read_pictures(folder):
-    """({name: picture}, RGB and upright by their EXIF orientation, in the order of their names; names of what was no picture)."""
+    """({name: picture} in the order of their names; names of what was no picture)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
     pictures, skipped = {}, []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != CAPTIONS):
         try:
-            with Image.open(path) as image:
-                pictures[path.name] = ImageOps.exif_transpose(image).convert("RGB")
-        except Exception:  # a decoder of a damaged file raises anything
+            pictures[path.name] = read_picture(path)
+        except UserError:
             skipped.append(path.name)
     if not pictures:
         raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))

@@ -111,6 +111,17 @@ def file_of(folder, word):
     return Path(folder) / (re.sub(r'[<>:"/\\|?*\s]', "", word) + ".safetensors")
 
 
+def check_files(words):
+    """Refuses words whose files would be hidden, or one and the same."""
+    names = [file_of("", word).name for word in words]
+    for word, name in zip(words, names):
+        if name.startswith("."):
+            raise UserError(f"the token name {word!r} gives its file no name; choose one with letters or digits, such as <new1>")
+    if len({name.lower() for name in names}) != len(names):
+        raise UserError(f"the token names {', '.join(words)} must differ in more than what a file's name cannot hold or tell apart; "
+                        f"their files would be {', '.join(names)}")
+
+
 def save_embedding(path, word, rows, metadata=None):
     """One tensor, {word: [n, dim]} float32: what diffusers' load_textual_inversion and common web UIs read. metadata: {str: str}."""
     with atomic_path(path) as temporary:
@@ -135,10 +146,10 @@ def read_embedding(path):
     return names[0], rows.float(), metadata
 
 
-def read_embeddings(folder):
-    """{word: rows} of every .safetensors in a folder, or of one file."""
+def read_embeddings(folder, needed=()):
+    """{word: rows} of every .safetensors in a folder, or of one file; the words `needed` must be among them."""
     folder = Path(folder)
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no embeddings; expected .safetensors files, as scripts/p3_train.sh writes them")
     vectors = {}
@@ -147,6 +158,9 @@ def read_embeddings(folder):
         if word in vectors:
             raise UserError(f"{path}: the word {word} is in two files of {folder}")
         vectors[word] = rows
+    for word in needed:
+        if word not in vectors:
+            raise UserError(f"{folder} has no embedding of {word} (only {', '.join(vectors)}); learn it with scripts/p3_train.sh")
     return vectors
 
 

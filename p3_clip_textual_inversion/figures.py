@@ -67,10 +67,8 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
-    concepts, vectors = read_concepts(args.input), read_embeddings(args.runs)
-    for concept in concepts:
-        if concept.token not in vectors:
-            raise UserError(f"{args.runs} has no embedding of {concept.token} (only {', '.join(vectors)}); learn it with scripts/p3_train.sh {args.input}")
+    concepts = read_concepts(args.input)
+    vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     writable_folder(args.output)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def atomic_path(path):
     """Yields a temporary name beside `path` and renames it to `path` at the end, so that a kill never leaves half a file."""
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.part", suffix=path.suffix)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     os.close(handle)
@@ -51,15 +52,28 @@ def atomic_path(path):
 
 
 def writable_folder(folder):
-    """Makes `folder` and checks that a file can be written there, before any long work starts. Returns its path."""
+    """Makes `folder` and checks that a file can be written there, before any long work starts. Returns its path.
+
+    Removes what a killed run left half-written there: no file takes the minute that it is given."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for path in folder.glob(".*.part*"):
+            if time.time() - path.stat().st_mtime > 60:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into folder {folder}: {error.strerror}") from None
     return folder
+
+
+def writable_file(path):
+    """Checks that a file can be written at `path`, before any long work starts. Returns its path."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write the file {path}: it is a folder")
+    return writable_folder(path.parent) / path.name
 
 
 def write_json(path, content):

@@ -122,11 +122,8 @@ def main():
     config, device = settings_of(args, args.checkpoint)
     if args.num_images < 1:
         raise UserError(f"--num-images must be at least 1, not {args.num_images}")
-    concepts, vectors = read_concepts(args.input), read_embeddings(args.embeddings)
-    for concept in concepts:
-        if concept.token not in vectors:
-            raise UserError(f"{args.embeddings} has no embedding of {concept.token} (only {', '.join(vectors)}); "
-                            f"learn it with scripts/p3_train.sh {args.input}")
+    concepts = read_concepts(args.input)
+    vectors = read_embeddings(args.embeddings, [concept.token for concept in concepts])
     jobs = [(concept, k, i) for concept in concepts for k in range(len(concept.prompts)) for i in range(args.num_images)]
     for concept in concepts:
         for k in range(len(concept.prompts)):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import example_pictures, read_concepts
+from .data import example_pictures, read_concepts, read_picture
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import Grader, sheet
@@ -161,7 +161,7 @@ def prepare(method, args, concepts, device):
     source, weights, _ = METHODS[method]
     folder = args.output / source
     parts = load_stable_diffusion(args.checkpoint, device)
-    vectors = read_embeddings(folder)
+    vectors = read_embeddings(folder, [concept.token for concept in concepts])
     base = weights_of(parts.unet) if weights else None
     learned_words = {concept.token: vectors[concept.token] for concept in concepts}
     counts = {word: len(rows) for word, rows in learned_words.items()}
@@ -262,9 +262,8 @@ def main():
     for name in ("results", "figures"):
         writable_folder(args.report / name)
     writable_folder(args.output)
+    others = [read_picture(paths[classes.index(number)]) for number in dict.fromkeys(classes)]  # one of each class
     grader = Grader(args.model, args.pretrained, device)
-    firsts = [paths[classes.index(number)] for number in dict.fromkeys(classes)]  # one of each class
-    others = [Image.open(path).convert("RGB") for path in firsts]
     finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
     prompts = make_prompts(args, concepts, finders)
     for key, row in validation.items():

@@ -26,7 +26,7 @@ from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
 from .device import DTYPES, pick_device, pick_dtype
-from .embedding import add_words, expand, file_of, initial_rows, save_embedding
+from .embedding import add_words, check_files, expand, file_of, initial_rows, save_embedding
 from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
 from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
 from .stable_diffusion import MINI_SD, load_stable_diffusion
@@ -288,6 +288,7 @@ def main():
             if number not in known:
                 raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
         concepts = [concept for concept in concepts if concept.number in args.concepts]
+    check_files([concept.token for concept in concepts])
     for concept in concepts:
         folder = args.input.parent / concept.number  # before any long work starts
         read_captions(folder, read_pictures(folder)[0], concept.token)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .data import read_picture
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, atomic_path, read_json, run, writable_folder, write_json
 from .model import load_clip
@@ -36,7 +37,7 @@ def read_data(folder):
         raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
-    paths = sorted((folder / "val").glob("*.png"))
+    paths = sorted((folder / "val").glob("[!.]*.png"))
     if not paths:
         raise UserError(f"{folder / 'val'} has no .png files; expected {{class id}}_{{number}}.png")
     classes = [path.stem.split("_")[0] for path in paths]
@@ -56,17 +57,10 @@ def text_classifier(clip, tokenizer, labels, templates, device):
 
 def load_pictures(paths, transform, batch_size):
     """Batches [B, 3, H, W] of pictures, decoded by threads while the one before is computed."""
-    def load(path):
-        try:
-            with Image.open(path) as image:
-                return transform(image.convert("RGB"))
-        except Exception as error:  # a decoder of a damaged file raises anything
-            raise UserError(f"cannot read the picture {path}: {error}") from None
-
     with ThreadPoolExecutor() as pool:
         ahead = None
         for start in range(0, len(paths) + batch_size, batch_size):
-            batch, ahead = ahead, [pool.submit(load, path) for path in paths[start:start + batch_size]]
+            batch, ahead = ahead, [pool.submit(lambda path: transform(read_picture(path)), path) for path in paths[start:start + batch_size]]
             if batch:
                 yield torch.stack([future.result() for future in batch])
 

@@ -4,9 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, atomic_path, fail, read_json, write_whole
+
 RESULTS = ROOT / "report" / "results"
 CHART = ROOT / "report" / "figures" / "benchmark.png"
 MODULES = {"p1": "p1_cfg_ddpm.benchmark", "p2": "p2_ddim.benchmark", "p3": "p3_clip_textual_inversion.benchmark"}
@@ -46,7 +46,8 @@ def draw_chart(rows, machines, path):
         axis.set_title(unit, loc="left", fontsize=10)
     titles = [f"{problem.upper()}: " + ", ".join(f"{name} {value}" for name, value in machine.items()) for problem, machine in machines.items()]
     figure.suptitle("\n".join(titles), fontsize=8)
-    figure.savefig(path, dpi=90)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=90)
     plt.close(figure)
 
 
@@ -58,14 +59,17 @@ def main():
     for problem in [] if args.render else args.only:
         print(f"== {problem}", flush=True)
         if subprocess.run([sys.executable, "-m", MODULES[problem]], check=False).returncode:
-            sys.exit(f"error: the benchmark of {problem} failed")
+            fail(f"the benchmark of {problem} failed")
     paths = {problem: RESULTS / f"{problem}_benchmark.json" for problem in MODULES}
-    results = {problem: json.loads(path.read_text(encoding="utf-8")) for problem, path in paths.items() if path.is_file()}
-    rows = summary(results)
+    results = {problem: read_json(path) for problem, path in paths.items() if path.is_file()}
+    try:
+        rows = [(problem, way, float(value), unit) for problem, way, value, unit in summary(results)]
+        machines = {problem: dict(result["machine"]) for problem, result in results.items()}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        fail(f"a file in {RESULTS} is no benchmark's: {type(error).__name__}: {error}; measure again with scripts/benchmark.sh")
     for problem, way, value, unit in rows:
         print(f"{problem}  {way:55} {value:9.2f} {unit}")
-    machines = {problem: result["machine"] for problem, result in results.items()}
-    (RESULTS / "summary.json").write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_whole(RESULTS / "summary.json", json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
     draw_chart(rows, machines, CHART)
     print(f"wrote {RESULTS / 'summary.json'} and {CHART}")
 

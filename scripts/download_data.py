@@ -3,11 +3,12 @@
 import argparse
 import errno
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
-HW2_DATA = Path(__file__).resolve().parent.parent / "hw2_data"
+from common import ROOT, fail
+
+HW2_DATA = ROOT / "hw2_data"
 FILE_ID = "1W6Y1OmjzNw2qHoGDCpGOwGpw27wLg1fi"
 EXPECTED = {  # path: at least so many files
     "digits/mnistm/data": 1000, "digits/svhn/data": 1000, "digits/mnistm/train.csv": 1, "digits/mnistm/val.csv": 1,
@@ -28,12 +29,12 @@ def main():
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"error: cannot make the folder {args.output}: {error.strerror}")
+        fail(f"cannot make the folder {args.output}: {error.strerror}")
     archive = args.archive or download(args.output)
     unpack(archive, args.output)
     found = problems(args.output)
     if found:
-        sys.exit(f"error: {archive} was unpacked to {args.output}, but {found[0]}; delete the archive and run this again")
+        fail(f"{archive} was unpacked to {args.output}, but {found[0]}; delete the archive and run this again")
     if not args.archive:
         archive.unlink()
     print(f"{args.output} is complete\nnext: bash scripts/p1_train.sh, with --size base on a GPU")
@@ -64,7 +65,7 @@ def download(folder):
     else:
         reason = []
     if not done:
-        sys.exit(f"error: the archive could not be downloaded ({reason[0] if reason else 'no answer'}). Without internet, get Google Drive file "
+        fail(f"the archive could not be downloaded ({reason[0] if reason else 'no answer'}). Without internet, get Google Drive file "
                  f"{FILE_ID} elsewhere and run this with --archive hw2_data.zip; the bundled hw2_data/mini needs no download")
     return archive
 
@@ -79,7 +80,7 @@ def unpack(archive, folder):
     except Exception as error:  # a damaged archive raises what its decoder pleases: zlib.error, or RuntimeError where it seems to be encrypted
         shutil.rmtree(temporary, ignore_errors=True)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        sys.exit(f"error: {archive} cannot be unpacked ({error}); {'free some space' if full else 'delete it'} and run this again")
+        fail(f"{archive} cannot be unpacked ({error}); {'free some space' if full else 'delete it'} and run this again")
     top = temporary / "hw2_data" if (temporary / "hw2_data").is_dir() else temporary
     for part in sorted({name.split("/")[0] for name in EXPECTED}):
         if (top / part).exists():

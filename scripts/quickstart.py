@@ -4,13 +4,12 @@ Run again, it keeps what is there and newer than the code and the data that it i
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, fail, read_json
 
 
 def main():
@@ -30,14 +29,17 @@ def main():
                    prompts, out / "p3", "--overwrite"),
              stage("P3 3/3: grade the pictures", out / "p3_grade" / "best.png", "p3_clip_textual_inversion.evaluate",
                    out / "p3", prompts, "--report", out / "p3_grade")]
-    p1, p2, p3 = (json.loads((out / f"{problem}_grade" / "grade.json").read_text(encoding="utf-8")) for problem in ("p1", "p2", "p3"))
-    zero_shot = json.loads((out / "p3_clip" / "results.json").read_text(encoding="utf-8"))
-    rows = [("P1 guided DDPM on digits", f"accuracy {p1['mnistm']['accuracy']:.1%} MNIST-M, {p1['svhn']['accuracy']:.1%} SVHN", digits,
-             f"{out / 'p1_figures'}/p1_grid_mnistm.png, p1_grid_svhn.png"),
-            ("P2 DDIM faces (miniature)", f"mean squared error {p2['mean_mse']:.4f} (limit 20)", faces, out / "p2_grade" / "comparison.png"),
-            ("P3 CLIP zero-shot (miniature)", f"top-1 {zero_shot['top1']:.1%}, top-5 {zero_shot['top5']:.1%} of 50 classes", clip,
-             out / "p3_clip" / "examples.png"),
-            ("P3 learned words (miniature)", f"{p3['passed']} of {p3['judged']} prompts pass", words, out / "p3_grade" / "best.png")]
+    p1, p2, p3 = (read_json(out / f"{problem}_grade" / "grade.json") for problem in ("p1", "p2", "p3"))
+    zero_shot = read_json(out / "p3_clip" / "results.json")
+    try:
+        rows = [("P1 guided DDPM on digits", f"accuracy {p1['mnistm']['accuracy']:.1%} MNIST-M, {p1['svhn']['accuracy']:.1%} SVHN", digits,
+                 f"{out / 'p1_figures'}/p1_grid_mnistm.png, p1_grid_svhn.png"),
+                ("P2 DDIM faces (miniature)", f"mean squared error {p2['mean_mse']:.4f} (limit 20)", faces, out / "p2_grade" / "comparison.png"),
+                ("P3 CLIP zero-shot (miniature)", f"top-1 {zero_shot['top1']:.1%}, top-5 {zero_shot['top5']:.1%} of 50 classes", clip,
+                 out / "p3_clip" / "examples.png"),
+                ("P3 learned words (miniature)", f"{p3['passed']} of {p3['judged']} prompts pass", words, out / "p3_grade" / "best.png")]
+    except (LookupError, TypeError, ValueError) as error:
+        fail(f"a grade in {out} is not what this script wrote ({type(error).__name__}: {error}); delete that folder and run this again")
     print(f"\n{'problem':29} {'score':42} {'seconds':>9}  pictures")
     for problem, score, seconds, pictures in rows:
         print(f"{problem:29} {score:42} {f'{sum(seconds):.0f}' if any(seconds) else 'as it was':>9}  {pictures}")

@@ -19,7 +19,8 @@ from pathlib import Path
 import markdown
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, atomic_path, fail, read_json, write_whole
+
 REPORT = ROOT / "report"
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -70,10 +71,7 @@ def read_results(folder):
     """{file name: content} of every JSON."""
     results = Missing()
     for path in sorted(folder.glob("*.json")):
-        try:
-            results[path.stem] = json.loads(path.read_text(encoding="utf-8"), object_hook=Missing)
-        except ValueError as error:
-            sys.exit(f"error: {path} is not JSON: {error}; run the script that writes it again")
+        results[path.stem] = read_json(path, object_hook=Missing)
     return results
 
 
@@ -82,7 +80,7 @@ def fill_in(text, results):
     try:
         return string.Formatter().vformat(text, (), results)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        sys.exit(f"error: report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
+        fail(f"report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
 
 
 def data_url(path):
@@ -110,18 +108,18 @@ def figure(match):
 
 def render(text):
     """Writes report.md and index.html."""
-    (REPORT / "report.md").write_text(re.sub(r'(\]\([^)\s]+) "slider [^"]*"\)', r"\1)", text), encoding="utf-8")
+    write_whole(REPORT / "report.md", re.sub(r'(\]\([^)\s]+) "slider [^"]*"\)', r"\1)", text))
     body = markdown.markdown(text, extensions=["tables"])
     body = re.sub(r"<table>.*?</table>", lambda match: f'<div class="table">{match[0]}</div>', body, flags=re.DOTALL)
     body = re.sub(r"(?:<p>)?<img [^>]*/?>(?:</p>)?", figure, body)
     title = re.search(r"<h1>(.*?)</h1>", body)
-    (REPORT / "index.html").write_text(string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body), encoding="utf-8")
+    write_whole(REPORT / "index.html", string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body))
 
 
 def stage(title, module, *arguments):
     print(f"== {title}", flush=True)
     if subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode:
-        sys.exit(f"error: {module} failed; the report was not written")
+        fail(f"{module} failed; the report was not written")
 
 
 def draw_everything(words):
@@ -131,8 +129,9 @@ def draw_everything(words):
     stage("figures of P2", "p2_ddim.figures", *(["--noise", data / "face" / "noise", "--checkpoint", data / "face" / "UNet.pt"] if real_faces else []))
     with tempfile.TemporaryDirectory() as folder:
         stage("CLIP zero-shot, miniature", "p3_clip_textual_inversion.zero_shot", "--output", folder)
-        shutil.copy(Path(folder) / "results.json", REPORT / "results" / "p3_zero_shot.json")
-        shutil.copy(Path(folder) / "examples.png", REPORT / "figures" / "p3_zero_shot.png")
+        for name, to in (("results.json", REPORT / "results" / "p3_zero_shot.json"), ("examples.png", REPORT / "figures" / "p3_zero_shot.png")):
+            with atomic_path(to) as temporary:
+                shutil.copyfile(Path(folder) / name, temporary)
     if words:
         stage("figures of P3", "p3_clip_textual_inversion.figures", "--runs", words)
 
@@ -142,12 +141,14 @@ def main():
     parser.add_argument("--render", action="store_true", help="only put text, numbers and figures together again")
     parser.add_argument("--words", type=Path, default=None, metavar="DIR", help="a folder of scripts/p3_train.sh, whose figures to draw")
     args = parser.parse_args()
+    if args.words and not (args.words / "0" / "history.json").is_file():
+        fail(f"{args.words} is no folder of scripts/p3_train.sh: it has no 0/history.json")
     if not args.render:
         draw_everything(args.words)
     try:
         render(fill_in((REPORT / "text.md").read_text(encoding="utf-8"), read_results(REPORT / "results")))
     except OSError as error:
-        sys.exit(f"error: cannot write the report: {error}")
+        fail(f"cannot read the report's parts: {error}")
     print(f"wrote {REPORT / 'report.md'} and {REPORT / 'index.html'}")
 
 

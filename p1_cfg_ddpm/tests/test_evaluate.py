@@ -142,3 +142,9 @@ def test_bad_folders_end_in_one_line(drawn, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         read_folder(out)
     assert "\n" not in str(error.value)
+
+
+def test_half_an_image_of_a_killed_run_is_not_read(drawn, tmp_path):
+    out = shutil.copytree(drawn, tmp_path / "out")
+    (out / "svhn" / ".3_006.png.partx.png").write_bytes(b"half")
+    assert len(read_folder(out)["svhn"][0]) == 50

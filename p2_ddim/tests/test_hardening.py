@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from p2_ddim.evaluate import read_picture
+from p2_ddim.evaluate import read_pairs, read_picture
 from p2_ddim.files import ROOT, UserError, run
-from p2_ddim.inference import read_noise
+from p2_ddim.inference import read_noise, read_noises
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.train import load_state, read_pictures
 
@@ -209,3 +209,11 @@ def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, on
     for folder, count in ((out, 4), (killed, 2)):
         found = pictures(folder)
         assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+
+
+def test_half_written_files_of_a_killed_run_are_not_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "00.png")
+    torch.save(torch.zeros(1, 3, 8, 8), tmp_path / "00.pt")
+    for name in (".01.png.partx.png", ".01.pt.partx.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    assert list(read_noises(tmp_path)) == ["00"] and list(read_pairs(tmp_path, tmp_path)) == ["00.png"] and len(read_pictures(tmp_path, 8)) == 1

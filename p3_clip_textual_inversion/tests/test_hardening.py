@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import save, save_file
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
 from p3_clip_textual_inversion.data import read_concepts, read_pictures
 from p3_clip_textual_inversion.diffusion import SAMPLERS, leading_timesteps, make_alpha_bar
-from p3_clip_textual_inversion.embedding import read_embedding, save_embedding
+from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run
 from p3_clip_textual_inversion.files import ROOT, UserError, load_state
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion, read_checkpoint
@@ -61,6 +62,8 @@ def places(tmp_path, concepts_json):
     (tmp_path / "data" / "val").mkdir(parents=True)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "data" / "val" / "0_1.png")
     (tmp_path / "data" / "id2label.json").write_text('{"0": "dog"}')
+    shutil.copytree(tmp_path / "data", tmp_path / "damaged")
+    (tmp_path / "damaged" / "val" / "0_1.png").write_bytes((tmp_path / "data" / "val" / "0_1.png").read_bytes()[:60])
     return tmp_path
 
 
@@ -93,9 +96,14 @@ ARGUMENTS = {
     ("figures", ["--output={t}/file", "--input={t}/no"], "cannot read {t}/no"),
     ("multi", ["--num-images=0"], "--num-images and --train-steps must be at least 1"),
     ("multi", ["--ordinary-pictures={t}/file"], "cannot read {t}/file/id2label.json"),
+    ("multi", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
     ("multi", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
     ("fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
+    ("benchmark", ["--output={t}/empty"], "cannot write the file {t}/empty: it is a folder"),
+    ("benchmark", ["--steps=0"], "--steps must be at least 1, not 0"),
+    ("benchmark", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
+    ("benchmark", ["--images=-1"], "--images must be at least 1, not -1"),
     ("benchmark", ["--device=abacus"], "the device 'abacus' cannot be used"),
 ])
 def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):
@@ -195,6 +203,30 @@ def test_figures_of_a_word_that_was_not_learned(call, places, tiny_sd):
     path.write_text(path.read_text().replace("<new2>", "<new7>"))
     code, _, err = call(f"{PACKAGE}.figures", *(a.format(t=places, sd=tiny_sd) for a in ARGUMENTS["figures"]))
     assert code == 1 and "run has no embedding of <new7> (only <new1>, <new2>)" in err
+
+
+@pytest.mark.parametrize("words, said", [(("<new1>", "<a:b>", "<ab>"), "their files would be new1.safetensors, ab.safetensors, ab.safetensors"),
+                                         (("<A>", "<a>"), "must differ in more than"), (("<new1>", "<>"), "'<>' gives its file no name"),
+                                         (("<.a>",), "gives its file no name")])
+def test_words_whose_files_would_clash_are_refused(words, said):
+    check_files(["<new1>", "<new2>"])
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_files(words)
+
+
+def test_training_refuses_words_whose_files_would_clash_before_it_loads_a_model(call, places):
+    path = places / "concepts" / "input.json"
+    path.write_text(path.read_text().replace("<new2>", "<new:1>"))
+    code, _, err = call(f"{PACKAGE}.train", path, "--checkpoint", places / "empty", "--output", places / "new")
+    assert code == 1 and "must differ in more than" in err and err.count("\n") == 1, err
+
+
+def test_half_written_files_of_a_killed_run_are_not_counted_or_read(call, places, tiny_clip, tiny_sd):
+    for path in (places / "out" / "0" / "0" / ".source0_prompt0_0.png.partx.png", places / "data" / "val" / ".0_2.png", places / "words" / ".1.safetensors"):
+        path.write_bytes(b"half")
+    for module in ("evaluate", "zero_shot", "inference"):
+        code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS[module]))
+        assert code == 0, err
 
 
 @pytest.mark.parametrize("content", [3, {}, {"settings": None}, {"settings": [1]}, {"settings": {"lr": 1}}])

@@ -82,3 +82,47 @@ def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd):
     assert refused(load("quickstart"), monkeypatch, "--output", "/dev/null/out") == 1
     out, err = capfd.readouterr()
     assert err == "error: cannot write into folder /dev/null/out/p1/mnistm: Not a directory\n" and "P1 2/3" not in out
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[1]", "is no benchmark's"), ('{"rows": 3}', "is no benchmark's"),
+    ('{"machine": {}, "rows": {"a": {"steps_per_second": "fast"}}}', "is no benchmark's"),
+])
+def test_a_damaged_result_stops_the_benchmarks_table(tmp_path, monkeypatch, content, said):
+    benchmark = load("benchmark")
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    (tmp_path / "p3_benchmark.json").write_text(content)
+    code = refused(benchmark, monkeypatch, "--render")
+    assert code.startswith("error: ") and said in code and "\n" not in code and str(tmp_path) in code
+    assert [path.name for path in tmp_path.iterdir()] == ["p3_benchmark.json"]
+
+
+@pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("{}", "is not what this script wrote")])
+def test_a_damaged_grade_stops_the_quickstarts_table(tmp_path, monkeypatch, content, said):
+    quickstart = load("quickstart")
+    monkeypatch.setattr(quickstart, "stage", lambda *_: 0.0)
+    for folder, name in (("p1_grade", "grade"), ("p2_grade", "grade"), ("p3_grade", "grade"), ("p3_clip", "results")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.json").write_text(content)
+    code = refused(quickstart, monkeypatch, "--output", tmp_path)
+    assert code.startswith("error: ") and said in code and "\n" not in code
+
+
+def test_the_report_checks_the_folder_of_words_first(tmp_path, monkeypatch):
+    report = load("report")
+    monkeypatch.setattr(report, "draw_everything", lambda _: pytest.fail("long work started"))
+    assert refused(report, monkeypatch, "--words", tmp_path) == f"error: {tmp_path} is no folder of scripts/p3_train.sh: it has no 0/history.json"
+
+
+def test_the_report_and_the_benchmarks_table_are_written_whole(tmp_path, monkeypatch):
+    """No file may grow: what was there stays, and nothing else is left."""
+    common = load("common")
+    (tmp_path / "report.md").write_text("before")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match=r"error: cannot write .*report\.md: No space left on device"):
+        common.write_whole(tmp_path / "report.md", "after")
+    assert (tmp_path / "report.md").read_text() == "before" and len(list(tmp_path.iterdir())) == 1

@@ -89,5 +89,5 @@ def test_the_page_in_a_browser(report, tmp_path):
 
 def test_report_script_says_what_is_wrong(report, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["report.py", "--render"])
-    with pytest.raises(SystemExit, match="cannot write the report"):
+    with pytest.raises(SystemExit, match="cannot read the report's parts"):
         report.main()
