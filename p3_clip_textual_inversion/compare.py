@@ -104,10 +104,10 @@ def main():
                                                              "pictures": args.num_images, "guidance_weight": config.guidance_weight, "steps": config.num_steps})
     if args.write_baselines:
         content = json.loads(args.input.read_text(encoding="utf-8"))
-        for number in content:
-            own = 100 * references[number] @ grader.of_texts(content[number]["prompt_4_clip_eval"]).T  # [examples, prompts]
-            content[number]["baseline"] = [[round((image + among[number]) / 2, 2), round(0.9 * min(text, own[:, k].mean().item()), 2)]
-                                           for (concept, k), (image, text) in zip(prompts, marks) if concept.number == number]
+        for own in concepts:
+            of_examples = (100 * references[own.number] @ grader.of_texts(own.eval_prompts).T).mean(0).tolist()  # by prompt
+            content[own.number]["baseline"] = [[round((image + among[own.number]) / 2, 2), round(0.9 * min(text, of_examples[k]), 2)]
+                                               for (concept, k), (image, text) in zip(prompts, marks) if concept is own]
         write_json(args.input, content)
     rows = []
     for j, (concept, k) in enumerate(prompts):
