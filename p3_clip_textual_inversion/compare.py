@@ -53,13 +53,13 @@ def score_way(checkpoint, concepts, vectors, count, config, device, grader, refe
 
 
 def summary_of(prompt, rows):
-    """The scores of one prompt in one row: with the initial words, and [mean, lowest, highest] of the untrained words and of the seeds. rows: {way: scores}"""
+    """The scores of one prompt in one row: with the initial words, and the mean and range of the untrained words and of the seeds. rows: {way: scores}"""
     summary = {"prompt": prompt}
     for what in ("image", "text", "rest"):
         summary[what] = {"initial": rows["initial words"][what]}
-        for kind in ("untrained", "learned"):
+        for kind, lowest, highest in (("untrained", "untrained_lowest", "untrained_highest"), ("learned", "lowest", "highest")):
             values = [row[what] for way, row in rows.items() if way.startswith(kind)]
-            summary[what][kind] = [float(np.mean(values)), min(values), max(values)]
+            summary[what] |= {kind: float(np.mean(values)), lowest: min(values), highest: max(values)}
     return summary
 
 
@@ -118,8 +118,9 @@ def main():
         print(concept.prompts[k])
         for what in ("image", "text", "rest"):
             row = summary[j][what]
-            others = ", ".join(f"{kind} {row[kind][0]:.1f} ({row[kind][1]:.1f} to {row[kind][2]:.1f})" for kind in ("untrained", "learned"))
-            print(f"  {what:5} score: initial words {row['initial']:.1f}, {others}")
+            print(f"  {what:5} score: initial words {row['initial']:.1f}, "
+                  f"untrained {row['untrained']:.1f} ({row['untrained_lowest']:.1f} to {row['untrained_highest']:.1f}), "
+                  f"learned {row['learned']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})")
     save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 

@@ -56,7 +56,8 @@ class Loss(torch.nn.Module):
     def forward(self, x0, eps, t, ids):
         captions, which = ids.unique(dim=0, return_inverse=True)  # a few pictures have few captions: each is encoded once
         # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
-        small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024
+        # Not with checkpoints, which compute it again later, outside this choice.
+        small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024 and not self.unet.is_gradient_checkpointing
         with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
             hidden = self.text_encoder(captions).last_hidden_state[which]
             return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma).mean()
@@ -162,7 +163,8 @@ def learn(concepts, args, accelerator, dtype):
     if args.custom_diffusion:
         for name, module in projections(parts.unet).items():
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
-    lengths = learned.rows.detach().norm(dim=1, keepdim=True).clone()
+    initial = learned.rows.detach().clone()
+    lengths = initial.norm(dim=1, keepdim=True)
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
     if state:
         for name, parameter in trained.items():
@@ -192,8 +194,9 @@ def learn(concepts, args, accelerator, dtype):
                     optimizer.step()
                     optimizer.zero_grad()
                 recent.append(accelerator.reduce(loss.detach(), "mean").item())
-            if args.norm == "keep":
-                with torch.no_grad():
+            with torch.no_grad():
+                learned.rows.lerp_(initial, args.pull * groups[0]["lr"] / args.lr)
+                if args.norm == "keep":
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1
             bar.update()
@@ -250,6 +253,7 @@ def parse_args():
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
+    parser.add_argument("--pull", type=float, default=0.0, help="share of the way back to the initial words that each step goes; 0.03 suits a style")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="min-SNR loss weights (Hang et al. 2023): less for slight noise; 0 for none")
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
@@ -270,8 +274,9 @@ def parse_args():
     for name in ("min_snr_gamma", "prior", "sample_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
-    if not 0 <= args.decay <= 1:
-        raise UserError(f"--decay must be between 0 and 1, not {args.decay}")
+    for name in ("decay", "pull"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
     if args.side is not None and args.side < 1:
         raise UserError(f"--side must be at least 1, not {args.side}")
     if not 0 <= args.seed < 10**12:
