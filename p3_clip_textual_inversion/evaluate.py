@@ -95,7 +95,7 @@ def main():
             if missing:
                 raise UserError(f"{missing[0]} is missing; expected {args.num_images} pictures in each folder")
             folder = picture_path(args.output, concept.number, k, 0).parent
-            found = sum(not path.name.startswith(".") for path in folder.iterdir())
+            found = len(list(folder.glob("[!.]*")))
             if found != args.num_images:
                 raise UserError(f"{folder} holds {found} files; expected exactly {args.num_images}")
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))

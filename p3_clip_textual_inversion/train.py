@@ -195,7 +195,7 @@ def learn(concepts, args, accelerator, dtype):
                     optimizer.zero_grad()
                 recent.append(accelerator.reduce(loss.detach(), "mean").item())
             with torch.no_grad():
-                learned.rows.lerp_(initial, args.pull * groups[0]["lr"] / args.lr)
+                learned.rows.lerp_(initial, args.pull)
                 if args.norm == "keep":
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1

@@ -162,9 +162,9 @@ def test_training_writes_what_inference_and_grading_read(call, concepts_json, ti
 
 
 def test_killed_training_resumes_to_the_same_embedding(call, command, concepts_json, tiny_sd, tmp_path):
-    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "whole"), "--concepts", "0")
+    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "whole"), "--concepts", "0", "--pull=0.1")
     assert code == 0, err
-    arguments = [*train_arguments(concepts_json, tiny_sd, tmp_path / "killed"), "--concepts", "0"]
+    arguments = [*train_arguments(concepts_json, tiny_sd, tmp_path / "killed"), "--concepts", "0", "--pull=0.1"]
     process = command(f"{PACKAGE}.train", *arguments, wait=False)
     state = tmp_path / "killed" / "0" / "state.pt"
     while not state.exists() and process.poll() is None:

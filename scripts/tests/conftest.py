@@ -1,4 +1,4 @@
-"""The scripts import each other by plain names, as they are run from their own folder."""
+"""The scripts, and their tests, import scripts by plain names, as from their own folder."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Bad calls of the scripts that are no package's: one line that says what is wrong, and nothing half done."""
 
 import errno
-import importlib.util
+import importlib
 import os
 import sys
 import zipfile
@@ -10,13 +10,6 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def refused(module, monkeypatch, *arguments):
@@ -44,7 +37,7 @@ def damage(path, changes):
 
 def test_a_damaged_archive_leaves_nothing(archive, tmp_path, monkeypatch):
     """Its compressed data, which its reader calls zlib.error; and a mark that it were encrypted, RuntimeError."""
-    download, whole = load("download_data"), archive.read_bytes()
+    download, whole = importlib.import_module("download_data"), archive.read_bytes()
     start = 30 + len("hw2_data/face/GT/00.png")  # after the head
     for changes in ({start: 0xFF, start + 1: 0xFF}, {start + 8: whole[start + 8] ^ 0xFF}, {6: 1, whole.index(b"PK\x01\x02") + 8: 1}):
         archive.write_bytes(whole)
@@ -59,7 +52,7 @@ def test_a_full_disk_does_not_blame_the_archive(archive, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    said = refused(load("download_data"), monkeypatch, "--archive", archive, "--output", tmp_path / "data")
+    said = refused(importlib.import_module("download_data"), monkeypatch, "--archive", archive, "--output", tmp_path / "data")
     assert "No space left on device" in said and said.endswith("; free some space and run this again") and archive.exists()
 
 
@@ -73,13 +66,13 @@ def test_a_full_disk_does_not_blame_the_archive(archive, tmp_path, monkeypatch):
 ])
 def test_bad_calls_of_the_download(tmp_path, monkeypatch, arguments, said):
     (tmp_path / "file").write_text("no archive")
-    code = refused(load("download_data"), monkeypatch, *(argument.format(t=tmp_path) for argument in arguments))
+    code = refused(importlib.import_module("download_data"), monkeypatch, *(argument.format(t=tmp_path) for argument in arguments))
     assert code.startswith(said.format(t=tmp_path)) and "\n" not in code
 
 
 def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
-    assert refused(load("quickstart"), monkeypatch, "--output", "/dev/null/out") == 1
+    assert refused(importlib.import_module("quickstart"), monkeypatch, "--output", "/dev/null/out") == 1
     out, err = capfd.readouterr()
     assert err == "error: cannot write into folder /dev/null/out/p1/mnistm: Not a directory\n" and "P1 2/3" not in out
 
@@ -89,7 +82,7 @@ def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd):
     ('{"machine": {}, "rows": {"a": {"steps_per_second": "fast"}}}', "is no benchmark's"),
 ])
 def test_a_damaged_result_stops_the_benchmarks_table(tmp_path, monkeypatch, content, said):
-    benchmark = load("benchmark")
+    benchmark = importlib.import_module("benchmark")
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     (tmp_path / "p3_benchmark.json").write_text(content)
     code = refused(benchmark, monkeypatch, "--render")
@@ -99,7 +92,7 @@ def test_a_damaged_result_stops_the_benchmarks_table(tmp_path, monkeypatch, cont
 
 @pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("{}", "is not what this script wrote")])
 def test_a_damaged_grade_stops_the_quickstarts_table(tmp_path, monkeypatch, content, said):
-    quickstart = load("quickstart")
+    quickstart = importlib.import_module("quickstart")
     monkeypatch.setattr(quickstart, "stage", lambda *_: 0.0)
     for folder, name in (("p1_grade", "grade"), ("p2_grade", "grade"), ("p3_grade", "grade"), ("p3_clip", "results")):
         (tmp_path / folder).mkdir()
@@ -109,14 +102,14 @@ def test_a_damaged_grade_stops_the_quickstarts_table(tmp_path, monkeypatch, cont
 
 
 def test_the_report_checks_the_folder_of_words_first(tmp_path, monkeypatch):
-    report = load("report")
+    report = importlib.import_module("report")
     monkeypatch.setattr(report, "draw_everything", lambda _: pytest.fail("long work started"))
     assert refused(report, monkeypatch, "--words", tmp_path) == f"error: {tmp_path} is no folder of scripts/p3_train.sh: it has no 0/history.json"
 
 
 def test_the_report_and_the_benchmarks_table_are_written_whole(tmp_path, monkeypatch):
     """No file may grow: what was there stays, and nothing else is left."""
-    common = load("common")
+    common = importlib.import_module("common")
     (tmp_path / "report.md").write_text("before")
 
     def full(*_, **__):

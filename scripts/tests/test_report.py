@@ -1,6 +1,6 @@
 """The report: numbers put into the text, pictures and sliders into the page."""
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
@@ -15,9 +15,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """scripts/report.py, working in an empty folder."""
-    spec = importlib.util.spec_from_file_location("report", SCRIPTS / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("report")
     monkeypatch.setattr(module, "REPORT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "figures").mkdir()

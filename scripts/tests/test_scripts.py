@@ -1,6 +1,6 @@
 """The shell scripts, the set-up and the download."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -13,21 +13,14 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parent.parent
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def setup():
-    return load("setup")
+    return importlib.import_module("setup")
 
 
 @pytest.fixture
 def download():
-    return load("download_data")
+    return importlib.import_module("download_data")
 
 
 def test_scripts_are_valid_and_documented():
