@@ -1,10 +1,11 @@
 """Digit classifiers for grading: the course's own (`Classifier.pth`) and a small one per domain that is trained here.
 
-    python -m p1_cfg_ddpm.classifier --domain svhn --data hw2_data/digits
+    python -m p1_cfg_ddpm.classifier --domain svhn --data hw2_data/digits      # writes runs/classifier_svhn.safetensors
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .data import default_data, load_digits, to_model
+from .data import load_digits, to_model
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, UserError, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_folder
+from .files import BUNDLED, UserError, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
 from .model import DOMAINS, NUM_DIGITS
 
 
@@ -35,6 +36,7 @@ class DigitClassifier(nn.Module):
         return F.silu(self.norm(self.stages(self.stem(x)))).mean(dim=(2, 3))
 
     def logits(self, features):
+        """[B, 128] -> [B, 10]"""
         return self.head(features)
 
     def forward(self, x):
@@ -69,11 +71,13 @@ class CourseClassifier(nn.Module):
         self.fc3 = nn.Linear(64, NUM_DIGITS)
 
     def features(self, x):
+        """The activations before the last layer, [B, 64]."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
         return F.relu(self.fc2(F.relu(self.fc1(x))))
 
     def logits(self, features):
+        """[B, 64] -> [B, 10]"""
         return self.fc3(features)
 
     def forward(self, x):
@@ -121,23 +125,32 @@ def augment(x, generator):
 def parse_args():
     parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--domain", choices=DOMAINS, required=True)
-    parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write; the bundled classifier if not given")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/classifier_{domain}.safetensors)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, one cycle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.lr < math.inf:
+        raise UserError(f"--lr must be a number from 0, not {args.lr}")
+    if not -10**12 < args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    return args
 
 
 def main():
     args = parse_args()
-    output = args.output or bundled_classifier(args.domain)
-    writable_folder(output.parent)
+    output = writable_file(args.output or Path("runs") / f"classifier_{args.domain}.safetensors")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16:
+        raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
     train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))
     images, digit = torch.from_numpy(train.images).to(device), torch.from_numpy(train.digit).to(device)
 
@@ -165,6 +178,8 @@ def main():
             if i % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
     bar.close()
+    if not math.isfinite(loss.item()):
+        raise UserError("the loss is not finite; try a smaller --lr, or --dtype fp32")
     correct = classify(model.eval().float(), val.images)[0].numpy() == val.digit
     facts = {"domain": args.domain, "train_images": len(train), "val_images": len(val), "val_accuracy": float(correct.mean()),
              "epochs": args.epochs, "seed": args.seed}

@@ -29,26 +29,22 @@ class Digits:
     def __len__(self):
         return len(self.images)
 
-    def of_domain(self, name):
-        keep = self.domain == DOMAINS.index(name)
-        return Digits(self.images[keep], self.digit[keep], self.domain[keep])
-
 
 def default_data():
     """The course's digits where they have been downloaded, otherwise the bundled stand-in."""
     return COURSE_DATA if COURSE_DATA.is_dir() else MINI_DATA
 
 
-def load_digits(folder, split, domains=DOMAINS, cache=None):
-    """Reads one split ("train" or "val") of the named domains. Decoded images are kept in `cache` (a folder; default
-    `folder/.cache`, skipped when it cannot be written), keyed by the CSV's content and the images' sizes and times."""
+def load_digits(folder, split, domains=DOMAINS):
+    """Reads one split ("train" or "val") of the named domains. Decoded images are kept in `folder/.cache` (unless that cannot be
+    written), keyed by the CSV's content and the images' sizes and times."""
     folder = Path(folder)
-    parts = [load_domain(folder / name, split, index, Path(cache) if cache else folder / ".cache")
-             for index, name in enumerate(DOMAINS) if name in domains]
+    parts = [load_domain(folder / name, split, index, folder / ".cache") for index, name in enumerate(DOMAINS) if name in domains]
     return Digits(*(np.concatenate([getattr(part, field) for part in parts]) for field in ("images", "digit", "domain")))
 
 
 def load_domain(folder, split, domain, cache):
+    """The `Digits` of one domain's folder. domain: its index; cache: the folder of decoded images."""
     names, labels = read_csv(folder / f"{split}.csv")
     paths = [folder / "data" / name for name in names]
     digest = hashlib.sha256()

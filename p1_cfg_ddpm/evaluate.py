@@ -40,7 +40,7 @@ def read_folder(folder):
     return found
 
 
-def grade_domain(classifier, domain, images, digit, reference):
+def grade_domain(classifier, images, digit, reference):
     """Scores of one domain's images: accuracies in [0, 1] and, with `reference` statistics, distance and diversity."""
     predicted, features = classify(classifier, images)
     predicted = predicted.numpy()
@@ -65,10 +65,10 @@ def grade(found, classifiers=None, device="cpu"):
     scores, predictions = {}, {}
     for domain, (images, digit, _) in found.items():
         bundled = load_classifier(bundled_classifier(domain), device)
-        scores[domain], predictions[domain] = grade_domain(bundled, domain, images, digit, references[domain])
+        scores[domain], predictions[domain] = grade_domain(bundled, images, digit, references[domain])
         scores[domain]["real"] = facts[domain]
         if classifiers and classifiers.get(domain):
-            other, predictions[domain] = grade_domain(load_classifier(classifiers[domain], device), domain, images, digit, None)
+            other, predictions[domain] = grade_domain(load_classifier(classifiers[domain], device), images, digit, None)
             scores[domain] |= other
         scores[domain]["classifier"] = str((classifiers or {}).get(domain) or "bundled")
     scores["mean_accuracy"] = float(np.mean([scores[domain]["accuracy"] for domain in found]))
@@ -161,6 +161,7 @@ def main():
             print(f"note: {domain} has {counts.tolist()} images of the digits 0-9; the grader expects 50 of each")
     print_table(scores)
     save_image(mistakes_picture(found, scores, predictions), report / "mistakes.png")
+    write_json(report / "grade.json", scores)  # now too: training data that cannot be read must not cost the grades
     if args.data.is_dir():
         scores["nearest_training_image"], picture = nearest_training_images(found, args.data)
         save_image(picture, report / "nearest.png")

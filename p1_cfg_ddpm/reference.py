@@ -1,6 +1,6 @@
 """Statistics of sets of images in a classifier's features, and those of the real images, bundled as numbers.
 
-    python -m p1_cfg_ddpm.reference --data hw2_data/digits      # writes weights/reference.safetensors
+    python -m p1_cfg_ddpm.reference --data hw2_data/digits      # writes runs/reference.safetensors
 """
 
 import argparse
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from .classifier import bundled_classifier, classify, load_classifier
-from .data import default_data, load_digits
-from .files import BUNDLED, UserError, load_weights, run, save_weights
+from .data import load_digits
+from .files import BUNDLED, UserError, load_weights, run, save_weights, writable_file
 from .model import DOMAINS, NUM_DIGITS
 
 REFERENCE = BUNDLED / "reference.safetensors"
@@ -59,14 +59,16 @@ def load_reference():
     try:
         return {d: Statistics(*(tensors[f"{d}.{name}"].double() for name in Statistics.__annotations__)) for d in DOMAINS}, facts
     except KeyError as error:
-        raise UserError(f"{REFERENCE} lacks {error}; make it again with python -m p1_cfg_ddpm.reference") from None
+        raise UserError(f"{REFERENCE} lacks {error}; it is not the file that this project comes with") from None
 
 
 def main():
     parser = argparse.ArgumentParser(description="Computes the reference statistics of the real validation images, with the bundled classifiers.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
+    parser.add_argument("--output", type=Path, default=Path("runs/reference.safetensors"), help="the file to write")
     args = parser.parse_args()
+    writable_file(args.output)
     tensors, facts = {}, {}
     for domain in DOMAINS:
         data = load_digits(args.data, "val", (domain,))
@@ -75,13 +77,15 @@ def main():
         # as many as the grader's files against all others: what images that are real would score
         some = np.concatenate([np.flatnonzero(data.digit == d)[:50] for d in range(NUM_DIGITS)])
         others = np.setdiff1d(np.arange(len(data)), some)
+        if len(others) < 2:
+            raise UserError(f"{args.data / domain} has {len(data)} validation images; more than 50 of each digit are needed")
         halves = [statistics(data.images[part], data.digit[part], features[part]) for part in (some, others)]
         facts[domain] = {"images": len(data), "accuracy_on_real": float((predicted.numpy() == data.digit).mean()),
                          "frechet_of_500_real": frechet_distance(*halves),
                          "feature_diversity": own.feature_diversity.mean().item(), "pixel_diversity": own.pixel_diversity.mean().item()}
         tensors |= {f"{domain}.{name}": value.float() for name, value in vars(own).items()}
-    save_weights(REFERENCE, tensors, facts)
-    print(f"wrote {REFERENCE}: {facts}")
+    save_weights(args.output, tensors, facts)
+    print(f"wrote {args.output}: {facts}")
 
 
 if __name__ == "__main__":

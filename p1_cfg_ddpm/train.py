@@ -56,8 +56,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
-    if args.min_snr_gamma is not None and not args.min_snr_gamma > 0:
-        raise UserError(f"--min-snr-gamma must be above 0, not {args.min_snr_gamma}")
+    if args.min_snr_gamma is not None and not 0 < args.min_snr_gamma < math.inf:
+        raise UserError(f"--min-snr-gamma must be a number above 0, not {args.min_snr_gamma}")
     for name in ("drop_condition", "decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
@@ -192,7 +192,7 @@ def make_optimizers(net, args):
 
 
 class ConvolutionMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix [out, in * k * k]."""
+    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix (`as_matrix`)."""
 
     def __init__(self, kernels, **options):
         self.kernels = kernels
@@ -218,6 +218,7 @@ def ema_update(decay):
 
 
 def load_state(path, settings):
+    """The state that a run of these settings saved; another run's is refused."""
     state = load_pickle_safely(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")

@@ -59,7 +59,8 @@ def measure(way, batch_size, side, repeats, device):
             state.x.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"seconds_per_step": float(np.median(seconds[1:])) / n, "batch_size": n, "peak_memory_gb": peak / 1e9}  # the first is a warm-up
 
 
@@ -106,7 +107,7 @@ def main():
               f"{row['speed_up']:5.2f} x  {row['peak_memory_gb']:5.2f} GB  batch {row['batch_size']}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     results = {"machine": {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-                           "date": date.today().isoformat()}, "side": args.side, "ways": rows}
+                           "python": platform.python_version(), "date": date.today().isoformat()}, "side": args.side, "ways": rows}
     if (MINI / "UNet.pt").is_file():
         results["miniature_mse"] = miniature_mse(device)
         print("MSE of the miniature against its references: " + ", ".join(f"{k} {v:.4f}" for k, v in results["miniature_mse"].items()))

@@ -33,7 +33,7 @@ class DDIMConfig:
 
     def __post_init__(self):
         if not 1 <= self.num_steps <= NUM_TIMESTEPS:
-            raise ValueError(f"the number of steps must be between 1 and {NUM_TIMESTEPS}, not {self.num_steps}")
+            raise ValueError(f"steps must be between 1 and {NUM_TIMESTEPS}, not {self.num_steps}")
         if self.spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"unknown spacing {self.spacing!r}")
         if self.last_alpha_bar not in ("first", "one"):

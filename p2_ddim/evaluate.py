@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .files import UserError, run, save_image, writable_folder, write_json
 
 LIMIT = 20.0  # the course's: an image passes below this
+GAIN = 8  # of the differences that are shown
 
 
 def read_picture(path):
@@ -53,18 +54,22 @@ def psnr(error):
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def comparison(pairs, scores, gain=8):
+def difference(a, b):
+    """The absolute difference of two uint8 images, `GAIN` times as strong, as an image."""
+    return (np.abs(a.astype(int) - b) * GAIN).clip(0, 255).astype(np.uint8)
+
+
+def comparison(pairs, scores):
     """A picture with a column per image: result, reference, and their difference, magnified."""
     side = max(max(image.shape[:2]) for image, _ in pairs.values())
     picture = Image.new("RGB", (70 + len(pairs) * (side + 4), 3 * (side + 4) + 22), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for row, title in enumerate(("result", "reference", f"{gain} x diff.")):
+    for row, title in enumerate(("result", "reference", f"{GAIN} x diff.")):
         draw.text((4, 22 + row * (side + 4) + side // 2), title, "black", font, anchor="lm")
     for column, (name, (result, reference)) in enumerate(pairs.items()):
         left = 70 + column * (side + 4)
         draw.text((left + side // 2, 10), f"{scores[name]['mse']:.3f}", "black", font, anchor="mm")
-        difference = (np.abs(result.astype(int) - reference) * gain).clip(0, 255).astype(np.uint8)
-        for row, image in enumerate((result, reference, difference)):
+        for row, image in enumerate((result, reference, difference(result, reference))):
             picture.paste(Image.fromarray(image), (left, 22 + row * (side + 4)))
     return picture
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .ddim import ddim, invert
-from .evaluate import mse, psnr
+from .evaluate import GAIN, difference, mse, psnr
 from .files import ROOT, UserError, atomic_path, run, save_image, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
 from .interpolation import lerp, slerp
@@ -117,10 +117,12 @@ def main():
     four = torch.stack([noises[name] for name in names]).to(device)
     trips, usual = (round_trips(predict, four, config, iterations) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
-    rows.append([(np.abs(trip[0][0].astype(int) - trip[1][0]) * 8).clip(0, 255).astype(np.uint8) for trip in trips.values()])
-    save_image(grid(rows, ["image", "round trip", "8 x difference"], [f"{steps} steps" for steps in trips], 92), args.output / "p2_inversion.png")
-    numbers = {"iterations": args.iterations, **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
-                                                 for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))}}
+    rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
+    save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), args.output / "p2_inversion.png")
+    mini = args.checkpoint.resolve() == (MINI / "UNet.pt").resolve()
+    numbers = {"network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,
+               **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
+                  for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))}}
     write_json(args.results, numbers)
     print(f"wrote p2_eta, p2_interpolation, p2_norm, p2_steps and p2_inversion .png to {args.output}, {args.results.name} to {args.results.parent}")
 

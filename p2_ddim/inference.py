@@ -56,7 +56,7 @@ def check_size(config, shape):
     """Refuses an image size [3, H, W] that the network cannot halve as often as it has levels."""
     factor = 2 ** (len(config.widths) - 1)
     if 0 in shape or shape[1] % factor or shape[2] % factor:
-        raise UserError(f"the noise is {shape[1]}x{shape[2]}; this network needs sides that are multiples of {factor}")
+        raise UserError(f"{shape[1]}x{shape[2]} is no size for this network: it needs sides that are multiples of {factor}")
 
 
 def predictor(model, dtype=torch.float32):
@@ -100,10 +100,9 @@ def generate(predict, noises, config, batch_size, seed=0, device="cpu", progress
 
 
 def add_arguments(parser):
-    """The flags that inference, figures and benchmark share."""
+    """The flags that inference and figures share."""
     defaults = DDIMConfig()
     parser.add_argument("--steps", type=int, default=defaults.num_steps, help="network calls")
-    parser.add_argument("--eta", type=float, default=defaults.eta, help="fresh noise at each step: 0 none (deterministic), 1 as much as DDPM")
     parser.add_argument("--spacing", choices=["leading", "trailing", "linspace"], default=defaults.spacing,
                         help="which steps; leading is the course's: 981, ..., 21, 1")
     parser.add_argument("--last-alpha-bar", choices=["first", "one"], default=defaults.last_alpha_bar,
@@ -116,12 +115,12 @@ def add_arguments(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster afterwards")
 
 
-def settings_of(args):
+def settings_of(args, eta=0.0):
     """(DDIMConfig, device, dtype, batch size) of parsed arguments, checked."""
     try:
-        config = DDIMConfig(args.steps, args.spacing, args.last_alpha_bar, not args.no_clip, args.eta)
+        config = DDIMConfig(args.steps, args.spacing, args.last_alpha_bar, not args.no_clip, eta)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--{error}") from None
     device = pick_device(args.device)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10
     if batch_size < 1:
@@ -134,9 +133,10 @@ def main():
     parser.add_argument("noise", type=Path, metavar="NOISE_DIR", help="folder with *.pt noise tensors")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {noise name}.png into")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
+    parser.add_argument("--eta", type=float, default=DDIMConfig.eta, help="fresh noise at each step: 0 none (deterministic), 1 as much as DDPM")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device, dtype, batch_size = settings_of(args)
+    config, device, dtype, batch_size = settings_of(args, args.eta)
     noises = read_noises(args.noise)
     writable_folder(args.output)
     started = time.perf_counter()

@@ -97,6 +97,8 @@ def main():
     miniature.add_argument("--count", type=int, default=10, help="noises and reference images")
     miniature.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.count < 1:
+        raise UserError(f"--count must be at least 1, not {args.count}")
     writable_folder(args.output)
     if args.command == "faces":
         draw_faces(args.output, args.count, args.seed)

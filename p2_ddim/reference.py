@@ -1,5 +1,5 @@
 """The same network and sampler by an independent implementation, diffusers, with our weights: for the miniature's reference
-images and for the tests. Nothing else in this folder uses it."""
+images, the benchmark and the tests."""
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -68,9 +68,9 @@ def scheduler(num_steps=50, clip=True):
 
 
 @torch.inference_mode()
-def sample(model, x, num_steps=50):
+def sample(model, x):
     """The final state from noise x [B, 3, H, W], by diffusers alone (`model`: ours, converted here)."""
-    theirs, steps = to_diffusers(model), scheduler(num_steps)
+    theirs, steps = to_diffusers(model), scheduler()
     for t in steps.timesteps:
         x = steps.step(theirs(x, t).sample, t, x, eta=0.0).prev_sample
     return x

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, ddim, make_alpha_bar
 from .device import DTYPES, pick_device, pick_dtype
+from .evaluate import read_picture
 from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
 from .inference import predictor, to_pictures
 from .model import UNet, UNetConfig
@@ -167,11 +168,7 @@ def read_pictures(folder, side):
         raise UserError(f"{folder} has no pictures (.png, .jpg, .webp)")
 
     def read(path):
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except Exception as error:  # a decoder of a damaged file raises anything
-            raise UserError(f"cannot read the picture {path}: {error}") from None
+        image = Image.fromarray(read_picture(path))
         square = min(image.size)
         left, top = (image.width - square) // 2, (image.height - square) // 2
         return np.asarray(image.resize((side, side), Image.Resampling.BOX, (left, top, left + square, top + square)))
@@ -207,7 +204,7 @@ def make_optimizers(net, args):
 
 
 class ConvolutionMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix [out, in * k * k]."""
+    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix (`as_matrix`)."""
 
     def __init__(self, kernels, **options):
         self.kernels = kernels
@@ -234,6 +231,7 @@ def ema_update(decay):
 
 
 def load_state(path, settings):
+    """The state that a run of these settings saved; another run's is refused."""
     state = load_pickle_safely(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")

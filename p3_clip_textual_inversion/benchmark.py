@@ -119,7 +119,8 @@ def measure(row, device, args):
         result = drawing_speed(DTYPES[dtype], device)
     else:
         result = learning_speed(how, DTYPES[dtype], device, args.steps, args.batch_size)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return result | {"peak_memory_gb": peak / 1e9}
 
 
@@ -152,7 +153,7 @@ def main():
         print(f"{row:42} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     write_json(args.output, {"machine": {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-                                         "date": date.today().isoformat()}, "batch_size": args.batch_size, "rows": rows})
+                                         "python": platform.python_version(), "date": date.today().isoformat()}, "batch_size": args.batch_size, "rows": rows})
     print(f"wrote {args.output}")
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import Grader, best_of, clip_scores, sheet
-from .files import ROOT, run, save_image, writable_folder, write_json
+from .files import ROOT, UserError, run, save_image, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
@@ -77,11 +77,18 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
+    if args.num_images < 1:
+        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
     concepts = read_concepts(args.input)
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
     for name in ("results", "figures"):
         writable_folder(args.output / name)
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
+    if args.write_baselines:
+        writable_file(args.input)
+        for number, pictures in examples.items():
+            if len(pictures) < 2:
+                raise UserError(f"{args.input.parent / number} has one picture; --write-baselines compares the examples among themselves")
     grader = Grader(args.model, args.pretrained, device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
     parts, generator = load_stable_diffusion(args.checkpoint, device), torch.Generator().manual_seed(args.seed)
@@ -98,7 +105,8 @@ def main():
             pictures[way] = [shown[:5] for *_, shown in results]
             if way == "initial words":
                 marks = [best_of(image, text)[1:] for image, text, *_ in results]
-    among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) for number, features in references.items()}
+    among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) if len(features) > 1 else None
+             for number, features in references.items()}
     summary = [summary_of(concept.prompts[k], {way: rows[j] for way, rows in scores.items()}) for j, (concept, k) in enumerate(prompts)]
     write_json(args.output / "results" / "p3_compare.json", {"summary": summary, "ways": scores, "examples_among_themselves": among,
                                                              "pictures": args.num_images, "guidance_weight": config.guidance_weight, "steps": config.num_steps})

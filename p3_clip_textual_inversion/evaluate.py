@@ -49,16 +49,18 @@ class Grader:
         self.device, self.dtype = torch.device(device), dtype
         self.clip, self.transform, self.tokenizer = load_clip(str(model), pretrained, device)
 
-    def of_files(self, paths, progress=False):
-        return image_features(self.clip, load_pictures(paths, self.transform, 64), self.device, self.dtype, len(paths) if progress else None).cpu()
+    def of_files(self, paths):
+        """[len(paths), dim]"""
+        return image_features(self.clip, load_pictures(paths, self.transform, 64), self.device, self.dtype).cpu()
 
     def of_pictures(self, pictures):
-        """pictures: PIL images"""
+        """PIL images -> [len(pictures), dim]"""
         batches = torch.stack([self.transform(picture) for picture in pictures]).split(64)
         return image_features(self.clip, batches, self.device, self.dtype).cpu()
 
     @torch.inference_mode()
     def of_texts(self, texts):
+        """[len(texts), dim]"""
         return self.clip.encode_text(self.tokenizer(texts).to(self.device), normalize=True).float().cpu()
 
 

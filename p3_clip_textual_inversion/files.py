@@ -44,7 +44,7 @@ def atomic_path(path):
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; an output is as readable as any other
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: PIL and json raise the first, torch the second
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         if os.path.exists(temporary):
@@ -94,13 +94,18 @@ def save_image(image, path):
         image.save(temporary)
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_pickle_safely(path, what):
     """`torch.load` of a file that may come from anywhere: tensors and plain containers only, never code."""
     path = existing_file(path, what)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes its reader raise anything, struct.error too
-        raise UserError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
+        raise UserError(f"{path} cannot be read as a {what}: {first_line(error)}") from None
 
 
 def load_state(path, settings):

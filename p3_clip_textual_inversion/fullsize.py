@@ -1,6 +1,6 @@
 """Shows that a full-size Stable Diffusion v1 checkpoint loads and runs here, from one file in the original layout, offline.
 
-    python -m p3_clip_textual_inversion.fullsize runs/fullsize.ckpt     # 2.1 GB of disk, about 6 GB of memory
+    python -m p3_clip_textual_inversion.fullsize runs/fullsize.ckpt     # 2.1 GB of disk, about 9 GB of memory
 
 The file has random weights in half precision, under the names of sd-v1-4.ckpt, and like it carries objects of a package that is not installed.
 From it: two steps of textual inversion and two of drawing, at 64x64 pixels.
@@ -128,7 +128,8 @@ def main():
             if subprocess.run([sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)], check=False).returncode:
                 raise UserError(f"{module} failed with {args.path}")
             print(f"{module}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"largest memory of a step: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.1f} GB")
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(f"largest memory of a step: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, expand, read_embeddings
 from .files import UserError, run, save_image, writable_folder
-from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .stable_diffusion import MINI_SD, is_mini, load_stable_diffusion
 from .world import to_uint8
 
 EMBEDDINGS = Path(__file__).parent / "embeddings"  # learned with the bundled miniature
@@ -58,13 +58,16 @@ def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
             predict = guided(parts.unet, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
             for state in SAMPLERS[config.sampler](predict, parts.alpha_bar, x, config.num_steps):
                 x = state.x
-            pictures = to_uint8(parts.decode(x))
+            decoded = parts.decode(x)
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise UserError("the GPU has no memory for even one picture; try --dtype fp16 or a smaller --side") from None
             batch_size = max(batch_size // 2, 1)
             torch.cuda.empty_cache()
             continue
+        if not decoded.isfinite().all():
+            raise UserError(f"a picture of {prompts[start]!r} is not finite; try --dtype fp32 or a smaller --guidance-weight")
+        pictures = to_uint8(decoded)
         start += len(pictures)
         if progress is not None:
             progress.update(len(pictures))
@@ -77,12 +80,12 @@ def picture_path(output, number, prompt, i):
 
 
 def add_arguments(parser):
-    """The flags of drawing, which inference, figures and comparison share."""
+    """The flags of drawing, which inference, figures, compare and multi share."""
     defaults = DrawConfig()
     parser.add_argument("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help="DPM-Solver++ or DDIM")
     parser.add_argument("--steps", type=int, default=defaults.num_steps, help="network calls per picture; DDIM wants 50")
-    parser.add_argument("--guidance", type=float, default=None, metavar="W",
-                        help=f"guidance weight w, diffusers' scale minus 1 (default: {GUIDANCE}, for the miniature {MINI_GUIDANCE})")
+    parser.add_argument("--guidance-weight", type=float, default=None, metavar="W",
+                        help=f"w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w (default: {GUIDANCE}, for the miniature {MINI_GUIDANCE})")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the pictures' noise")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="pictures at a time; the pictures do not depend on it")
@@ -96,14 +99,14 @@ def settings_of(args, checkpoint):
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise UserError(f"--guidance must be a finite number, not {args.guidance}")
+    if args.guidance_weight is not None and not math.isfinite(args.guidance_weight):
+        raise UserError(f"--guidance-weight must be a finite number, not {args.guidance_weight}")
     if args.side is not None and args.side < 1:
         raise UserError(f"--side must be at least 1, not {args.side}")
     device = pick_device(args.device)
-    guidance = args.guidance
+    guidance = args.guidance_weight
     if guidance is None:
-        guidance = MINI_GUIDANCE if Path(checkpoint).resolve() == MINI_SD.resolve() else GUIDANCE
+        guidance = MINI_GUIDANCE if is_mini(checkpoint) else GUIDANCE
     return DrawConfig(args.sampler, args.steps, guidance, args.side, args.seed, args.batch_size, pick_dtype(args.dtype, device)), device
 
 

@@ -125,6 +125,8 @@ def main():
     pictures.add_argument("--output", type=Path, default=MINI)
     pictures.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.command == "pictures" and args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
     if args.command == "drawings":
         writable_folder(args.path.parent)
         render_drawings(args.path)

@@ -2,7 +2,7 @@
 
     python -m p3_clip_textual_inversion.mini_scores --drawings runs/emoji.npz      # report/results/p3_mini.json, report/figures/p3_mini.png
 
-Needs the file of make_mini drawings. Models that are not there are left out.
+Needs the file of make_mini drawings. Without a Stable Diffusion, its scores are left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .compare import rest_of
 from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import Grader, clip_scores
-from .files import ROOT, run, save_image, writable_folder, write_json
+from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .make_mini import SUBJECT
 from .model import load_clip
 from .world import (
@@ -74,7 +74,7 @@ def reconstruction(vae, drawings, device):
 
 
 @torch.inference_mode()
-def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, steps, guidance):
+def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, steps, guidance_weight):
     """The share of pictures "a drawing of a {name}" that CLIP takes for that name among all; the pictures, uint8 [classes, per_class, H, W, 3]."""
     directions = text_classifier(clip, tokenizer, names, ["a drawing of a {}"], device)
     jobs = [(i, k) for i in range(len(names)) for k in range(per_class)]
@@ -84,13 +84,14 @@ def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, step
         generators = [torch.Generator().manual_seed(1000 * k + i) for i, k in batch]
         prompts = ["a drawing of " + drawing_of(names[i]) for i, _ in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pictures.append(pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, height=SIDE, width=SIDE,
+            pictures.append(pipeline(prompts, num_inference_steps=steps, guidance_scale=1 + guidance_weight, generator=generators, height=SIDE, width=SIDE,
                                      output_type="pt").images.float() * 2 - 1)
     seconds = (time.perf_counter() - started) / len(jobs)
     pictures = torch.cat(pictures)
     found = (image_features(clip, pictures.split(100), device, torch.float32) @ directions.T).argmax(1).cpu()
     truth = torch.tensor([i for i, _ in jobs])
-    result = {"top1": (found == truth).float().mean().item(), "pictures": len(jobs), "steps": steps, "guidance": guidance, "seconds_per_picture": seconds}
+    result = {"top1": (found == truth).float().mean().item(), "pictures": len(jobs), "steps": steps, "guidance_weight": guidance_weight,
+              "seconds_per_picture": seconds}
     return result, to_uint8(pictures).reshape(len(names), per_class, SIDE, SIDE, 3)
 
 
@@ -136,10 +137,13 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_mini.json and figures/p3_mini.png")
     parser.add_argument("--per-class", type=int, default=4, help="pictures per class by Stable Diffusion")
     parser.add_argument("--steps", type=int, default=25, help="its sampling steps")
-    parser.add_argument("--guidance", type=float, default=4.0, help="its guidance scale, as diffusers counts it (1 is none)")
+    parser.add_argument("--guidance-weight", type=float, default=3.0, help="w of its guidance; diffusers' scale is 1+w")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="its number format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
+    for name in ("per_class", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     device, drawings = pick_device(args.device), Drawings(args.drawings)
     for name in ("results", "figures"):
         writable_folder(args.output / name)
@@ -151,14 +155,14 @@ def main():
         scores["vae"] = reconstruction(pipeline.vae, drawings, device)
         names = list(read_data(MINI / "clip_zeroshot")[2].values())
         scores["stable_diffusion"], pictures = recognition(pipeline, clip, tokenizer, names, device, pick_dtype(args.dtype, device), args.per_class,
-                                                           args.steps, args.guidance)
+                                                           args.steps, args.guidance_weight)
         save_image(contact_sheet(pictures, names), args.output / "figures" / "p3_mini.png")
     write_json(args.output / "results" / "p3_mini.json", scores)
     for name, row in scores.items():
         for key, value in row.items():
             print(f"{name}: {key} " + (f"{value:.4g}" if not isinstance(value, dict) else ", ".join(
                 f"{way}: image {score['image']:.1f}, rest {score['rest']:.1f}" for way, score in value.items())))
-    print(f"wrote {args.output / 'results' / 'p3_mini.json'}")
+    print(f"wrote results/p3_mini.json{' and figures/p3_mini.png' if args.sd.is_dir() else ''} to {args.output}")
 
 
 if __name__ == "__main__":

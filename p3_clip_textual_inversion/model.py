@@ -9,7 +9,7 @@ import open_clip
 from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, first_line
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 
@@ -108,6 +108,5 @@ def load_clip(name, pretrained=None, device="cpu"):
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device, **options)
     except Exception as error:  # the hub's and the loaders' libraries raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {reason}; without internet, give a local file or folder") from None
+        raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}; without internet, give a local file or folder") from None
     return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name, **tokenizer_options)

@@ -28,7 +28,7 @@ from .evaluate import Grader, sheet
 from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .train import ORDINARY, TEMPLATES, is_mini, kind_of
+from .train import ORDINARY, TEMPLATES, kind_of, medium_of
 from .world import MINI, STYLES, words
 from .zero_shot import read_data
 
@@ -198,7 +198,7 @@ def guidance_of(parts, text, concepts, counts, options, args):
 def train_missing(args, concepts):
     for name, flags in RUNS.items():
         command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
-                   "--sample-every", 0,
+                   "--sample-every", 0, "--pull", 0,
                    "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *flags]
         print(f"== learning: {name}", flush=True)
         if subprocess.run(list(map(str, command)), check=False).returncode:
@@ -223,11 +223,6 @@ def make_prompts(args, concepts, finders):
         keys = keys if keys[0] in finders else (subject.number, style.number)
         prompts.append((f"a {medium_of(args)} of a {subject.token} in the style of {style.token}", keys))
     return prompts
-
-
-def medium_of(args):
-    """What the model draws."""
-    return "drawing" if is_mini(args) else "photo"
 
 
 def parse_args():
@@ -266,6 +261,8 @@ def main():
     grader = Grader(args.model, args.pretrained, device)
     finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
     prompts = make_prompts(args, concepts, finders)
+    if not prompts:
+        raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")

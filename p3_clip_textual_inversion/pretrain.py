@@ -50,8 +50,19 @@ def parse_args():
     for name in ("steps", "batch_size", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    for name in ("steps", "batch_size", "lr", "save_every"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {getattr(args, name)}")
+    for name in ("warmup", "sample_every"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    for name in ("decay", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
+    if args.start and args.task == "vae":
+        raise UserError("--start is for clip and unet; the VAE is trained from the beginning")
     return args
 
 
@@ -59,6 +70,8 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     device = accelerator.device
     folder = writable_folder(args.output)

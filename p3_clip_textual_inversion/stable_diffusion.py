@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .diffusion import make_alpha_bar
-from .files import UserError, is_plain
+from .files import UserError, first_line, is_plain
 from .model import make_clip_tokenizer, read_merges
 from .world import MINI
 
@@ -20,6 +20,11 @@ transformers.logging.disable_progress_bar()  # for files that load in a blink
 CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
 MINI_SD = MINI / "stable_diffusion"
 TEXT_PREFIX = "cond_stage_model.transformer."
+
+
+def is_mini(checkpoint):
+    """Whether a checkpoint is the bundled miniature, which knows drawings and wants less guidance."""
+    return Path(checkpoint).resolve() == MINI_SD.resolve()
 
 
 @dataclass
@@ -45,6 +50,7 @@ class StableDiffusion:
         return self.unet.config.sample_size * self.factor
 
     def latent_shape(self, side=None):
+        """(channels, h, w) of the latents of pictures of a side (None: the model's own); a `UserError` for one that cannot be halved often enough."""
         side = side or self.side
         step = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if side < step or side % step:
@@ -88,6 +94,7 @@ def load_stable_diffusion(source=MINI_SD, device="cpu", dtype=torch.float32):
 
 
 def load_folder(source, local, dtype):
+    """The parts of a folder that diffusers wrote (local) or of a name on its hub."""
     options = {"local_files_only": local}
     try:
         schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
@@ -180,7 +187,3 @@ def read_checkpoint(path):
     if not weights:
         raise UserError(f"{path} holds no tensors by name; expected a checkpoint of Stable Diffusion")
     return weights
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from . import diffusion
 from .device import pick_dtype
-from .files import UserError, atomic_path, load_pickle_safely, write_json
+from .files import UserError, atomic_path, first_line, load_pickle_safely, write_json
 from .model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
 from .world import CLIP_STYLES, RENDERINGS, SIDE, STYLES, SUBJECTS, compose, random_scene, vocabulary_of
 
@@ -216,7 +216,7 @@ def load_part(kind, folder):
     try:
         return kind.from_pretrained(folder, local_files_only=True).float()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load {folder}: {first_line(error)}") from None
 
 
 TASKS = {"clip": ClipTask, "vae": VaeTask, "unet": UnetTask}

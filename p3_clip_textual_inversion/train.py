@@ -8,6 +8,7 @@ every cross-attention learn too, held in place by ordinary pictures that the mod
 """
 
 import argparse
+import hashlib
 import math
 import time
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, save_embedding
 from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
 from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
-from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .stable_diffusion import MINI_SD, is_mini, load_stable_diffusion
 from .world import MINI
 
 TEMPLATES = {  # by (what the model draws, what is learned)
@@ -42,6 +43,7 @@ TEMPLATES = {  # by (what the model draws, what is learned)
 }
 ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
             "drawing": ("cat face", "bus", "tulip", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
+MINI_STYLE_PULL = 0.2  # keeps the rest of a prompt in sight at little cost of the style; a subject loses too much by it (README)
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
@@ -54,6 +56,7 @@ class Loss(torch.nn.Module):
         self.text_encoder, self.unet, self.alpha_bar, self.gamma = parts.text_encoder, parts.unet, parts.alpha_bar, min_snr_gamma
 
     def forward(self, x0, eps, t, ids):
+        """x0, eps: [B, 4, h, w]; t: [B]; ids: [B, context]. The mean over the batch."""
         captions, which = ids.unique(dim=0, return_inverse=True)  # a few pictures have few captions: each is encoded once
         # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
         # Not with checkpoints, which compute it again later, outside this choice.
@@ -104,7 +107,7 @@ def draw_batch(sources, scaling, batch_size, generator):
 
 def make_sources(parts, concepts, args, side, config):
     """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn."""
-    medium = "drawing" if is_mini(args) else "photo"
+    medium = medium_of(args)
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
@@ -132,23 +135,42 @@ def make_sources(parts, concepts, args, side, config):
     return sources
 
 
+def fingerprint(folders):
+    """Some digits by which the content of folders is known again."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def size_of(checkpoint):
+    """By which a model is known again, wherever it lies: the bytes of its files, or its name on the hub."""
+    path = Path(checkpoint)
+    if path.exists():
+        return f"{sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob('*')) if file.is_file())} bytes"
+    return str(checkpoint)
+
+
 def learn(concepts, args, accelerator, dtype):
     """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT."""
     numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings |= {"tokens": words, "kinds": ", ".join(kind_of(concept, args) for concept in concepts)}
+    pulls = [pull_of(concept, args) for concept in concepts]
+    settings |= {"tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
+                 "kinds": ", ".join(kind_of(concept, args) for concept in concepts), "pull": ", ".join(f"{pull:g}" for pull in pulls),
+                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": size_of(args.checkpoint)}
     state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
-        print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
+        accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
     device = accelerator.device
     parts = load_stable_diffusion(args.checkpoint, device, dtype)
     side = args.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
-    config = DrawConfig(num_steps=20, guidance_weight=MINI_GUIDANCE if is_mini(args) else GUIDANCE, side=side, dtype=dtype, batch_size=4)
+    config = DrawConfig(num_steps=20, guidance_weight=MINI_GUIDANCE if is_mini(args.checkpoint) else GUIDANCE, side=side, dtype=dtype, batch_size=4)
     generator = torch.Generator().manual_seed(args.seed)
     rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(args.init, args.init), args.vectors, generator)
             for concept in concepts}
@@ -165,6 +187,7 @@ def learn(concepts, args, accelerator, dtype):
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
+    pull = torch.tensor(pulls, device=device).repeat_interleave(args.vectors)[:, None]
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
     if state:
         for name, parameter in trained.items():
@@ -177,14 +200,16 @@ def learn(concepts, args, accelerator, dtype):
     if state:
         optimizer.load_state_dict(state["optimizer"])
 
-    print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, from {sum(len(source.means) for source in sources)} latents, on {device}")
+    accelerator.print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
+                      f"from {sum(len(source.means) for source in sources)} latents, on {device}")
     share = slice(accelerator.process_index, None, accelerator.num_processes)  # of each batch, this process's
-    shown = [expand(TEMPLATES["drawing" if is_mini(args) else "photo", kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
+    shown = [expand(TEMPLATES[medium_of(args), kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
     with tqdm(total=args.steps, initial=step, unit="step", desc=f"learning {words}", disable=not accelerator.is_main_process) as bar:
         while step < args.steps:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
+            strength = min(1, (args.steps - step) / max(args.decay * args.steps, 1))  # of learning and of the pull alike
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
+                group["lr"] = group["share"] * args.lr * strength
             for _ in range(args.accumulate):
                 x0, eps, t, texts = draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator)
                 with accelerator.accumulate(model):
@@ -195,7 +220,7 @@ def learn(concepts, args, accelerator, dtype):
                     optimizer.zero_grad()
                 recent.append(accelerator.reduce(loss.detach(), "mean").item())
             with torch.no_grad():
-                learned.rows.lerp_(initial, args.pull)
+                learned.rows.lerp_(initial, pull * strength)
                 if args.norm == "keep":
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1
@@ -227,8 +252,14 @@ def learn(concepts, args, accelerator, dtype):
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
 
 
-def is_mini(args):
-    return Path(args.checkpoint).resolve() == MINI_SD.resolve()
+def medium_of(args):
+    """What the model draws."""
+    return "drawing" if is_mini(args.checkpoint) else "photo"
+
+
+def pull_of(concept, args):
+    """Share of the way back to the initial words that each step goes, at full learning rate."""
+    return args.pull if args.pull is not None else MINI_STYLE_PULL if is_mini(args.checkpoint) and kind_of(concept, args) == "style" else 0.0
 
 
 def kind_of(concept, args):
@@ -253,7 +284,8 @@ def parse_args():
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
-    parser.add_argument("--pull", type=float, default=0.0, help="share of the way back to the initial words that each step goes; 0.03 suits a style")
+    parser.add_argument("--pull", type=float, default=None, help="share of the way back to the initial words that each step goes, falling with the "
+                        f"learning rate (default: 0; {MINI_STYLE_PULL} for a style on the miniature)")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="min-SNR loss weights (Hang et al. 2023): less for slight noise; 0 for none")
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
@@ -275,12 +307,12 @@ def parse_args():
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
     for name in ("decay", "pull"):
-        if not 0 <= getattr(args, name) <= 1:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
     if args.side is not None and args.side < 1:
         raise UserError(f"--side must be at least 1, not {args.side}")
     if not 0 <= args.seed < 10**12:
-        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+        raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args
 
 
@@ -299,18 +331,23 @@ def main():
         read_captions(folder, read_pictures(folder)[0], concept.token)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type == "cpu":
+    if dtype == torch.float16 and device.type != "cuda":
         raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
     accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=args.accumulate,
                               mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     if args.batch_size % accelerator.num_processes:
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {accelerator.num_processes} processes")
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
     writable_folder(args.output)
     started = time.perf_counter()
-    for group in [concepts] if args.joint else [[concept] for concept in concepts]:
+    groups = [concepts] if args.joint else [[concept] for concept in concepts]
+    for group in groups:
         learn(group, args, accelerator, dtype)
-    print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
-          f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}")
+    if args.custom_diffusion and len(groups) > 1:
+        projections_flag = " --projections FILE, of one of the concepts' folders"
+    else:
+        projections_flag = f" --projections {args.output / '+'.join(c.number for c in concepts) / 'projections.safetensors'}" if args.custom_diffusion else ""
+    accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
+          f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{projections_flag}")
 
 
 if __name__ == "__main__":

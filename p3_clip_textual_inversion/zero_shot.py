@@ -147,8 +147,10 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    mini = Path(args.model) == MINI / "clip"
+    mini = Path(args.model).resolve() == (MINI / "clip").resolve()
     templates = args.template or [f"a {'drawing' if mini else 'photo'} of a {{}}"]
+    if args.ensemble and args.template:
+        raise UserError("--ensemble brings its own captions; give it or --template, not both")
     if args.ensemble:
         templates = DRAWING_TEMPLATES if mini else PHOTO_TEMPLATES
     if args.batch_size < 1:

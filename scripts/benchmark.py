@@ -67,6 +67,8 @@ def main():
         machines = {problem: dict(result["machine"]) for problem, result in results.items()}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         fail(f"a file in {RESULTS} is no benchmark's: {type(error).__name__}: {error}; measure again with scripts/benchmark.sh")
+    if not rows:
+        fail(f"{RESULTS} has no benchmark's results; measure with scripts/benchmark.sh")
     for problem, way, value, unit in rows:
         print(f"{problem}  {way:55} {value:9.2f} {unit}")
     write_whole(RESULTS / "summary.json", json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")

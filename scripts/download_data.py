@@ -26,6 +26,8 @@ def main():
     if not problems(args.output):
         print(f"{args.output} is complete; nothing to do")
         return
+    if args.archive and not args.archive.is_file():
+        fail(f"no such archive: {args.archive}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,8 @@
 """Renders report/text.md, with the numbers of report/results/*.json put in, as report/report.md and as one self-contained page, report/index.html.
 
-Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data and weights are in
-hw2_data/, they are used in place of the miniature. Benchmarks and trainings are not run again: scripts/benchmark.sh, p3_train.sh, p3_multi.sh are.
+Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data is in hw2_data/, its face
+network draws P2's figures and is graded, and its pictures are classified too, by OpenAI's CLIP from the hub: a matter for a GPU. Benchmarks and trainings are
+not run again: scripts/benchmark.sh, p3_train.sh, p3_multi.sh are.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from PIL import Image
 from common import ROOT, atomic_path, fail, read_json, write_whole
 
 REPORT = ROOT / "report"
+COURSE_DATA = ROOT / "hw2_data"
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
@@ -96,11 +98,13 @@ def figure(match):
     title = html.unescape(attributes.get("title", ""))
     if not title.startswith("slider "):
         return f'<figure><img src="{data_url(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    along, left, top, step, width, height, labels = title.removeprefix("slider ").split(" ", 6)
-    labels = labels.split(",")
-    with Image.open(path) as image:
-        settings = {"along": along, "left": int(left), "top": int(top), "step": int(step), "width": int(width), "height": int(height), "full": image.width,
-                    "labels": [label.strip() for label in labels]}
+    along, left, top, labels = title.removeprefix("slider ").split(" ", 3)
+    left, top, labels = int(left), int(top), [label.strip() for label in labels.split(",")]
+    with Image.open(path) as image:  # what is right of `left` and below `top` is shared evenly by the labels
+        width, height = image.width - left, image.height - top
+        step = (width if along == "columns" else height) // len(labels)
+        settings = {"along": along, "left": left, "top": top, "step": step, "width": step if along == "columns" else width,
+                    "height": step if along == "rows" else height, "full": image.width, "labels": labels}
     return (f'<figure data-slider="{html.escape(json.dumps(settings))}"><div class="window"><img src="{data_url(path)}" alt="{caption}"></div>'
             f'<label><input type="range" min="0" max="{len(labels) - 1}" value="0" aria-label="{caption}"><output></output></label>'
             f"<figcaption>{caption}</figcaption></figure>")
@@ -116,22 +120,40 @@ def render(text):
     write_whole(REPORT / "index.html", string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body))
 
 
-def stage(title, module, *arguments):
+def stage(title, module, *arguments, needed=True):
+    """Runs a module of the project. Whether it succeeded; where it is needed, its failure is the report's."""
     print(f"== {title}", flush=True)
-    if subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode:
+    failed = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode
+    if failed and needed:
         fail(f"{module} failed; the report was not written")
+    return not failed
+
+
+def keep(path, to):
+    with atomic_path(to) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def draw_everything(words):
-    data = ROOT / "hw2_data"
+    faces, pictures = COURSE_DATA / "face", COURSE_DATA / "clip_zeroshot"
     stage("figures of P1", "p1_cfg_ddpm.figures")
-    real_faces = (data / "face" / "UNet.pt").is_file()
-    stage("figures of P2", "p2_ddim.figures", *(["--noise", data / "face" / "noise", "--checkpoint", data / "face" / "UNet.pt"] if real_faces else []))
     with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if (faces / "UNet.pt").is_file():
+            stage("figures of P2, the course's network", "p2_ddim.figures", "--noise", faces / "noise", "--checkpoint", faces / "UNet.pt")
+            stage("P2, the course's faces", "p2_ddim.inference", faces / "noise", folder / "faces", faces / "UNet.pt")
+            stage("P2, their grade", "p2_ddim.evaluate", folder / "faces", faces / "GT", "--report", folder)
+            keep(folder / "grade.json", REPORT / "results" / "p2_course.json")
+        else:
+            stage("figures of P2, miniature", "p2_ddim.figures")
         stage("CLIP zero-shot, miniature", "p3_clip_textual_inversion.zero_shot", "--output", folder)
-        for name, to in (("results.json", REPORT / "results" / "p3_zero_shot.json"), ("examples.png", REPORT / "figures" / "p3_zero_shot.png")):
-            with atomic_path(to) as temporary:
-                shutil.copyfile(Path(folder) / name, temporary)
+        keep(folder / "results.json", REPORT / "results" / "p3_zero_shot.json")
+        keep(folder / "examples.png", REPORT / "figures" / "p3_zero_shot.png")
+        if pictures.is_dir():
+            for name, model in (("l14", "ViT-L-14-quickgelu"), ("b32", "ViT-B-32-quickgelu")):
+                if stage(f"CLIP zero-shot, the course's data, {model}", "p3_clip_textual_inversion.zero_shot", "--data", pictures, "--model", model,
+                         "--pretrained", "openai", "--output", folder, needed=False):
+                    keep(folder / "results.json", REPORT / "results" / f"p3_zero_shot_{name}.json")
     if words:
         stage("figures of P3", "p3_clip_textual_inversion.figures", "--runs", words)
 

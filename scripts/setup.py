@@ -33,7 +33,7 @@ for line in sys.argv[1:]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Sets up the environment of this project; silent when there is nothing to do.")
+    parser = argparse.ArgumentParser(description="Sets up the environment of this project, and prints its interpreter.")
     parser.add_argument("--dev", action="store_true", help="also what the tests and the miniature's builders need")
     args = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:

@@ -81,7 +81,7 @@ def test_the_bundled_classifiers_and_reference():
     _, facts = load_reference()
     assert facts["mnistm"]["accuracy_on_real"] >= 0.97 and facts["svhn"]["accuracy_on_real"] >= 0.92
     # on real recipe MNIST-M of other photographs, which no training here has seen
-    data = load_digits(MINI_DATA, "train").of_domain("mnistm")
+    data = load_digits(MINI_DATA, "train", ("mnistm",))
     predicted, _ = classify(load_classifier(bundled_classifier("mnistm")), data.images)
     assert (predicted.numpy() == data.digit).mean() >= 0.9
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from p1_cfg_ddpm import inference
 from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
-from p1_cfg_ddpm.data import load_digits, read_image
+from p1_cfg_ddpm.data import MINI_DATA, load_digits, read_image
 from p1_cfg_ddpm.files import ROOT, UserError, run
-from p1_cfg_ddpm.inference import load_generator
+from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS
 from p1_cfg_ddpm.train import load_state
 
@@ -104,10 +105,22 @@ def places(tmp_path):
     ("train", ["--weight-decay=-1"], "--weight-decay must be a number from 0, not -1.0"),
     ("train", ["--warmup=-1"], "--warmup must be a number from 0, not -1"),
     ("train", ["--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
-    ("train", ["--min-snr-gamma=-1"], "--min-snr-gamma must be above 0, not -1.0"),
+    ("train", ["--min-snr-gamma=-1"], "--min-snr-gamma must be a number above 0, not -1.0"),
     ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
     ("train", ["--ema=nan"], "--ema must be between 0 and 1, not nan"),
     ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("train", ["--min-snr-gamma=inf"], "--min-snr-gamma must be a number above 0, not inf"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--epochs=0"], "--epochs must be at least 1, not 0"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--batch-size=-1"], "--batch-size must be at least 1, not -1"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--lr=nan"], "--lr must be a number from 0, not nan"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--dtype=fp16"], "--dtype fp16 is not for training"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
+    ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}/c"], "cannot read {t}/empty/svhn/train.csv"),
+    ("reference", ["--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
+    ("reference", [f"--data={MINI_DATA}", "--output={t}/r"], "mnistm has 50 validation images; more than 50 of each digit are needed"),
+    ("make_mini", ["--output={t}/out", "--seed=-1"], "--seed must be at least 0, not -1"),
+    ("make_mini", ["--output={t}/out", "--train=0"], "--train must be at least 1, not 0"),
+    ("make_mini", ["--output={t}/file"], "cannot write into folder {t}/file"),
 ])
 def test_bad_calls_end_in_one_line(call, places, module, arguments, said):
     fixed = [*TRAIN, f"--output={places / 'run'}"] if module == "train" else []
@@ -116,6 +129,34 @@ def test_bad_calls_end_in_one_line(call, places, module, arguments, said):
     assert code == 1 and lines[-1].startswith("error: ") and said.format(t=places) in lines[-1], err
     assert len(lines) == 1 or module == "train"
     assert not list(places.glob("out/**/*.png")) and not list(places.glob("run/*"))
+
+
+def test_images_that_are_not_finite_are_refused(call, tmp_path):
+    code, _, err = call("inference", tmp_path / "out", *DRAW, "--guidance-weight=1e39")
+    assert code == 1 and err.strip().splitlines()[-1].startswith("error: an image among mnistm/3_001 to mnistm/3_001 is not finite; try --dtype fp32 or"), err
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
+    """The images do not depend on it."""
+    model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
+    jobs, sampling = all_jobs(2, ("svhn",), (3, 8)), Sampling(steps=2)
+    whole = [image for _, image in generate(model, diffusion, jobs, sampling, 4, progress=False)]
+    sizes, states = [], inference.states
+
+    def short_of_memory(model, diffusion, batch, sampling):
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.cuda.OutOfMemoryError
+        return states(model, diffusion, batch, sampling)
+
+    monkeypatch.setattr(inference, "states", short_of_memory)
+    halved = list(generate(model, diffusion, jobs, sampling, 4, progress=False))
+    assert sizes == [4, 2, 1, 1, 1, 1] and [job for job, _ in halved] == jobs
+    assert max(abs(a.astype(int) - b).max() for a, (_, b) in zip(whole, halved)) <= 1
+    monkeypatch.setattr(inference, "states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+    with pytest.raises(UserError, match="no memory for even one image"):
+        list(generate(model, diffusion, jobs, sampling, 4, progress=False))
 
 
 def test_a_folder_with_one_picture_of_each_domain_is_graded(call, places):

@@ -79,7 +79,7 @@ ARGUMENTS = {  # what each command is called with before the bad argument, where
 
 
 @pytest.mark.parametrize("module, arguments, said", [
-    ("inference", ["--eta=nan"], "eta must be between 0 and 1, not nan"),
+    ("inference", ["--eta=nan"], "--eta must be between 0 and 1, not nan"),
     ("inference", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
     ("inference", ["--device=meta"], "the device 'meta' cannot be used"),
     ("evaluate", ["{t}/file", "{t}/pictures"], "no such folder: {t}/file"),
@@ -113,7 +113,7 @@ def test_bad_calls_end_in_one_line(call, places, module, arguments, said):
 
 def test_a_noise_without_pixels_is_refused(call, places):
     code, _, err = call("inference", places / "nothing", places / "out", places / "UNet.pt")
-    assert code == 1 and err == "error: the noise is 0x0; this network needs sides that are multiples of 2\n"
+    assert code == 1 and err == "error: 0x0 is no size for this network: it needs sides that are multiples of 2\n"
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(1, 3, 8, 8).to_sparse(), torch.zeros(1, 3, 8, 8, device="meta"), torch.zeros(1).expand(1, 3, 10**6, 10**6)])

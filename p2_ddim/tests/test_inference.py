@@ -98,7 +98,8 @@ def test_bad_calls_end_in_one_line_and_write_nothing(command, files):
     odd.mkdir()
     torch.save(torch.zeros(3, 15, 16), odd / "00.pt")
     for arguments, message in (((files / "no", out, checkpoint), "no such folder of noises"), ((empty, out, checkpoint), "has no .pt files"),
-                               ((noise, out, files / "no.pt"), "no such UNet checkpoint"), ((noise, out, checkpoint, "--steps", 0), "number of steps"),
+                               ((noise, out, files / "no.pt"), "no such UNet checkpoint"),
+                               ((noise, out, checkpoint, "--steps", 0), "--steps must be between 1 and 1000, not 0"),
                                ((odd, out, checkpoint), "multiples of 2"), ((noise, "/dev/null/out", checkpoint), "/dev/null/out")):
         code, _, err = command("p2_ddim.inference", *arguments)
         assert code != 0 and err.startswith("error: ") and message in err and err.strip().count("\n") == 0, err

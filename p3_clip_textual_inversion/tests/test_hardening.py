@@ -73,12 +73,14 @@ ARGUMENTS = {
     "zero_shot": ["--data={t}/data", "--model={clip}", "--output={t}/new"],
     "figures": ["--runs={t}/run", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new"],
     "multi": ["{t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new", "--report={t}/new"],
-    "fullsize": [], "benchmark": [],
+    "fullsize": [], "benchmark": [], "mini_scores": ["--drawings={t}/no"], "make_mini": ["pictures", "{t}/no"],
+    "compare": ["--learned={t}/words", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--model={clip}", "--output={t}/new", "--num-images=1"],
+    "pretrain": ["--drawings={t}/no", "--output={t}/new"],
 }
 
 
 @pytest.mark.parametrize("module, arguments, said", [
-    ("inference", ["--guidance=nan"], "--guidance must be a finite number, not nan"),
+    ("inference", ["--guidance-weight=nan"], "--guidance-weight must be a finite number, not nan"),
     ("inference", ["--side=0"], "--side must be at least 1, not 0"),
     ("inference", ["--side=7"], "pictures of 7 pixels do not fit this model"),
     ("inference", ["--device=meta"], "the device 'meta' cannot be used"),
@@ -105,6 +107,19 @@ ARGUMENTS = {
     ("benchmark", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
     ("benchmark", ["--images=-1"], "--images must be at least 1, not -1"),
     ("benchmark", ["--device=abacus"], "the device 'abacus' cannot be used"),
+    ("compare", ["--num-images=0"], "--num-images must be at least 1, not 0"),
+    ("compare", ["--learned={t}/no"], "{t}/no has no embeddings"),
+    ("mini_scores", ["--per-class=0"], "--per-class must be at least 1, not 0"),
+    ("mini_scores", [], "cannot read the drawings {t}/no"),
+    ("make_mini", ["--seed=-1"], "--seed must be at least 0, not -1"),
+    ("pretrain", ["clip", "--save-every=0"], "--save-every must be a number above 0, not 0"),
+    ("pretrain", ["clip", "--lr=nan"], "--lr must be a number above 0, not nan"),
+    ("pretrain", ["clip", "--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
+    ("pretrain", ["clip", "--ema=-1"], "--ema must be between 0 and 1, not -1.0"),
+    ("pretrain", ["clip", "--seed=-1"], "--seed must be a whole number from 0, of at most 12 digits, not -1"),
+    ("pretrain", ["vae", "--start={t}"], "--start is for clip and unet"),
+    ("pretrain", ["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("zero_shot", ["--ensemble", "--template=a {}"], "--ensemble brings its own captions"),
 ])
 def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):
     code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS[module] + arguments))
@@ -112,6 +127,32 @@ def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arg
     assert code == 1 and lines[-1].startswith("error: ") and said.format(t=places) in lines[-1], err
     assert len(lines) == 1 or "--side=7" in arguments
     assert not [path for path in (places / "new").rglob("*") if path.is_file()]
+
+
+def test_pictures_that_are_not_finite_are_refused(call, places, tiny_sd):
+    arguments = [a.format(t=places, sd=tiny_sd) for a in ARGUMENTS["inference"]]
+    code, _, err = call(f"{PACKAGE}.inference", *arguments, "--guidance-weight=1e39")
+    assert code == 1 and err.strip().splitlines()[-1].startswith("error: a picture of 'a <new1> on a hill' is not finite; try --dtype fp32 or"), err
+    assert not list(places.glob("new/**/*.png"))
+
+
+def test_pass_marks_need_two_examples(call, places, tiny_sd, tiny_clip):
+    """And input.json stays as it was."""
+    for name in ("1.png", "2.png"):
+        (places / "concepts" / "1" / name).unlink()
+    before = (places / "concepts" / "input.json").read_bytes()
+    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["compare"]]
+    code, _, err = call(f"{PACKAGE}.compare", *arguments, "--write-baselines")
+    assert code == 1 and f"error: {places / 'concepts' / '1'} has one picture; --write-baselines compares" in err
+    assert (places / "concepts" / "input.json").read_bytes() == before
+
+
+def test_styles_alone_are_refused_before_anything_is_trained(call, places, tiny_sd, tiny_clip):
+    content = json.loads((places / "concepts" / "input.json").read_text())
+    (places / "concepts" / "styles.json").write_text(json.dumps({"1": content["1"]}))
+    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["multi"][1:]]
+    code, _, err = call(f"{PACKAGE}.multi", places / "concepts" / "styles.json", *arguments, "--model", tiny_clip, "--ordinary-pictures", places / "data")
+    assert code == 1 and "has no subject, only styles" in err, err
 
 
 @pytest.mark.parametrize("changed, said", [

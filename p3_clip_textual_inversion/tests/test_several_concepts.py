@@ -24,8 +24,8 @@ def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, con
     """A published implementation never moves the last concept."""
     arguments = [concepts_json, "--checkpoint", tiny_sd, "--output", tmp_path, "--joint", "--custom-diffusion", "--steps=6", "--batch-size=4", "--crops=2",
                  "--sample-every=0", "--dtype=fp32", "--prior=2", "--vectors=1", "--lr-projections=1e-3", "--norm=free"]
-    code, _, err = call(f"{PACKAGE}.train", *arguments)
-    assert code == 0, err
+    code, out, err = call(f"{PACKAGE}.train", *arguments)
+    assert code == 0 and f" --projections {tmp_path / '0+1' / 'projections.safetensors'}\n" in out, err
     parts, learned = load_stable_diffusion(tiny_sd), read_embeddings(tmp_path)
     for word, source in (("<new1>", "dog"), ("<new2>", "red car")):
         assert (learned[word] - initial_rows(parts, source, 1)).abs().max() > 1e-3

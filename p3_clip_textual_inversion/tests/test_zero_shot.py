@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.files import ROOT, UserError
 from p3_clip_textual_inversion.model import load_clip
 from p3_clip_textual_inversion.zero_shot import image_features, load_pictures, read_data, score, text_classifier
 
@@ -48,6 +48,13 @@ def test_the_command(command, tiny_clip, data, tmp_path):
     assert sum(float(rows[0][f"probability_{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
     with Image.open(tmp_path / "out" / "examples.png") as image:
         assert image.width > 500
+
+
+def test_the_miniature_is_known_by_any_path(call, data, tmp_path, monkeypatch):
+    """It is asked about drawings, which it has seen, not about photographs."""
+    monkeypatch.chdir(ROOT)
+    code, _, err = call(MODULE, "--data", data, "--model", "hw2_data/mini/../mini/clip", "--output", tmp_path / "out")
+    assert code == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["templates"] == ["a drawing of a {}"], err
 
 
 def test_features_are_those_of_open_clip_whatever_the_batch(tiny_clip, data):

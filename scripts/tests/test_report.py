@@ -1,7 +1,9 @@
 """The report: numbers put into the text, pictures and sliders into the page."""
 
+import html
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -35,9 +37,9 @@ def test_numbers_come_from_the_results(report, tmp_path):
 
 
 def make_page(report, tmp_path):
-    Image.new("RGB", (334, 90), "green").save(tmp_path / "figures" / "strip.png")
+    Image.new("RGB", (268, 90), "green").save(tmp_path / "figures" / "strip.png")
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "figures" / "plain.png")
-    report.render('# Title\n\n![a strip](figures/strip.png "slider columns 64 22 68 64 64 t 1,t 2,t 3")\n\n![plain](figures/plain.png)\n\n'
+    report.render('# Title\n\n![a strip](figures/strip.png "slider columns 64 22 t 1,t 2,t 3")\n\n![plain](figures/plain.png)\n\n'
                   '![later](figures/none.png)\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n')
     return (tmp_path / "index.html").read_text(), (tmp_path / "report.md").read_text()
 
@@ -46,6 +48,8 @@ def test_the_page_is_self_contained(report, tmp_path):
     page, text = make_page(report, tmp_path)
     assert page.count("data:image/png;base64,") == 2 and "figures/" not in page and "http" not in page
     assert "<title>Title</title>" in page and '<div class="table"><table>' in page and "later: not drawn yet" in page
+    settings = json.loads(html.unescape(re.search(r'data-slider="(.*?)"', page)[1]))
+    assert settings == {"along": "columns", "left": 64, "top": 22, "step": 68, "width": 68, "height": 68, "full": 268, "labels": ["t 1", "t 2", "t 3"]}
     assert "![a strip](figures/strip.png)" in text and "slider" not in text
 
 
@@ -83,6 +87,33 @@ def test_the_page_in_a_browser(report, tmp_path):
                 assert figure.query_selector("output").evaluate("(output) => output.value") == settings["labels"][1]
             assert errors == []
         browser.close()
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_the_courses_data_is_taken_in_where_it_is(report, monkeypatch, tmp_path, online):
+    """The face network draws and is graded; CLIP's real weights are asked for, and the report does without where there is no internet."""
+    monkeypatch.setattr(report, "COURSE_DATA", tmp_path / "course")
+    (tmp_path / "course" / "clip_zeroshot").mkdir(parents=True)
+    (tmp_path / "course" / "face").mkdir()
+    (tmp_path / "course" / "face" / "UNet.pt").touch()
+    calls = []
+
+    def stage(title, module, *arguments, needed=True):
+        calls.append((module, *map(str, arguments)))
+        result = {"p2_ddim.evaluate": "grade.json", "p3_clip_textual_inversion.zero_shot": "results.json"}.get(module)
+        if result and (needed or online):
+            (Path(arguments[-1]) / result).write_text(json.dumps({"mean_mse": 1.5, "top1": 0.1 * len(arguments)}))
+            (Path(arguments[-1]) / "examples.png").touch()
+        return needed or online
+
+    monkeypatch.setattr(report, "stage", stage)
+    report.draw_everything(None)
+    face = tmp_path / "course" / "face"
+    assert ("p2_ddim.figures", "--noise", str(face / "noise"), "--checkpoint", str(face / "UNet.pt")) in calls
+    assert [call[4] for call in calls if "--pretrained" in call] == ["ViT-L-14-quickgelu", "ViT-B-32-quickgelu"]
+    filled = report.fill_in("{p2_course[mean_mse]} {p3_zero_shot[top1]:.0%} {p3_zero_shot_l14[top1]:.0%} {p3_zero_shot_b32[top1]:.0%}",
+                            report.read_results(tmp_path / "results"))
+    assert filled == ("1.5 20% 80% 80%" if online else "1.5 20% not measured not measured")
 
 
 def test_report_script_says_what_is_wrong(report, monkeypatch, tmp_path):
