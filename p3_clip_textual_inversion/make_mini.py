@@ -29,9 +29,8 @@ PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-e
 SUBJECT, OTHER = (KEPT_OUT[0], "twemoji"), (KEPT_OUT[1], "fluent-emoji-flat")
 CONCEPTS = (  # (number, src_image, token_name, prompts): a subject and a style, as in the course, and another subject
     ("0", "bird", "<new1>", ("a drawing of a {} on a blue background", "a {} next to a red apple")),
-    # a television and a crab: of the everyday subjects whose real silhouettes CLIP's image score tells from coloured ones (mini_scores says how well), two
-    # that the miniature draws well in the nearest style it knows, stencil
-    ("1", words(SILHOUETTES), "<new2>", ("a drawing of a television in the style of {}", "a drawing of a crab in the style of {}")),
+    # a tractor and an automobile: the two subjects in which CLIP can see such a style at all (mini_scores.style_subjects)
+    ("1", words(SILHOUETTES), "<new2>", ("a drawing of a tractor in the style of {}", "a drawing of an automobile in the style of {}")),
     ("2", "bear", "<new3>", ("a drawing of a {} on a green background", "a {} next to a banana")),
 )
 NUM_CLASSES, PER_CLASS, PER_CONCEPT = 50, 10, 5

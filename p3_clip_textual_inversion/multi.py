@@ -198,7 +198,7 @@ def guidance_of(parts, text, concepts, counts, options, args):
 def train_missing(args, concepts):
     for name, flags in RUNS.items():
         command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
-                   "--sample-every", 0, "--pull", 0,
+                   "--sample-every", 0,
                    "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *flags]
         print(f"== learning: {name}", flush=True)
         if subprocess.run(list(map(str, command)), check=False).returncode:

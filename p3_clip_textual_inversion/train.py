@@ -43,7 +43,6 @@ TEMPLATES = {  # by (what the model draws, what is learned)
 }
 ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
             "drawing": ("cat face", "bus", "tulip", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
-MINI_STYLE_PULL = 0.2  # keeps the rest of a prompt in sight at little cost of the style; a subject loses too much by it (README)
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
@@ -157,9 +156,8 @@ def learn(concepts, args, accelerator, dtype):
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    pulls = [pull_of(concept, args) for concept in concepts]
     settings |= {"tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
-                 "kinds": ", ".join(kind_of(concept, args) for concept in concepts), "pull": ", ".join(f"{pull:g}" for pull in pulls),
+                 "kinds": ", ".join(kind_of(concept, args) for concept in concepts),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": size_of(args.checkpoint)}
     state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
@@ -187,7 +185,6 @@ def learn(concepts, args, accelerator, dtype):
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
-    pull = torch.tensor(pulls, device=device).repeat_interleave(args.vectors)[:, None]
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
     if state:
         for name, parameter in trained.items():
@@ -220,7 +217,7 @@ def learn(concepts, args, accelerator, dtype):
                     optimizer.zero_grad()
                 recent.append(accelerator.reduce(loss.detach(), "mean").item())
             with torch.no_grad():
-                learned.rows.lerp_(initial, pull * strength)
+                learned.rows.lerp_(initial, args.pull * strength)
                 if args.norm == "keep":
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1
@@ -257,11 +254,6 @@ def medium_of(args):
     return "drawing" if is_mini(args.checkpoint) else "photo"
 
 
-def pull_of(concept, args):
-    """Share of the way back to the initial words that each step goes, at full learning rate."""
-    return args.pull if args.pull is not None else MINI_STYLE_PULL if is_mini(args.checkpoint) and kind_of(concept, args) == "style" else 0.0
-
-
 def kind_of(concept, args):
     """Whether a concept is an object or a style."""
     return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
@@ -278,14 +270,14 @@ def parse_args():
                         help="which captions to train with; auto: style where each prompt has 'style of'")
     parser.add_argument("--vectors", type=int, default=4, help="per word")
     parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
-    parser.add_argument("--steps", type=int, default=500, help="optimiser steps; several thousand for the real model")
+    parser.add_argument("--steps", type=int, default=150, help="optimiser steps; several thousand for the real model")
     parser.add_argument("--batch-size", type=int, default=8, help="latents per step, over all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
-    parser.add_argument("--pull", type=float, default=None, help="share of the way back to the initial words that each step goes, falling with the "
-                        f"learning rate (default: 0; {MINI_STYLE_PULL} for a style on the miniature)")
+    parser.add_argument("--pull", type=float, default=0.0,
+                        help="share of the way back to the initial words that each step goes, falling with --lr: less of the concept, more of the rest")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="min-SNR loss weights (Hang et al. 2023): less for slight noise; 0 for none")
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
@@ -307,7 +299,7 @@ def parse_args():
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
     for name in ("decay", "pull"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+        if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
     if args.side is not None and args.side < 1:
         raise UserError(f"--side must be at least 1, not {args.side}")
