@@ -48,7 +48,7 @@ def draw_learning(concepts, runs, parts, path):
         for axis, key in zip(axes[row], ("loss", "norm")):
             axis.plot([point["step"] for point in history], [point[key] for point in history])
             axis.set(xlabel="step", title=f"{concept.token}: " + {"loss": "loss", "norm": "length of the vectors"}[key])
-        axes[row, 1].set_ylim(bottom=0)
+        axes[row, 1].set_ylim(0, 1.2 * max(point["norm"] for point in history))
         axes[row, 2].axis("off")
         shown = list(snapshots)[:: max(len(snapshots) // 6, 1)]
         lines = [f"{step:5}  " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest_words(parts, snapshots[step][:1])[0]) for step in shown]

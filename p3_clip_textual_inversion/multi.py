@@ -250,7 +250,11 @@ def main():
     args = parse_args()
     config, device = settings_of(args, args.checkpoint)
     concepts = read_concepts(args.input)
+    if all(kind_of(concept, args) == "style" for concept in concepts):
+        raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")
     paths, classes, labels = read_data(args.ordinary_pictures)
+    if len(set(classes)) < 2:
+        raise UserError(f"{args.ordinary_pictures} needs pictures of at least two classes: one half sets the score, the other tries it")
     for concept in concepts:
         if len(example_pictures(args.input.parent / concept.number)) < 3:
             raise UserError(f"{args.input.parent / concept.number} needs at least 3 pictures: two are kept to set and to try the score")
@@ -261,8 +265,6 @@ def main():
     grader = Grader(args.model, args.pretrained, device)
     finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
     prompts = make_prompts(args, concepts, finders)
-    if not prompts:
-        raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")

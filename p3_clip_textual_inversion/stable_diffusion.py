@@ -71,19 +71,22 @@ class StableDiffusion:
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
 
+def check_checkpoint(source):
+    """A `UserError` for what is neither a file, nor a folder of Stable Diffusion, nor like a name on the hub."""
+    path = Path(source)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
+    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
+        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
+
+
 def load_stable_diffusion(source=MINI_SD, device="cpu", dtype=torch.float32):
     """A `StableDiffusion`, UNet in `dtype`, the small parts in float32.
 
     source: a folder that diffusers wrote; a file .ckpt or .safetensors in the original layout; or a name on the hub, which needs internet."""
+    check_checkpoint(source)
     path = Path(source)
-    if path.is_file():
-        parts = load_single_file(path, dtype)
-    elif path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
-    elif not path.is_dir() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
-        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
-    else:
-        parts = load_folder(source, path.is_dir(), dtype)
+    parts = load_single_file(path, dtype) if path.is_file() else load_folder(source, path.is_dir(), dtype)
     for part in (parts.text_encoder, parts.vae, parts.unet):
         part.to(device).eval().requires_grad_(False)
     dims = parts.unet.config.cross_attention_dim, parts.text_encoder.config.hidden_size

@@ -30,7 +30,7 @@ from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, save_embedding
 from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
 from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
-from .stable_diffusion import MINI_SD, is_mini, load_stable_diffusion
+from .stable_diffusion import MINI_SD, check_checkpoint, is_mini, load_stable_diffusion
 from .world import MINI
 
 TEMPLATES = {  # by (what the model draws, what is learned)
@@ -318,6 +318,7 @@ def main():
                 raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
         concepts = [concept for concept in concepts if concept.number in args.concepts]
     check_files([concept.token for concept in concepts])
+    check_checkpoint(args.checkpoint)
     for concept in concepts:
         folder = args.input.parent / concept.number  # before any long work starts
         read_captions(folder, read_pictures(folder)[0], concept.token)

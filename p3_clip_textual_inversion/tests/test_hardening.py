@@ -63,6 +63,8 @@ def places(tmp_path, concepts_json):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "data" / "val" / "0_1.png")
     (tmp_path / "data" / "id2label.json").write_text('{"0": "dog"}')
     shutil.copytree(tmp_path / "data", tmp_path / "damaged")
+    (tmp_path / "damaged" / "id2label.json").write_text('{"0": "dog", "1": "cat"}')
+    shutil.copyfile(tmp_path / "data" / "val" / "0_1.png", tmp_path / "damaged" / "val" / "1_1.png")
     (tmp_path / "damaged" / "val" / "0_1.png").write_bytes((tmp_path / "data" / "val" / "0_1.png").read_bytes()[:60])
     return tmp_path
 
@@ -99,6 +101,7 @@ ARGUMENTS = {
     ("multi", ["--num-images=0"], "--num-images and --train-steps must be at least 1"),
     ("multi", ["--ordinary-pictures={t}/file"], "cannot read {t}/file/id2label.json"),
     ("multi", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
+    ("multi", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
     ("multi", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
     ("fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
@@ -119,7 +122,7 @@ ARGUMENTS = {
     ("pretrain", ["clip", "--seed=-1"], "--seed must be a whole number from 0, of at most 12 digits, not -1"),
     ("pretrain", ["vae", "--start={t}"], "--start is for clip and unet"),
     ("pretrain", ["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
-    ("zero_shot", ["--ensemble", "--template=a {}"], "--ensemble brings its own captions"),
+    ("zero_shot", ["--ensemble", "--template=a {{}}"], "--ensemble brings its own captions"),
 ])
 def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):
     code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS[module] + arguments))

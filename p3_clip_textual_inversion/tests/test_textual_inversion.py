@@ -188,8 +188,12 @@ def test_a_finished_run_is_known_by_its_pictures_and_its_model(call, concepts_js
     shutil.copytree(tiny_sd, tmp_path / "moved")
     code, out, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "moved")
     assert code == 0 and "<new2> is learned already" in out, err
+    with open(tmp_path / "moved" / "more", "wb") as file:
+        file.write(bytes(10))
+    code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "moved")
+    assert code == 1 and f"other settings (model {size_of(tiny_sd)} is now {size_of(tmp_path / 'moved')})" in err
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "no.ckpt")
-    assert code == 1 and f"other settings (model {size_of(tiny_sd)} is now {tmp_path / 'no.ckpt'})" in err
+    assert code == 1 and f"no such checkpoint: {tmp_path / 'no.ckpt'}" in err
     (concepts_json.parent / "1" / "2.png").unlink()
     code, _, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 1 and "other settings (pictures " in err
