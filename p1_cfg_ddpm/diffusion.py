@@ -56,19 +56,21 @@ class Diffusion:
         return tuple(table.to(t.device)[t][:, None, None, None] for table in (self.signal, self.noise))
 
     def add_noise(self, x0, eps, t):
-        """q(x_t | x0), Ho et al. 2020 eq. 4."""
+        """q(x_t | x0), Ho et al. 2020 eq. 4. x0, eps: [B, 3, H, W]; t: int [B]."""
         a, s = self.coefficients(t)
         return a * x0 + s * eps
 
     def target(self, x0, eps, t):
-        """What the network learns to put out: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022)."""
+        """What the network learns to put out: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022).
+
+        x0, eps: [B, 3, H, W]; t: int [B]."""
         if self.config.prediction == "eps":
             return eps
         a, s = self.coefficients(t)
         return a * eps - s * x0
 
     def x0_and_eps(self, output, xt, t):
-        """Turns the network's output at (xt, t) into the x0 and the eps it stands for."""
+        """Turns the network's output [B, 3, H, W] at (xt, t), alike and int [B], into the x0 and the eps it stands for."""
         a, s = self.coefficients(t)
         if self.config.prediction == "eps":
             return (xt - s * output) / a, output

@@ -20,6 +20,7 @@ def weights_of(unet):
 
 
 def set_weights(unet, weights):
+    """Puts what `weights_of` or `read_weights` gave into a UNet."""
     for name, module in projections(unet).items():
         module.weight.data.copy_(weights[name])
 

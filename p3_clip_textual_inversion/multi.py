@@ -131,12 +131,14 @@ def make_finders(grader, concepts, args, others, labels):
 
 
 def add_finder(finders, validation, key, grader, references, sets):
+    """A `Finder`, set by the first (pictures with it, pictures without) of sets, tried on the second."""
     (present, absent), (new_present, new_absent) = sets
     finders[key] = Finder(grader, references, present, absent)
     validate(finders, validation, key, new_present, new_absent)
 
 
 def validate(finders, validation, key, new_present, new_absent):
+    """Notes in which share of pictures with it and without it a finder finds its concept."""
     validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
                        "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
 
@@ -196,6 +198,7 @@ def guidance_of(parts, text, concepts, counts, options, args):
 
 
 def train_missing(args, concepts):
+    """Every run of `RUNS`; what is trained already stays."""
     for name, flags in RUNS.items():
         command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
                    "--sample-every", 0,

@@ -33,6 +33,7 @@ COLOURS = {"white": (255, 255, 255), "gray": (200, 200, 200), "yellow": (250, 23
 
 
 def luma(rgba):
+    """Brightness [N, 1, H, W] of drawings [N, 4, H, W], in 0..255 alike."""
     return (rgba[:, :3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 
