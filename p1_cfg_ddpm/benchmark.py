@@ -20,7 +20,7 @@ import torch
 from .data import to_model
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import grade
-from .files import ROOT, UserError, run, writable_file, write_json
+from .files import ROOT, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from .model import DOMAINS
 
@@ -97,9 +97,8 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    for name, least in (("images_per_digit", 1), ("seeds", 1), ("sweep_images_per_digit", 1), ("classic_images_per_digit", 0), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    check_flags(args, ("images_per_digit", "seeds", "sweep_images_per_digit", "batch_size"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("classic_images_per_digit",), lambda value: value >= 0, "at least 0")
     writable_file(args.output)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

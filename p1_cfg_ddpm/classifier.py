@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .data import load_digits, to_model
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, UserError, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
+from .files import BUNDLED, UserError, check_flags, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
 from .model import DOMAINS, NUM_DIGITS
 
 
@@ -134,9 +134,7 @@ def parse_args():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
     if not 0 <= args.lr < math.inf:
         raise UserError(f"--lr must be a number from 0, not {args.lr}")
     if not -10**12 < args.seed < 10**12:

@@ -20,6 +20,13 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, and what would be right."""
 
 
+def check_flags(args, names, fits, expected):
+    """A `UserError` for the first of these flags whose value, of parsed arguments, does not fit; expected: what would, in words."""
+    for name in names:
+        if not fits(getattr(args, name)):
+            raise UserError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(args, name)}")
+
+
 def run(main):
     """Calls `main()` and turns a `UserError` (or Ctrl-C) into one line on stderr and a non-zero exit code."""
     try:

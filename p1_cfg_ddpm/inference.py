@@ -103,7 +103,7 @@ def generate(model, diffusion, jobs, sampling, batch_size, progress=True):
             except torch.cuda.OutOfMemoryError:
                 if batch_size == 1:
                     raise UserError("the GPU has no memory for even one image; try --device cpu") from None
-                batch_size = max(batch_size // 2, 1)
+                batch_size //= 2
                 torch.cuda.empty_cache()
                 continue
             if not last.x.isfinite().all():

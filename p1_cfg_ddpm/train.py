@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .data import default_data, load_digits, to_model, to_uint8
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import Diffusion, DiffusionConfig, Guided, ImageNoise, dpmpp_2m, spaced_timesteps
-from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, load_pickle_safely, run, save_image, writable_folder, write_json
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 
 LOG_EVERY = 50
@@ -48,19 +48,13 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=1000, help="steps between two sample grids; 0 for none")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("lr", "weight_decay", "warmup", "sample_every"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    check_flags(args, ("steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("lr", "weight_decay", "warmup", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     if args.min_snr_gamma is not None and not 0 < args.min_snr_gamma < math.inf:
         raise UserError(f"--min-snr-gamma must be a number above 0, not {args.min_snr_gamma}")
-    for name in ("drop_condition", "decay", "ema"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
+    check_flags(args, ("drop_condition", "decay", "ema"), lambda value: 0 <= value <= 1, "between 0 and 1")
     return args
 
 

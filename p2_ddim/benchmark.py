@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .ddim import DDIMConfig, ddim
 from .device import DTYPES, pick_device
 from .evaluate import mse, read_picture
-from .files import ROOT, UserError, run, writable_file, write_json
+from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import MINI, check_size, generate, predictor, read_noises, to_pictures
 from .model import UNet, UNetConfig, load_unet
 
@@ -83,9 +83,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--way", choices=list(WAYS), default=None, help=argparse.SUPPRESS)  # one way, in this process
     args = parser.parse_args()
-    for name in ("batch_size", "side", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_flags(args, ("batch_size", "side", "repeats"), lambda value: value >= 1, "at least 1")
     check_size(UNetConfig(), (3, args.side, args.side))
     device = pick_device(args.device)
     if args.way:

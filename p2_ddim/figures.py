@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .ddim import ddim, invert
 from .evaluate import GAIN, difference, mse, psnr
-from .files import ROOT, UserError, atomic_path, run, save_image, writable_file, writable_folder, write_json
+from .files import ROOT, UserError, atomic_path, check_flags, run, save_image, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
 from .interpolation import lerp, slerp
 from .model import load_unet
@@ -90,8 +90,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device, dtype, batch_size = settings_of(args)
-    if args.iterations < 1:
-        raise UserError(f"--iterations must be at least 1, not {args.iterations}")
+    check_flags(args, ("iterations",), lambda value: value >= 1, "at least 1")
     noises = read_noises(args.noise)
     if len(noises) < 4:
         raise UserError(f"{args.noise} has {len(noises)} noises; the figures need four")

@@ -92,7 +92,7 @@ def generate(predict, noises, config, batch_size, seed=0, device="cpu", progress
             except torch.cuda.OutOfMemoryError:
                 if batch_size == 1:
                     raise UserError("the GPU has no memory for even one image; try --dtype fp16 or --device cpu") from None
-                batch_size = max(batch_size // 2, 1)
+                batch_size //= 2
                 torch.cuda.empty_cache()
                 continue
             yield from zip(batch, x.cpu())

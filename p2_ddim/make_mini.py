@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .ddim import ImageNoise
-from .files import UserError, atomic_path, run, save_image, writable_folder
+from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
 from .inference import MINI, to_pictures
 from .model import load_unet
 
@@ -97,8 +97,7 @@ def main():
     miniature.add_argument("--count", type=int, default=10, help="noises and reference images")
     miniature.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.count < 1:
-        raise UserError(f"--count must be at least 1, not {args.count}")
+    check_flags(args, ("count",), lambda value: value >= 1, "at least 1")
     writable_folder(args.output)
     if args.command == "faces":
         draw_faces(args.output, args.count, args.seed)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, ddim, make_alpha_bar
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import read_picture
-from .files import UserError, atomic_path, load_pickle_safely, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, load_pickle_safely, run, save_image, writable_folder, write_json
 from .inference import predictor, to_pictures
 from .model import UNet, UNetConfig
 
@@ -52,19 +52,13 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between two sample grids; 0 for none")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "save_every", "image_size", "blocks"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("lr", "weight_decay", "warmup", "sample_every"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
+    check_flags(args, ("steps", "batch_size", "save_every", "image_size", "blocks"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("lr", "weight_decay", "warmup", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     if not args.max_weight >= 1:  # not a number neither
         raise UserError(f"--max-weight must be at least 1, not {args.max_weight}")
-    for name in ("decay", "ema", "dropout"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(args, name)}")
+    check_flags(args, ("decay", "ema", "dropout"), lambda value: 0 <= value <= 1, "between 0 and 1")
     if any(width < 32 or width % 32 for width in args.widths):
         raise UserError(f"--widths must be multiples of 32, not {args.widths}")
     if not set(args.attention) <= set(range(len(args.widths))):

@@ -25,7 +25,7 @@ from . import diffusion
 from .data import example_pictures, read_concepts, varied
 from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
-from .files import ROOT, UserError, run, writable_file, write_json
+from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import MINI_GUIDANCE, DrawConfig, draw
 from .model import load_clip
 from .stable_diffusion import load_stable_diffusion
@@ -134,9 +134,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--row", choices=list(ROWS), default=None, help=argparse.SUPPRESS)  # one row, in this process
     args = parser.parse_args()
-    for name in ("images", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_flags(args, ("images", "steps", "batch_size"), lambda value: value >= 1, "at least 1")
     device = pick_device(args.device)
     if args.row:
         print(json.dumps(measure(args.row, device, args)))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import Grader, best_of, clip_scores, sheet
-from .files import ROOT, UserError, run, save_image, writable_file, writable_folder, write_json
+from .files import ROOT, check_flags, run, save_image, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import MINI
@@ -77,8 +77,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
-    if args.num_images < 1:
-        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
+    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
     for name in ("results", "figures"):

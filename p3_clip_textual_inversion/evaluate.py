@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, run, save_image, writable_folder, write_json
+from .files import UserError, check_flags, run, save_image, writable_folder, write_json
 from .inference import picture_path
 from .model import load_clip
 from .world import MINI
@@ -86,8 +86,7 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if args.num_images < 1:
-        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
+    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     device = pick_device(args.device)
     concepts = read_concepts(args.input)
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}

@@ -18,7 +18,7 @@ from .data import read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, expand, read_embeddings
-from .files import UserError, run, save_image, writable_folder
+from .files import UserError, check_flags, run, save_image, writable_folder
 from .stable_diffusion import MINI_SD, is_mini, load_stable_diffusion
 from .world import to_uint8
 
@@ -62,7 +62,7 @@ def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise UserError("the GPU has no memory for even one picture; try --dtype fp16 or a smaller --side") from None
-            batch_size = max(batch_size // 2, 1)
+            batch_size //= 2
             torch.cuda.empty_cache()
             continue
         if not decoded.isfinite().all():
@@ -95,8 +95,7 @@ def add_arguments(parser):
 
 def settings_of(args, checkpoint):
     """(DrawConfig, device) of parsed arguments, checked."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
     if args.guidance_weight is not None and not math.isfinite(args.guidance_weight):
@@ -123,8 +122,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device = settings_of(args, args.checkpoint)
-    if args.num_images < 1:
-        raise UserError(f"--num-images must be at least 1, not {args.num_images}")
+    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
     vectors = read_embeddings(args.embeddings, [concept.token for concept in concepts])
     jobs = [(concept, k, i) for concept in concepts for k in range(len(concept.prompts)) for i in range(args.num_images)]

@@ -20,7 +20,7 @@ from .compare import rest_of
 from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import Grader, clip_scores
-from .files import ROOT, UserError, run, save_image, writable_folder, write_json
+from .files import ROOT, check_flags, run, save_image, writable_folder, write_json
 from .make_mini import SUBJECT
 from .model import load_clip
 from .world import (
@@ -95,6 +95,12 @@ def recognition(pipeline, clip, tokenizer, names, device, dtype, per_class, step
     return result, to_uint8(pictures).reshape(len(names), per_class, SIDE, SIDE, 3)
 
 
+def scores_of_scenes(drawings, scenes, generator, grader, references, caption):
+    """(image scores, text scores) of pictures composed afresh from real drawings."""
+    pictures = [Image.fromarray(picture) for picture in to_uint8(compose(drawings, scenes, generator))]
+    return clip_scores(grader.of_pictures(pictures), references, caption)
+
+
 @torch.inference_mode()
 def real_pictures(drawings, grader):
     """Per prompt of input.json the scores (as in compare.py) that real drawings get, of the concept and, for a style, of its subject in the trained styles:
@@ -111,8 +117,7 @@ def real_pictures(drawings, grader):
                 named, ways = [SUBJECT[0], *named], {"real": SUBJECT[1:]}
             for way, styles in ways.items():
                 scenes = [Scene(tuple(drawings.table[name][styles[i % len(styles)]] for name in named), str(rng.choice(colours)), "") for i in range(40)]
-                features = grader.of_pictures([Image.fromarray(picture) for picture in to_uint8(compose(drawings, scenes, generator))])
-                image, rest_score = clip_scores(features, references, grader.of_texts([rest])[0])
+                image, rest_score = scores_of_scenes(drawings, scenes, generator, grader, references, grader.of_texts([rest])[0])
                 rows.setdefault(prompt, {})[way] = {"image": image.mean().item(), "image_deviation": image.std().item(), "rest": rest_score.mean().item()}
     return rows
 
@@ -130,8 +135,8 @@ def style_subjects(drawings, grader):
         for way, styles, rendering in (("real", (SILHOUETTES,), None), ("coloured", STYLES, None), ("stencil", STYLES, "stencil")):
             there = [style for style in styles if style in drawings.table[name]]
             scenes = [Scene((drawings.table[name][there[i % len(there)]],), str(rng.choice(list(COLOURS))), "", rendering) for i in range(40)]
-            features = grader.of_pictures([Image.fromarray(picture) for picture in to_uint8(compose(drawings, scenes, generator))])
-            image[way], text[way] = (scores.mean().item() for scores in clip_scores(features, references, caption))
+            scores = scores_of_scenes(drawings, scenes, generator, grader, references, caption)
+            image[way], text[way] = (score.mean().item() for score in scores)
         if text["stencil"] >= 0.9 * text["coloured"] and image["real"] > image["coloured"]:
             rows.append((name, image["stencil"] - image["coloured"], text["stencil"] / text["coloured"]))
     return sorted(rows, key=lambda row: -row[1])
@@ -161,9 +166,7 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="its number format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    for name in ("per_class", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_flags(args, ("per_class", "steps"), lambda value: value >= 1, "at least 1")
     device, drawings = pick_device(args.device), Drawings(args.drawings)
     for name in ("results", "figures"):
         writable_folder(args.output / name)

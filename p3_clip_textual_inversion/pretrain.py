@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
 from .tasks import TASKS
 from .world import Drawings, to_uint8
 
@@ -50,15 +50,9 @@ def parse_args():
     for name in ("steps", "batch_size", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
-    for name in ("steps", "batch_size", "lr", "save_every"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {getattr(args, name)}")
-    for name in ("warmup", "sample_every"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
-    for name in ("decay", "ema"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
+    check_flags(args, ("steps", "batch_size", "lr", "save_every"), lambda value: 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("warmup", "sample_every"), lambda value: value >= 0, "a number from 0")
+    check_flags(args, ("decay", "ema"), lambda value: 0 <= value <= 1, "between 0 and 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     if args.start and args.task == "vae":

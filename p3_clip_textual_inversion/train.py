@@ -28,7 +28,7 @@ from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, save_embedding
-from .files import UserError, atomic_path, load_state, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
 from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
 from .stable_diffusion import MINI_SD, check_checkpoint, is_mini, load_stable_diffusion
 from .world import MINI
@@ -292,15 +292,10 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {getattr(args, name)}")
-    for name in ("min_snr_gamma", "prior", "sample_every"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, not {getattr(args, name)}")
-    for name in ("decay", "pull"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} must be between 0 and 1, not {getattr(args, name)}")
+    check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
+                lambda value: 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("min_snr_gamma", "prior", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("decay", "pull"), lambda value: 0 <= value <= 1, "between 0 and 1")
     if args.side is not None and args.side < 1:
         raise UserError(f"--side must be at least 1, not {args.side}")
     if not 0 <= args.seed < 10**12:
@@ -335,12 +330,12 @@ def main():
     groups = [concepts] if args.joint else [[concept] for concept in concepts]
     for group in groups:
         learn(group, args, accelerator, dtype)
-    if args.custom_diffusion and len(groups) > 1:
-        projections_flag = " --projections FILE, of one of the concepts' folders"
-    else:
-        projections_flag = f" --projections {args.output / '+'.join(c.number for c in concepts) / 'projections.safetensors'}" if args.custom_diffusion else ""
+    flag = ""
+    if args.custom_diffusion:
+        one = args.output / "+".join(concept.number for concept in concepts) / "projections.safetensors"
+        flag = f" --projections {one}" if len(groups) == 1 else " --projections FILE, of one of the concepts' folders"
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
-          f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{projections_flag}")
+                      f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{flag}")
 
 
 if __name__ == "__main__":

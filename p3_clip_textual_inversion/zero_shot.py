@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .data import read_picture
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, read_json, run, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, read_json, run, writable_folder, write_json
 from .model import load_clip
 from .world import MINI
 
@@ -153,8 +153,7 @@ def main():
         raise UserError("--ensemble brings its own captions; give it or --template, not both")
     if args.ensemble:
         templates = DRAWING_TEMPLATES if mini else PHOTO_TEMPLATES
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     for template in templates:
         if template.count("{}") != 1 or template.replace("{}", "").count("{") + template.replace("{}", "").count("}"):
             raise UserError(f"--template {template!r} must have {{}} once, in the label's place")
