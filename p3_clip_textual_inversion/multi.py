@@ -33,8 +33,9 @@ from .world import MINI, STYLES, words
 from .zero_shot import read_data
 
 GENTLY = "--lr=3e-3"  # where more learns, or for longer
-RUNS = {"apart": [], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
+RUNS = {"apart": ["--lr=5e-3"], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
         "custom_apart": ["--custom-diffusion", GENTLY]}
+ALL_RUNS = ["--batch-size=8", "--min-snr-gamma=5", "--pull=0"]
 OTHER_STYLES = {"drawing": tuple(map(words, STYLES)), "photo": ("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art")}
 METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
     "words learned apart": ("apart", None, None),
@@ -202,7 +203,7 @@ def train_missing(args, concepts):
     for name, flags in RUNS.items():
         command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
                    "--sample-every", 0,
-                   "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *flags]
+                   "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *ALL_RUNS, *flags]
         print(f"== learning: {name}", flush=True)
         if subprocess.run(list(map(str, command)), check=False).returncode:
             raise UserError(f"the training {name} failed")

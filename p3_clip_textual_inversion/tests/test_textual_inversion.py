@@ -19,7 +19,7 @@ from p3_clip_textual_inversion.evaluate import Grader, best_of, clip_scores, pas
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
-from p3_clip_textual_inversion.train import Loss, Source, draw_batch, make_sources, size_of
+from p3_clip_textual_inversion.train import GAMMA, STYLE_PULL, Loss, Source, draw_batch, make_sources, size_of
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -204,6 +204,21 @@ def test_a_pull_of_one_leaves_the_initial_words(call, parts, concepts_json, tiny
     assert code == 0, err
     for word, source in (("new1", "dog"), ("new2", "red car")):
         assert torch.allclose(read_embedding(tmp_path / f"{word}.safetensors")[1], initial_rows(parts, source, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "flags", "pull"), [("object", [], 0.0), ("style", [], STYLE_PULL), ("style", ["--pull=0.5"], 0.5)])
+def test_what_is_pulled_back_unasked(call, concepts_json, tiny_sd, tmp_path, kind, flags, pull):
+    """A style is, an object is not, and the file of the word tells; the words end where AdamW's one step and that pull lead."""
+    rows = {}
+    for name, more in (("free", ["--pull=0"]), ("default", flags)):
+        code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / name, steps=1), "--concepts", "0", f"--kind={kind}",
+                            "--norm=free", *more)
+        assert code == 0, err
+        _, rows[name], settings = read_embedding(tmp_path / name / "new1.safetensors")
+    initial = initial_rows(load_stable_diffusion(tiny_sd), "dog", 1)
+    assert torch.allclose(rows["default"], rows["free"].lerp(initial, pull), atol=1e-6)
+    assert not torch.allclose(rows["free"], initial, atol=1e-4)
+    assert (float(settings["pull"]), float(settings["min_snr_gamma"])) == (pull, GAMMA)
 
 
 def test_gradient_checkpointing_changes_nothing(call, concepts_json, tiny_sd, tmp_path):
