@@ -135,8 +135,7 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
-    if not 0 <= args.lr < math.inf:
-        raise UserError(f"--lr must be a number from 0, not {args.lr}")
+    check_flags(args, ("lr",), lambda value: 0 <= value < math.inf, "a number from 0")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     return args

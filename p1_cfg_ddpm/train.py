@@ -52,8 +52,7 @@ def parse_args():
     check_flags(args, ("lr", "weight_decay", "warmup", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
-    if args.min_snr_gamma is not None and not 0 < args.min_snr_gamma < math.inf:
-        raise UserError(f"--min-snr-gamma must be a number above 0, not {args.min_snr_gamma}")
+    check_flags(args, ("min_snr_gamma",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
     check_flags(args, ("drop_condition", "decay", "ema"), lambda value: 0 <= value <= 1, "between 0 and 1")
     return args
 

@@ -100,8 +100,7 @@ def settings_of(args, checkpoint):
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
     if args.guidance_weight is not None and not math.isfinite(args.guidance_weight):
         raise UserError(f"--guidance-weight must be a finite number, not {args.guidance_weight}")
-    if args.side is not None and args.side < 1:
-        raise UserError(f"--side must be at least 1, not {args.side}")
+    check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     device = pick_device(args.device)
     guidance = args.guidance_weight
     if guidance is None:

@@ -159,9 +159,12 @@ def learn(concepts, args, accelerator, dtype):
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    pull = args.pull if args.pull is not None else STYLE_PULL if all(kind_of(concept, args) == "style" for concept in concepts) else 0.0
+    kinds = [kind_of(concept, args) for concept in concepts]
+    pull = args.pull
+    if pull is None:
+        pull = STYLE_PULL if set(kinds) == {"style"} else 0.0
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
-                 "kinds": ", ".join(kind_of(concept, args) for concept in concepts),
+                 "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": size_of(args.checkpoint)}
     state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
@@ -303,8 +306,7 @@ def parse_args():
                 lambda value: 0 < value < math.inf, "a number above 0")
     check_flags(args, ("min_snr_gamma", "prior", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     check_flags(args, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
-    if args.side is not None and args.side < 1:
-        raise UserError(f"--side must be at least 1, not {args.side}")
+    check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args
