@@ -112,8 +112,8 @@ def decode(paths, title):
         return np.stack(list(images))
 
 
-def to_model(images, device="cpu"):
-    """uint8 [B, H, W, 3] (numpy or tensor) -> float32 [B, 3, H, W] in [-1, 1], channels-last in memory."""
+def to_model(images, device=None):
+    """uint8 [B, H, W, 3] (numpy or tensor) -> float32 [B, 3, H, W] in [-1, 1], channels-last in memory; on `device`, or where a tensor lies."""
     return torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

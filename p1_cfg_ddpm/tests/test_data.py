@@ -90,3 +90,8 @@ def test_pixels_survive_the_model_range():
     assert x.shape == (2, 3, 28, 28) and x.min() >= -1 and x.max() <= 1
     np.testing.assert_array_equal(to_uint8(x), images)
     np.testing.assert_array_equal(to_uint8(torch.full((1, 3, 28, 28), 7.0)), 255)
+
+
+def test_images_stay_where_they_lie():
+    """A batch on the GPU is not moved back to the CPU: the device "meta" stands for the GPU here."""
+    assert to_model(torch.zeros(2, 28, 28, 3, dtype=torch.uint8, device="meta")).device.type == "meta"
