@@ -1,4 +1,4 @@
-"""Digit classifiers for grading: the course's own (`Classifier.pth`) and a small one per domain that is trained here.
+"""Digit classifiers for grading: the course's own two (`Classifier.pth`, `resnet34_svhn`) and a small one per domain that is trained here.
 
     python -m p1_cfg_ddpm.classifier --domain svhn --data hw2_data/digits      # writes runs/classifier_svhn.safetensors
 """
@@ -15,8 +15,11 @@ from tqdm import tqdm
 
 from .data import load_digits, to_model
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, UserError, check_flags, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
+from .files import BUNDLED, ROOT, UserError, check_flags, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
 from .model import DOMAINS, NUM_DIGITS
+
+WEIGHTS = ROOT / "hw2_data" / "weights"  # where scripts/download_weights.sh puts what it fetches, the course's own classifiers under these names
+COURSE_FILES = {"mnistm": "Classifier.pth", "svhn": "resnet34_svhn.bin"}
 
 
 class DigitClassifier(nn.Module):
@@ -84,22 +87,58 @@ class CourseClassifier(nn.Module):
         return self.logits(self.features(x))
 
 
+class CourseResNet(nn.Module):
+    """The course's SVHN grader: timm's resnet34 as `edadaltocg/resnet34_svhn` on the hub has it for small pictures, a 3x3 stem of stride 1 and no
+    max-pooling. Its BatchNorm layers keep their running statistics: in training mode a digit would depend on its batch. Same interface as above, and the
+    course's mean and deviation of 0.5, not SVHN's, which its card names."""
+
+    num_features = 512
+
+    def __init__(self):
+        super().__init__()
+        import timm  # takes a second, which only this grader needs
+
+        self.net = timm.create_model("resnet34", num_classes=NUM_DIGITS)
+        self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.net.maxpool = nn.Identity()
+
+    def features(self, x):
+        """The pooled activations before the last layer, [B, 512]."""
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+
+    def logits(self, features):
+        """[B, 512] -> [B, 10]"""
+        return self.net.fc(features)
+
+    def forward(self, x):
+        return self.logits(self.features(x))
+
+
 def load_classifier(path, device="cpu"):
-    """A classifier from a file: ours (.safetensors) or the course's format (a dictionary with `state_dict`, read safely)."""
+    """A classifier from a file: ours (.safetensors), or one of the course's two, known by its tensors: a state dict, or a dictionary with one under
+    `state_dict`, read safely."""
     path = Path(path)
     if path.suffix == ".safetensors":
         model = fill(DigitClassifier(), {name: tensor.float() for name, tensor in load_weights(path)[0].items()}, path)
     else:
         content = load_pickle_safely(path, "classifier")
-        state_dict = content.get("state_dict") if isinstance(content, dict) else None
-        if not isinstance(state_dict, dict) or not all(map(is_plain, state_dict.values())):
-            raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth, or a .safetensors of p1_cfg_ddpm.classifier")
-        model = fill(CourseClassifier(), {name: tensor.float() for name, tensor in state_dict.items()}, path)
+        state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(state_dict, dict) or not state_dict or not all(map(is_plain, state_dict.values())):
+            raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier")
+        state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
+        model = CourseResNet() if "layer1.0.conv1.weight" in state_dict else CourseClassifier()
+        fill(model.net if isinstance(model, CourseResNet) else model, state_dict, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def bundled_classifier(domain):
     return BUNDLED / f"classifier_{domain}.safetensors"
+
+
+def course_classifier(domain):
+    """The file of the course's own classifier, where it has been downloaded; otherwise None."""
+    path = WEIGHTS / COURSE_FILES[domain]
+    return path if path.is_file() else None
 
 
 @torch.inference_mode()

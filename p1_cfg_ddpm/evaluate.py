@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .classifier import bundled_classifier, classify, load_classifier
+from .classifier import bundled_classifier, classify, course_classifier, load_classifier
 from .data import COURSE_DATA, load_digits, read_image
 from .device import pick_device
 from .files import UserError, run, save_image, writable_folder, write_json
@@ -147,14 +147,16 @@ def main():
     parser.add_argument("images", type=Path, metavar="OUT", help="folder with {mnistm,svhn}/{digit}_*.png")
     for domain in DOMAINS:
         parser.add_argument(f"--classifier-{domain}", type=Path, default=None,
-                            help="the course's Classifier.pth, or a .safetensors of p1_cfg_ddpm.classifier (default: the bundled one)")
+                            help="the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier "
+                            "(default: the course's, where scripts/download_weights.sh has put it; otherwise the bundled one)")
     parser.add_argument("--data", type=Path, default=COURSE_DATA, help="training images for the nearest-image check; skipped where there are none")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and the pictures (default: OUT_grade beside OUT)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     found = read_folder(args.images)
     report = writable_folder(args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade"))
-    scores, predictions = grade(found, {domain: getattr(args, f"classifier_{domain}") for domain in DOMAINS}, pick_device(args.device))
+    classifiers = {domain: getattr(args, f"classifier_{domain}") or course_classifier(domain) for domain in DOMAINS}
+    scores, predictions = grade(found, classifiers, pick_device(args.device))
     for domain in DOMAINS:
         counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)
         if set(counts) != {50}:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from p1_cfg_ddpm.classifier import CourseClassifier, bundled_classifier, classify, load_classifier
+from p1_cfg_ddpm import classifier
+from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, bundled_classifier, classify, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits
-from p1_cfg_ddpm.evaluate import grade, nearest_of, read_folder
+from p1_cfg_ddpm.evaluate import grade, main, nearest_of, read_folder
 from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS
@@ -127,6 +128,42 @@ def test_the_courses_classifier_is_read_safely(command, drawn, tmp_path):
     refused("missing conv1.bias")
     path.write_bytes(b"")
     refused("cannot be read as a classifier")
+
+
+def test_the_courses_svhn_classifier_is_known_by_its_tensors(tmp_path):
+    """A bare state dict of timm's resnet34 with a small stem. An image's answer is its own, whatever else is in the batch: BatchNorm keeps its statistics."""
+    torch.manual_seed(0)
+    model = CourseResNet()
+    names = set(model.net.state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer4.2.bn2.weight", "fc.bias"} <= names
+    assert model.net.conv1.weight.shape == (64, 3, 3, 3) and len(names) == 218 and sum(p.numel() for p in model.parameters()) == 21_282_122
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+    torch.save(model.net.state_dict(), tmp_path / "resnet34_svhn.bin")
+    torch.save({"state_dict": model.net.state_dict()}, tmp_path / "wrapped.pth")
+    images = load_digits(MINI_DATA, "val").images[:4]
+    read = load_classifier(tmp_path / "resnet34_svhn.bin")
+    assert not any(module.training for module in read.modules())
+    predicted, features = classify(read, images)
+    assert features.shape == (4, 512)
+    torch.testing.assert_close(classify(read, images[:1])[1], features[:1])
+    torch.testing.assert_close(classify(model.eval(), images)[1], features)
+    torch.testing.assert_close(classify(load_classifier(tmp_path / "wrapped.pth"), images)[1], features)
+    with torch.no_grad():  # as the course: ToTensor, mean 0.5, std 0.5, the whole network at once
+        assert torch.equal(model.net(torch.from_numpy(images).permute(0, 3, 1, 2) / 255 * 2 - 1).argmax(1), predicted)
+    torch.save(dict(model.net.state_dict()) | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "imagenet.pth")
+    with pytest.raises(UserError, match=r"conv1\.weight is \(64, 3, 7, 7\), expected \(64, 3, 3, 3\)"):
+        load_classifier(tmp_path / "imagenet.pth")
+
+
+def test_downloaded_classifiers_of_the_course_judge_unasked(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "WEIGHTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [GRADE, *map(str, (drawn, "--report", tmp_path / "grade", "--data", "/nonexistent"))])
+    torch.save({"state_dict": CourseClassifier().state_dict()}, tmp_path / "Classifier.pth")
+    main()
+    scores = json.loads((tmp_path / "grade" / "grade.json").read_text())
+    assert scores["mnistm"]["classifier"] == str(tmp_path / "Classifier.pth") and scores["svhn"]["classifier"] == "bundled"
 
 
 @pytest.mark.parametrize("spoil, message", [
