@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .clip import Grader
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
-from .evaluate import Grader, best_of, clip_scores, sheet
+from .evaluate import best_of, clip_scores, sheet
 from .files import ROOT, check_flags, run, save_image, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion

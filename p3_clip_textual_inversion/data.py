@@ -1,4 +1,4 @@
-"""The course's layout of textual inversion: input.json and the folders of example pictures beside it."""
+"""The course's layouts: input.json and the folders of example pictures beside it; labelled pictures for zero-shot classification."""
 
 import json
 from dataclasses import dataclass
@@ -143,3 +143,22 @@ def side_by_side(left, right):
         small = F.pad(small, (0, 0, above, side - side // 2 - above), mode="replicate")
         halves.append(small[torch.arange(count) % len(small)])
     return torch.cat(halves, dim=-1)
+
+
+def read_data(folder):
+    """(paths of val/{class_id}_{number}.png in order, their class ids, {class id: label}), all checked."""
+    folder = Path(folder)
+    try:
+        labels = read_json(folder / "id2label.json")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
+    if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
+        raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
+    paths = sorted((folder / "val").glob("[!.]*.png"))
+    if not paths:
+        raise UserError(f"{folder / 'val'} has no .png files; expected {{class id}}_{{number}}.png")
+    classes = [path.stem.split("_")[0] for path in paths]
+    for path, number in zip(paths, classes):
+        if number not in labels:
+            raise UserError(f"{path} begins with {number!r}, which is no class id of {folder / 'id2label.json'}")
+    return paths, classes, labels

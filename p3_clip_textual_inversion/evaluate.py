@@ -11,16 +11,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .clip import Grader
 from .data import example_pictures, read_concepts
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, check_flags, run, save_image, writable_folder, write_json
 from .inference import picture_path
-from .model import load_clip
 from .world import MINI
-from .zero_shot import image_features, load_pictures
 
 TEXT_WEIGHT, BEST = 2.5, 5
 COURSE_IMAGES = 25
@@ -40,28 +38,6 @@ def best_of(image, text, count=BEST):
 def passes(image, text, baseline):
     """Whether both scores reach the baseline; None without one."""
     return None if baseline is None else image >= baseline[0] and text >= baseline[1]
-
-
-class Grader:
-    """A CLIP with its transform and tokenizer; features of length 1, float32, on the CPU."""
-
-    def __init__(self, model=MINI / "clip", pretrained=None, device="cpu", dtype=torch.float32):
-        self.device, self.dtype = torch.device(device), dtype
-        self.clip, self.transform, self.tokenizer = load_clip(str(model), pretrained, device)
-
-    def of_files(self, paths):
-        """[len(paths), dim]"""
-        return image_features(self.clip, load_pictures(paths, self.transform, 64), self.device, self.dtype).cpu()
-
-    def of_pictures(self, pictures):
-        """PIL images -> [len(pictures), dim]"""
-        batches = torch.stack([self.transform(picture) for picture in pictures]).split(64)
-        return image_features(self.clip, batches, self.device, self.dtype).cpu()
-
-    @torch.inference_mode()
-    def of_texts(self, texts):
-        """[len(texts), dim]"""
-        return self.clip.encode_text(self.tokenizer(texts).to(self.device), normalize=True).float().cpu()
 
 
 def sheet(rows, side=128, columns=BEST):

@@ -16,13 +16,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from .clip import Grader, image_features, load_clip, text_classifier
 from .compare import rest_of
-from .data import example_pictures, read_concepts
+from .data import example_pictures, read_concepts, read_data
 from .device import DTYPES, pick_device, pick_dtype
-from .evaluate import Grader, clip_scores
+from .evaluate import clip_scores
 from .files import ROOT, check_flags, run, save_image, writable_folder, write_json
 from .make_mini import SUBJECT
-from .model import load_clip
 from .world import (
     CLIP_STYLES,
     COLOURS,
@@ -41,7 +41,6 @@ from .world import (
     to_uint8,
     words,
 )
-from .zero_shot import image_features, read_data, text_classifier
 
 COUNT = 1000
 

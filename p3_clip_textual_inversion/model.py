@@ -1,29 +1,12 @@
-"""The models of P3 and what passes between their formats: CLIP's tokenizer and text tower from open_clip's to transformers'."""
+"""What the miniature needs of CLIP: a smaller vocabulary, and its text tower as transformers' `CLIPTextModel`."""
 
-import difflib
 import gzip
-import zlib
-from pathlib import Path
 
 import open_clip
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from .files import UserError, atomic_path, first_line
-
-BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
-
-
-def read_merges(path=None):
-    """The merges [(left, right), ...] of a BPE file in open_clip's format; open_clip's own by default, of which CLIP uses 48,894."""
-    try:
-        with gzip.open(path or default_bpe(), "rt", encoding="utf-8") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read the BPE merges {path}: {error}") from None
-    if any(len(merge) != 2 for merge in merges):
-        raise UserError(f"{path} is not a BPE file: each line after the first must have two parts")
-    return merges
+from .clip import make_clip_tokenizer, read_merges
+from .files import atomic_path
 
 
 def write_merges(path, texts, most_frequent=None):
@@ -41,13 +24,6 @@ def write_merges(path, texts, most_frequent=None):
     with atomic_path(path) as temporary, open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         file.write("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges if merge in needed)]).encode())
     return len(needed)
-
-
-def make_clip_tokenizer(merges, context_length=77):
-    """transformers' `CLIPTokenizer` with the vocabulary that CLIP numbers its merges by: bytes, bytes that end a word, merges, start, end."""
-    letters = list(bytes_to_unicode().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges), model_max_length=context_length)
 
 
 def to_text_encoder(clip, tokenizer):
@@ -76,37 +52,3 @@ def to_text_encoder(clip, tokenizer):
     prefix = "text_model." if any(name.startswith("text_model.") for name in encoder.state_dict()) else ""  # transformers 5 dropped it
     encoder.load_state_dict({prefix + name: tensor for name, tensor in mapped.items()}, strict=True)
     return encoder.eval().requires_grad_(False)
-
-
-def load_clip(name, pretrained=None, device="cpu"):
-    """(open_clip model in eval mode, its image transform, its tokenizer).
-
-    name: a model of open_clip, with `pretrained` a tag or a file of weights; or a local folder with open_clip_config.json and weights (and
-    bpe.txt.gz, where it has a vocabulary of its own). OpenAI's weights were trained with QuickGELU: a name without -quickgelu is corrected, since
-    the accuracy would suffer silently; a name with it for other weights is refused."""
-    folder, options, tokenizer_options = Path(name), {}, {}
-    if (folder / "open_clip_config.json").is_file():
-        name, pretrained = f"local-dir:{folder.resolve()}", None
-        if (folder / BPE_FILE).is_file():
-            read_merges(folder / BPE_FILE)  # says what is wrong with it
-            tokenizer_options["bpe_path"] = str(folder / BPE_FILE)
-    else:
-        if name not in open_clip.list_models():
-            close = difflib.get_close_matches(str(name), open_clip.list_models(), 3, 0.3)
-            raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json nor a model of open_clip ({', '.join(close)}, ...)")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not pretrained:
-            raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
-        if not Path(pretrained).is_file():
-            if pretrained not in tags:
-                raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
-            trained_quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-            quick = open_clip.get_model_config(name).get("quick_gelu", False)
-            if quick and not trained_quick:
-                raise UserError(f"{name} has QuickGELU, but the weights {pretrained} were trained with GELU; use {name.replace('-quickgelu', '')}")
-            options["force_quick_gelu"] = trained_quick and not quick
-    try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device, **options)
-    except Exception as error:  # the hub's and the loaders' libraries raise many kinds
-        raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}; without internet, give a local file or folder") from None
-    return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name, **tokenizer_options)

@@ -8,7 +8,6 @@ apart and Custom Diffusion under the guidance of compose.py.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -19,18 +18,19 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from .clip import Grader
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import example_pictures, read_concepts, read_picture
+from .data import example_pictures, read_concepts, read_data, read_picture
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
-from .evaluate import Grader, sheet
+from .evaluate import sheet
 from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
+from .measures import interval
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .train import ORDINARY, TEMPLATES, kind_of, medium_of
 from .world import MINI, STYLES, words
-from .zero_shot import read_data
 
 GENTLY = "--lr=3e-3"  # where more learns, or for longer
 RUNS = {"apart": ["--lr=5e-3"], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
@@ -150,13 +150,6 @@ def paste_side_by_side(left, right, side):
     for i, part in enumerate((left, right)):
         picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
     return picture
-
-
-def interval(hits, count, z=1.96):
-    """Wilson's 95 % interval of a share."""
-    p = hits / count
-    middle, half = p + z**2 / (2 * count), z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
-    return [(middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)]
 
 
 def prepare(method, args, concepts, device):

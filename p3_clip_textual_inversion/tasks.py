@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import diffusion
+from .clip import BPE_FILE, load_clip, make_clip_tokenizer, read_merges
 from .device import pick_dtype
 from .files import UserError, atomic_path, first_line, load_pickle_safely, write_json
-from .model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
+from .model import to_text_encoder, write_merges
 from .world import CLIP_STYLES, RENDERINGS, SIDE, STYLES, SUBJECTS, compose, random_scene, vocabulary_of
 
 MOST_FREQUENT, CONTEXT = 8000, 32  # merges: rarer words are spelled in parts that others share

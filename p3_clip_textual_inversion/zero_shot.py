@@ -8,72 +8,21 @@ import argparse
 import csv
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from .data import read_picture
+from .clip import image_features, load_clip, load_pictures, text_classifier
+from .data import read_data
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, check_flags, read_json, run, writable_folder, write_json
-from .model import load_clip
+from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .world import MINI
 
 PHOTO_TEMPLATES = ("a photo of a {}", "a bad photo of a {}", "a close-up photo of a {}", "a photo of the large {}", "a photo of the small {}",
                    "a drawing of a {}", "a {} in a video game")
 DRAWING_TEMPLATES = ("a {}", "a drawing of a {}", *(f"a drawing of a {{}} on a {colour} background" for colour in ("white", "blue", "green", "pink", "yellow")))
-
-
-def read_data(folder):
-    """(paths of val/{class_id}_{number}.png in order, their class ids, {class id: label}), all checked."""
-    folder = Path(folder)
-    try:
-        labels = read_json(folder / "id2label.json")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
-    if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
-        raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
-    paths = sorted((folder / "val").glob("[!.]*.png"))
-    if not paths:
-        raise UserError(f"{folder / 'val'} has no .png files; expected {{class id}}_{{number}}.png")
-    classes = [path.stem.split("_")[0] for path in paths]
-    for path, number in zip(paths, classes):
-        if number not in labels:
-            raise UserError(f"{path} begins with {number!r}, which is no class id of {folder / 'id2label.json'}")
-    return paths, classes, labels
-
-
-def text_classifier(clip, tokenizer, labels, templates, device):
-    """One direction per label, [labels, dim] float32 of length 1: the mean of its captions' normalised features, normalised again."""
-    with torch.inference_mode():
-        captions = [template.format(label) for label in labels for template in templates]
-        features = torch.cat([clip.encode_text(tokenizer(captions[i:i + 256]).to(device), normalize=True).float() for i in range(0, len(captions), 256)])
-        return torch.nn.functional.normalize(features.reshape(len(labels), len(templates), -1).mean(1), dim=-1)
-
-
-def load_pictures(paths, transform, batch_size):
-    """Batches [B, 3, H, W] of pictures, decoded by threads while the one before is computed."""
-    with ThreadPoolExecutor() as pool:
-        ahead = None
-        for start in range(0, len(paths) + batch_size, batch_size):
-            batch, ahead = ahead, [pool.submit(lambda path: transform(read_picture(path)), path) for path in paths[start:start + batch_size]]
-            if batch:
-                yield torch.stack([future.result() for future in batch])
-
-
-def image_features(clip, batches, device, dtype, total=None):
-    """Normalised features [N, dim] float32 of batches of pictures."""
-    features = []
-    with torch.inference_mode(), tqdm(total=total, unit="img", desc="reading pictures", disable=total is None) as bar:
-        for batch in batches:
-            with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-                features.append(clip.encode_image(batch.to(device)).float())
-            bar.update(len(batch))
-    return torch.nn.functional.normalize(torch.cat(features), dim=-1)
 
 
 def score(probabilities, truth, names):

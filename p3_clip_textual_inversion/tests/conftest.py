@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from safetensors.torch import save_file
 
+from p3_clip_textual_inversion.clip import load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.files import ROOT, run
-from p3_clip_textual_inversion.model import load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
+from p3_clip_textual_inversion.model import to_text_encoder, write_merges
 
 
 @pytest.fixture

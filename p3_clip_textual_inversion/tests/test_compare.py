@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.compare import rest_of, summary_of
 from p3_clip_textual_inversion.data import example_pictures, read_concepts
 from p3_clip_textual_inversion.embedding import save_embedding
-from p3_clip_textual_inversion.evaluate import Grader
 
 
 @pytest.mark.parametrize("prompt, rest", [

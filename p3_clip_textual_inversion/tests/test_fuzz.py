@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from p3_clip_textual_inversion.data import CAPTIONS, read_captions, read_concepts, read_pictures
+from p3_clip_textual_inversion.checkpoint import read_checkpoint
+from p3_clip_textual_inversion.clip import read_merges
+from p3_clip_textual_inversion.data import CAPTIONS, read_captions, read_concepts, read_data, read_pictures
 from p3_clip_textual_inversion.embedding import read_embedding
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.model import read_merges
-from p3_clip_textual_inversion.stable_diffusion import read_checkpoint
-from p3_clip_textual_inversion.zero_shot import read_data
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 

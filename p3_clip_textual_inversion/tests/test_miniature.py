@@ -10,10 +10,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import example_pictures, read_concepts
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, read_embeddings
-from p3_clip_textual_inversion.evaluate import Grader, clip_scores
+from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.inference import EMBEDDINGS, MINI_GUIDANCE, DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.world import MINI

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
-from p3_clip_textual_inversion.stable_diffusion import CONFIGS, load_single_file, load_stable_diffusion, read_checkpoint
+from p3_clip_textual_inversion.stable_diffusion import CONFIGS, load_single_file, load_stable_diffusion
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, read_pictures, varied
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
-from p3_clip_textual_inversion.evaluate import Grader, best_of, clip_scores, passes
+from p3_clip_textual_inversion.evaluate import best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion

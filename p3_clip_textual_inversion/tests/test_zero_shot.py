@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
+from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
-from p3_clip_textual_inversion.model import load_clip
-from p3_clip_textual_inversion.zero_shot import image_features, load_pictures, read_data, score, text_classifier
+from p3_clip_textual_inversion.zero_shot import score
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 
