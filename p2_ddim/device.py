@@ -1,23 +1,92 @@
-"""Which device and which number format to compute in."""
+"""Which device and number format to compute in, what to do where memory ends, and how processes share the drawing. The same file in the three folders."""
+
+import os
+import platform
+import resource
+import sys
+import warnings
+from contextlib import contextmanager, nullcontext
+from datetime import date, timedelta
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .files import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OLDER_WHEELS = 'pip install "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126'  # CUDA 12.6: cards from sm_50, drivers from 525
+NEWER_WHEELS = "pip install --upgrade torch torchvision"
 
+
+# --- which device ---
 
 def pick_device(name="auto"):
-    """"auto" is the first GPU if there is one, otherwise the CPU."""
+    """"auto" is this process's GPU, if there is one that computes, otherwise the CPU; why a GPU is not used is said in a note."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = gpu_problem()
+        if reason:
+            tqdm.write(f"note: computing on the CPU: {reason}", file=sys.stderr)
+        name = "cpu" if reason is not None else "cuda"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device that can be named may still compute nothing: "meta"
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if device.type == "cuda":
+            if torch.cuda.device_count() == 0:
+                raise RuntimeError(gpu_problem() or "there is no GPU")
+            index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)  # accelerate, and whoever says "cuda" alone, take this one
+        compute_something(device)  # a device that can be named may still compute nothing: "meta"
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise UserError(f"the device {name!r} cannot be used: {why(error)}") from None
     return device
 
+
+def gpu_problem():
+    """None if the first GPU computes; otherwise why not, or "" where there is none to be seen."""
+    with warnings.catch_warnings(record=True) as said:  # a driver that is too old is only warned of
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if found:
+        try:
+            compute_something(torch.device("cuda"))
+            return None
+        except RuntimeError as error:
+            return why(error)
+    if not Path("/proc/driver/nvidia/version").exists():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"there is an NVIDIA driver, but this torch is built for CPUs only; {NEWER_WHEELS} --index-url https://download.pytorch.org/whl/cu126 has both"
+    told = next((str(w.message) for w in said if "driver" in str(w.message).lower()), "torch finds no GPU behind the NVIDIA driver")
+    return f"{told.split(' (Triggered')[0].splitlines()[0].rstrip('.')}; update the driver, or: {OLDER_WHEELS}"
+
+
+def compute_something(device):
+    """A convolution, which every network here has, and its answer: what raises nothing here works."""
+    x = torch.ones(1, 4, 8, 8, device=device)
+    torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, device=device)).sum().item()
+
+
+def why(error):
+    """One line of what a device raised; for a card that torch has no kernels for, with the line that installs those that it needs."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "no kernel image" not in text and "no longer supports" not in text:
+        return text
+    major, minor = torch.cuda.get_device_capability()
+    wheels = OLDER_WHEELS if (major, minor) < (7, 5) else NEWER_WHEELS
+    return (f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name()} (sm_{major}{minor}), only {' '.join(torch.cuda.get_arch_list())}; "
+            f"install one that has: {wheels}")
+
+
+def describe(device, dtype=None):
+    """A device in words, for the first line of every command: "cuda:0 (NVIDIA H100, 79 GB), bf16"."""
+    text = str(device)
+    if device.type == "cuda":
+        text += f" ({torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GB)"
+    return text if dtype is None else f"{text}, {name_of(dtype)}"
+
+
+# --- which number format ---
 
 def cpu_has_bf16():
     """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX). Elsewhere bf16 is emulated, and very slow."""
@@ -28,10 +97,147 @@ def cpu_has_bf16():
         return any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
 
 
-def pick_dtype(name, device):
-    """"auto" is bf16 where the device computes in it natively, fp16 on older GPUs, otherwise fp32."""
+def fast_dtypes(device):
+    """The names of the half-precision formats that a device computes faster than fp32."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return ("bf16", "fp16")
+        # Volta and Turing have tensor cores for fp16. Pascal computes it at 1/64 of the speed of fp32; the GTX 16 series gives NaN in it.
+        return ("fp16",) if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device) else ()
+    return ("bf16",) if device.type == "cpu" and cpu_has_bf16() else ()
+
+
+def pick_dtype(name, device, among=("bf16", "fp16")):
+    """"auto" is the first of `among`, the formats in which a command's result is as good, that the device computes fast, otherwise fp32."""
     if name != "auto":
         return DTYPES[name]
+    fast = fast_dtypes(device)
+    return DTYPES[next((own for own in among if own in fast), "fp32")]
+
+
+def name_of(dtype):
+    return next(name for name, own in DTYPES.items() if own == dtype)
+
+
+def autocast(device, dtype):
+    """The context in which a network computes in `dtype`, its weights staying as they are."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype)
+
+
+def use_tf32(on):
+    """Whether fp32 may be computed with 10 bits of mantissa (TF32) on Ampere and newer. cuDNN's convolutions do by default: P2's exact pictures, an MSE
+    of 0.0008 from their references in fp32, are 0.1 from them then. Off for drawing and measuring, on for training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 and later have other names for these, which older ones and torch.compile do not know
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+# --- where memory ends ---
+
+FITTED = {}  # {what: the batch that memory was found to hold}, so that the next call need not find out again
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that a GPU's or the computer's memory ended."""
+    text = str(error)
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "DefaultCPUAllocator")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
+
+
+def attempt(work, *args):
+    """(work(*args), True), or (None, False) where memory ended. The exception, which holds the tensors of every frame it came through, is gone on return."""
+    try:
+        return work(*args), True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None, False
+
+
+def in_batches(items, size, work, what="picture", hint="--device cpu", share=(0, 1)):
+    """Yields (batch, work(batch)) for a list of items, `size` at a time. A batch that memory cannot hold is halved, and the size that it can is remembered.
+
+    share: (rank, processes): of the whole batches every so-many-th, from its own, is this process's; a batch has the same items whoever does it."""
+    for first in range(share[0] * size, len(items), share[1] * size):
+        left = items[first:first + size]
+        while len(left):
+            batch = left[:min(size, FITTED.get(what, size))]
+            result, done = attempt(work, batch)
+            if done:
+                yield batch, result
+                left = left[len(batch):]
+                continue
+            if len(batch) == 1:
+                raise UserError(f"there is not enough memory for even one {what}; try {hint}")
+            FITTED[what] = (len(batch) + 1) // 2
+            free_memory()
+
+
+def free_memory():
+    """Gives back what a GPU's allocator keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device):
+    """The most bytes that this process has held so far: of the GPU's memory, or of the computer's."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(device):
+    """What a benchmark ran on, for its JSON."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    return {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
+            "python": platform.python_version(), "date": date.today().isoformat()}
+
+
+# --- several processes, and what is seen of the work ---
+
+@contextmanager
+def processes(patience=600):
+    """(rank, number) of the processes that torchrun, or a cluster's variables, started for one drawing; (0, 1) if it is alone.
+
+    They share no memory, only the list of what is to be drawn. At the end each waits for the others, so that what follows is true of all."""
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    if number == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:  # a WORLD_SIZE left in the environment means nothing
+        yield 0, 1
+        return
+    rank = int(os.environ["RANK"])
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=patience))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"process {rank} of {number} does not reach the others: {why(error)}") from None
+    try:
+        yield rank, number
+        try:
+            torch.distributed.monitored_barrier(timeout=timedelta(seconds=patience))
+        except RuntimeError:
+            raise UserError(f"process {rank} of {number} is done, but another has failed (see its message); what is written is whole, run again for the rest") \
+                from None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class progress(tqdm):  # called as tqdm is
+    """tqdm; without a terminal, in a log, a plain line each half minute in place of thousands of carriage returns."""
+
+    def __init__(self, *args, **options):
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            options |= {"mininterval": 30, "maxinterval": float("inf"), "miniters": 1, "delay": 30, "leave": False, "ascii": True}
+            options.setdefault("bar_format", "{desc}: {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left, {rate_fmt}{postfix}")
+        super().__init__(*args, **options)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        if msg is None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+    def set_postfix_str(self, s="", refresh=True):
+        super().set_postfix_str(s, refresh and not self.plain)

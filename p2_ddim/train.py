@@ -5,26 +5,42 @@
 
 import argparse
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, ddim, make_alpha_bar
-from .device import DTYPES, pick_device, pick_dtype
+from .device import progress
 from .evaluate import read_picture
-from .files import UserError, atomic_path, check_flags, load_pickle_safely, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
 from .inference import predictor, to_pictures
 from .model import UNet, UNetConfig
+from .training import (
+    WATCHING,
+    Log,
+    Validation,
+    add_arguments,
+    averaged_copy,
+    ema_update,
+    first_line_of,
+    fitting,
+    guarded,
+    is_flat,
+    learning_rate,
+    load_state,
+    make_optimizer,
+    prepare,
+    refuse_nonfinite,
+    seed_dropout,
+    share,
+)
 
 LOG_EVERY = 50
-FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "device")  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", *WATCHING)  # between a run and its continuation
+ADVICE = "lower --batch-size or --image-size, or use more processes; --dtype bf16 takes less as well"
 
 
 def parse_args():
@@ -47,18 +63,19 @@ def parse_args():
     parser.add_argument("--max-weight", type=float, default=20.0,
                         help="the loss is weighed by 1 / alpha_bar (as that of velocity is; Salimans and Ho 2022), up to this; 1 is plain DDPM")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of the pictures that validation keeps for itself")
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between two sample grids; 0 for none")
+    add_arguments(parser)
     args = parser.parse_args()
     check_flags(args, ("steps", "batch_size", "save_every", "image_size", "blocks"), lambda value: value >= 1, "at least 1")
-    check_flags(args, ("lr", "weight_decay", "warmup", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("lr", "weight_decay", "warmup", "sample_every", "validate_every", "stop_when_flat"), lambda value: 0 <= value < math.inf,
+                "a number from 0")
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     if not args.max_weight >= 1:  # not a number neither
         raise UserError(f"--max-weight must be at least 1, not {args.max_weight}")
-    check_flags(args, ("decay", "ema", "dropout"), lambda value: 0 <= value <= 1, "between 0 and 1")
+    check_flags(args, ("decay", "ema", "dropout", "held_out"), lambda value: 0 <= value <= 1, "between 0 and 1")
     if any(width < 32 or width % 32 for width in args.widths):
         raise UserError(f"--widths must be multiples of 32, not {args.widths}")
     if not set(args.attention) <= set(range(len(args.widths))):
@@ -70,87 +87,97 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
-    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world} processes")
     folder = writable_folder(args.output)
+    accelerator, dtype = prepare(args, folder)
+    with guarded(ADVICE):
+        train(args, folder, accelerator, dtype)
+
+
+def train(args, folder, accelerator, dtype):
+    device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings) if state_file.exists() else None
-    images = torch.from_numpy(read_pictures(args.data, args.image_size)).to(device)
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer")) if state_file.exists() else None
+    pictures = torch.from_numpy(read_pictures(args.data, args.image_size))
+    kept = round(args.held_out * len(pictures)) if len(pictures) > 1 else 0
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
+    images, held_out = (pictures[part].to(device) for part in (order[kept:].sort().values, order[:kept] if kept else order[:256]))
 
     torch.manual_seed(args.seed)
     net = UNet(UNetConfig(tuple(args.widths), tuple(args.attention), args.blocks, args.dropout))
-    alpha_bar = make_alpha_bar().float().to(device)
-    ema = AveragedModel(net, multi_avg_fn=ema_update(args.ema))
-    step, history, recent = 0, [], []
-    if state:
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
     # channels-last is the faster layout for a GPU's tensor cores; on a CPU the backward pass of GroupNorm is slow in it
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    net, ema = (m.to(device=device, memory_format=layout) for m in (net, ema))
-    adamw, muon = make_optimizers(net, args)
-    model, *optimizers = accelerator.prepare(net, adamw, muon)
+    net = net.to(device=device, memory_format=layout)
+    ema = averaged_copy(net)
+    alpha_bar = make_alpha_bar().float().to(device)
+    optimizer = make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("down1.", "out."))
+    model, optimizer = accelerator.prepare(net, optimizer)
+    step, history, recent = 0, [], []
     if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        with fitting(state_file):
+            net.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
 
-    accelerator.print(f"{len(images)} images from {args.data}, UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on "
-                      f"{world} x {device}, {precision if precision != 'no' else 'fp32'}" + (f", going on at step {step}" if step else ""))
-    started, first_step = time.perf_counter(), step
-    bar = tqdm(total=args.steps, initial=step, unit="step", desc="training P2", disable=not accelerator.is_main_process)
-    while step < args.steps:
-        index, t, eps, flip = (part.chunk(world)[rank] for part in draw_batch(step, args, len(images), device))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-        x0 = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
-        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+    def loss_of(network, x0, t, eps):
+        """Ho et al. 2020, algorithm 1, weighed: one value per picture, [B]."""
         ab = alpha_bar[t][:, None, None, None]
         xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=layout)
-        error = (model(xt, t).float() - eps).square().mean(dim=(1, 2, 3))  # Ho et al. 2020, algorithm 1
-        loss = (error / alpha_bar[t].clamp(min=1 / args.max_weight)).mean()
-        accelerator.backward(loss)
-        muon.take_gradients()
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        net.zero_grad()
-        ema.update_parameters(net)
-        step += 1
-        bar.update()
+        return (network(xt, t).float() - eps).square().mean(dim=(1, 2, 3)) / alpha_bar[t].clamp(min=1 / args.max_weight)
 
+    first_line_of(accelerator, dtype, f"{len(images)} pictures from {args.data}, UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+                  + (f", going on at step {step}," if step else ""))
+    log = Log(accelerator, folder, "training P2", args, step, history)
+    validate = Validation(len(held_out), (3, args.image_size, args.image_size), num_timesteps=NUM_TIMESTEPS)
+    while step < args.steps and not is_flat(history, args.stop_when_flat):
+        index, t, eps, flip = share(accelerator, *draw_batch(step, args, len(images), device))
+        seed_dropout(args.seed, step, accelerator.process_index)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        x0 = to_range(images[index])
+        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+        loss = loss_of(model, x0, t, eps).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_update(ema, net, step, args.ema)
+        step += 1
+        log.bar.update()
         recent.append(accelerator.reduce(loss.detach(), "mean"))
-        if step % LOG_EVERY == 0 or step == args.steps:
-            history.append([step, torch.stack(recent).mean().item()])
+
+        validating = args.validate_every and (step % args.validate_every == 0 or step == args.steps)
+        if step % LOG_EVERY == 0 or step == args.steps or validating:
+            refuse_nonfinite(step, recent, state_file)
+            numbers = {"loss": torch.stack(recent).mean().item(), "lr": learning_rate(step - 1, args)}
+            if validating:
+                numbers |= validate(lambda index, t, eps: loss_of(ema, to_range(held_out[index]), t, eps), accelerator, args.batch_size)
+            log.add(step, **numbers)
             recent = []
-            bar.set_postfix_str(f"loss {history[-1][1]:.4f}, {(step - first_step) * args.batch_size / (time.perf_counter() - started):.0f} img/s")
-            if not math.isfinite(history[-1][1]):
-                raise UserError(f"the loss is not finite at step {step}; try a smaller --lr, or --dtype fp32")
-        if accelerator.is_main_process:
-            if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-                save_image(sample_grid(ema.module, args, device, dtype), folder / f"samples_{step:06d}.png")
-            if step % args.save_every == 0 or step == args.steps:
-                content = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                           "step": step, "history": history, "recent": [loss.item() for loss in recent], "settings": settings}
+        last = step == args.steps or is_flat(history, args.stop_when_flat)
+        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
+            save_image(sample_grid(ema, args, device, dtype), folder / f"samples_{step:06d}.png")
+        if step % args.save_every == 0 or last:
+            refuse_nonfinite(step, [*recent, *net.parameters(), *ema.parameters()], state_file)
+            content = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history,
+                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
+            if accelerator.is_main_process:
                 with atomic_path(state_file) as temporary:
                     torch.save(content, temporary)
-                write_json(folder / "history.json", history)
-    bar.close()
+    log.close()
     if accelerator.is_main_process:
         path = folder / "UNet.pt"
         with atomic_path(path) as temporary:  # the course's format: a plain state dict in float32
-            torch.save({name: tensor.cpu().contiguous() for name, tensor in ema.module.state_dict().items()}, temporary)
+            torch.save({name: tensor.cpu().contiguous() for name, tensor in ema.state_dict().items()}, temporary)
         print(f"wrote {path}\nnext: bash scripts/p2_infer.sh NOISE_DIR OUT {path}")
-    accelerator.end_training()
+
+
+def to_range(images):
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def read_pictures(folder, side):
@@ -168,14 +195,13 @@ def read_pictures(folder, side):
         return np.asarray(image.resize((side, side), Image.Resampling.BOX, (left, top, left + square, top + square)))
 
     with ThreadPoolExecutor() as pool:
-        return np.stack(list(tqdm(pool.map(read, paths), total=len(paths), desc="decoding", unit="img", leave=False, disable=len(paths) < 1000)))
+        return np.stack(list(progress(pool.map(read, paths), total=len(paths), desc="decoding", unit="img", leave=False, disable=len(paths) < 1000)))
 
 
 def draw_batch(step, args, num_images, device):
     """Everything random about one step, for the global batch: (image index, t, eps, flip). A function of (seed, step) alone, so that a
     resumed run, or one on several processes, draws the same numbers."""
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-    torch.manual_seed(args.seed * 1_000_003 + step)  # the model's dropout, where it has any
     options = {"generator": generator, "device": device}
     n = args.batch_size
     flip = torch.rand(n, **options) < (0.5 if args.flip else 0.0)
@@ -183,63 +209,11 @@ def draw_batch(step, args, num_images, device):
             torch.randn(n, 3, args.image_size, args.image_size, **options), flip)
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then constant, then linear to zero."""
-    return args.lr * min((step + 1) / max(args.warmup, 1), 1, (args.steps - step) / max(args.decay * args.steps, 1))
-
-
-def make_optimizers(net, args):
-    """Muon for the convolutions, AdamW for the rest, without weight decay on norms and biases."""
-    kernels = [p for name, p in net.named_parameters() if p.ndim == 4 and not name.startswith(("down1.", "out."))]
-    rest = [p for p in net.parameters() if not any(p is kernel for kernel in kernels)]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": args.weight_decay}, {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
-    return (torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99)),
-            ConvolutionMuon(kernels, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
-
-
-class ConvolutionMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix (`as_matrix`)."""
-
-    def __init__(self, kernels, **options):
-        self.kernels = kernels
-        super().__init__([torch.nn.Parameter(as_matrix(kernel)) for kernel in kernels], **options)
-
-    def take_gradients(self):
-        """Lets the matrices' gradients share the kernels' memory; to be called after each backward pass, before clipping or unscaling."""
-        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
-            kernel.grad = kernel.grad.contiguous(memory_format=torch.contiguous_format if kernel.is_contiguous() else torch.channels_last)
-            matrix.grad = as_matrix(kernel.grad)
-
-
-def as_matrix(kernel):
-    """A kernel [out, in, k, k] as a matrix [out, in * k * k] that shares its memory, whichever of the two layouts it has."""
-    kernel = kernel.detach()
-    return (kernel if kernel.is_contiguous() else kernel.permute(0, 2, 3, 1)).flatten(1)
-
-
-def ema_update(decay):
-    """torch's EMA, with a shorter memory in the first steps, so that the random start is soon forgotten."""
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, (1 + float(count)) / (10 + float(count))))(averaged, current, count)
-    return update
-
-
-def load_state(path, settings):
-    """The state that a run of these settings saved; another run's is refused."""
-    state = load_pickle_safely(path, "training state")
-    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-        raise UserError(f"{path} is not a training state of this script; choose another --output")
-    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
-    return state
-
-
 @torch.inference_mode()
 def sample_grid(net, args, device, dtype, rows=2, columns=8):
     """A picture of rows x columns faces, drawn with the averaged weights in 25 steps."""
     noise = ImageNoise(args.seed, [f"training grid {i}" for i in range(rows * columns)], (3, args.image_size, args.image_size), device)()
-    *_, last = ddim(predictor(net.eval(), dtype), noise, DDIMConfig(25))
+    *_, last = ddim(predictor(net, dtype), noise, DDIMConfig(25))
     pictures = to_pictures(last.x).reshape(rows, columns, args.image_size, args.image_size, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray(pictures.reshape(rows * args.image_size, columns * args.image_size, 3))
 

@@ -1,0 +1,251 @@
+"""What the trainings have in common: machine and processes, optimiser, averaged weights, state, validation, and how a run is watched. The same file in the
+three folders. The loops stand in the train.py files; everything random in them is a function of (seed, step)."""
+
+import copy
+import csv
+import importlib.util
+import os
+import time
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pick_device, pick_dtype, progress, use_tf32
+from .files import UserError, atomic_path, load_pickle_safely
+
+WATCHING = ("device", "validate_every", "stop_when_flat", "report_to")  # flags that a run may change and still be the same run
+LEAST_GAIN = 1e-3  # of the validation loss: less is flat
+
+
+# --- machine and processes ---
+
+def add_arguments(parser):
+    """The flags that every training has."""
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 or fp16 where it is fast")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1")
+    parser.add_argument("--validate-every", type=int, default=500, help="steps between two validations, always at the same noises and moments; 0 for none")
+    parser.add_argument("--stop-when-flat", type=int, default=0, metavar="N", help="stop when N validations brought no lower loss; 0: never")
+    parser.add_argument("--report-to", choices=["none", "tensorboard", "wandb"], default="none", help="a tracker, besides log.csv in --output")
+
+
+def prepare(args, folder, accumulate=1):
+    """(accelerate's Accelerator, dtype) for --device, --dtype, --report-to, and a --batch-size that all processes share.
+
+    The same for one process, several (`torchrun --nproc_per_node N -m ...`) and a cluster; the GradScaler of fp16 is `accelerator.scaler`."""
+    if "RANK" not in os.environ:
+        os.environ.pop("WORLD_SIZE", None)  # left there by something else: accelerate would wait for processes that never come
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(f"--report-to {args.report_to} needs its package: pip install {args.report_to}")
+    use_tf32(True)
+    precision = {"fp32": "no"}.get(name_of(dtype), name_of(dtype))
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=accumulate,
+                              log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
+    return accelerator, dtype
+
+
+def first_line_of(accelerator, dtype, what):
+    """Says on what, in which format, what is trained; on several processes, how many."""
+    number = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    accelerator.print(f"{what} on {number}{describe(accelerator.device, dtype)}")
+
+
+def share(accelerator, *parts):
+    """This process's share of each part of a global batch, tensors or lists of the same length."""
+    each = len(parts[0]) // accelerator.num_processes
+    own = slice(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+    return tuple(part[own] for part in parts)
+
+
+def seed_dropout(seed, step, rank):
+    """The global generator, from which dropout draws: by step, so that a resumed run draws the same, and another on each process, which has other pictures."""
+    torch.manual_seed(seed * 1_000_003 + step + (rank << 40))
+
+
+@contextmanager
+def guarded(advice):
+    """Around a training: ended memory becomes one line, with the flags to lower, and so does the end of another process."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_out_of_memory(error):
+            raise UserError(f"there is not enough memory ({text[:100]}); {advice}") from None
+        if torch.distributed.is_initialized() and any(sign in str(error) for sign in ("onnection", "Socket", "NCCL", "gloo", "imed out")):
+            raise UserError(f"another process has failed (see its message): {text[:100]}; the same command goes on from the last state") from None
+        raise
+
+
+# --- optimiser and averaged weights ---
+
+def learning_rate(step, args):
+    """Linear warm-up (where args has one), then constant, then linear to zero over the last share `decay` of the steps."""
+    return args.lr * min((step + 1) / max(getattr(args, "warmup", 1), 1), 1, (args.steps - step) / max(args.decay * args.steps, 1))
+
+
+def make_optimizer(net, lr, weight_decay, betas, edges=()):
+    """Muon for the convolutions but depthwise ones and those whose names begin with `edges`, the network's first and last; AdamW for the rest, without
+    weight decay on embeddings, norms and biases. With AdamW alone P1's small network needed 500 steps for the loss that this reaches in 200."""
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    kernels = {name for name, p in named.items() if p.ndim == 4 and min(p.shape[:2]) > 4 and not name.startswith(tuple(edges))}
+    decayed = {name for name, p in named.items() if p.ndim > 1 and "embedding" not in name} - kernels
+    groups = ([p for name, p in named.items() if name in group] for group in (kernels, decayed, named.keys() - kernels - decayed))
+    return MuonAdamW(*groups, lr, weight_decay, betas)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels, each as a matrix that shares its memory; AdamW on the rest.
+
+    One optimiser for accelerate and its GradScaler: gradients are unscaled once, and where any overflowed neither of the two steps."""
+
+    def __init__(self, kernels, decayed, kept, lr, weight_decay, betas):
+        super().__init__([*kernels, *decayed, *kept], {"lr": lr})
+        self.kernels = kernels
+        self.adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}], lr=lr, betas=betas)
+        self.muon = torch.optim.Muon([torch.nn.Parameter(as_matrix(kernel, kernel)) for kernel in kernels], lr=lr, weight_decay=weight_decay,
+                                     adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for matrix, kernel in zip(self.muon.param_groups[0]["params"], self.kernels):
+            matrix.grad = as_matrix(kernel.grad, kernel)
+        for optimizer in (self.adamw, self.muon):
+            for group in optimizer.param_groups:
+                group["lr"] = self.param_groups[0]["lr"]
+            optimizer.step()
+
+    def state_dict(self):
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self.muon.load_state_dict(state_dict["muon"])
+
+
+def as_matrix(tensor, kernel):
+    """A tensor like `kernel` [out, in, k, k] as a matrix, in whichever of the two layouts the kernel has: [out, in * k * k], or channels-last
+    [out, k * k * in]. The kernel itself shares its memory with the matrix."""
+    plain = kernel.is_contiguous()
+    tensor = tensor.detach().contiguous(memory_format=torch.contiguous_format if plain else torch.channels_last)
+    return (tensor if plain else tensor.permute(0, 2, 3, 1)).flatten(1)
+
+
+def averaged_copy(net):
+    """The network whose weights `ema_update` keeps: the result of a training."""
+    return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(averaged, net, step, decay):
+    """averaged <- d averaged + (1 - d) net after step 0, 1, ...: d is `decay`, and less in the first steps, so that the random start is soon forgotten."""
+    d = min(decay, (1 + step) / (10 + step)) if step else 0.0
+    get_ema_multi_avg_fn(d)(list(averaged.parameters()), list(net.parameters()), None)
+
+
+# --- state ---
+
+def load_state(path, settings, needed=("step", "history", "recent")):
+    """The state that a run of these settings saved; another run's, or half a one, is refused."""
+    state = load_pickle_safely(path, "training state")
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise UserError(f"{path} is not a training state of this script; choose another --output")
+    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
+    if changed:
+        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
+    missing = [name for name in needed if name not in state]
+    if missing or not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["history"], list):
+        raise UserError(f"{path} is damaged: it has no usable {', '.join(missing) or 'step and history'}; choose another --output")
+    return state
+
+
+@contextmanager
+def fitting(path):
+    """Around the filling of networks and optimisers from a state: what does not fit becomes one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()
+        raise UserError(f"{path} does not fit this training ({' '.join(text)[:200]}); choose another --output") from None
+
+
+def refuse_nonfinite(step, numbers, path):
+    """A `UserError` where the loss or a weight, of tensors of any shape, is not finite: before a state of it takes the place of the good one at `path`."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor.detach().float()) for tensor in numbers])
+    if not norms.isfinite().all():
+        kept = f"; the last good state is kept in {path}" if path.exists() else ""
+        raise UserError(f"the loss or the weights are not finite at step {step}; try a smaller --lr, or --dtype fp32, and another --output{kept}")
+
+
+# --- how a training is watched ---
+
+class Validation:
+    """The loss of a network at `count` fixed moments, evenly over all t, with a fixed noise each: two values differ by the network alone.
+
+    bands: as many ranges of t, whose losses are told apart, since the mean hides where it changes."""
+
+    def __init__(self, num_items, shape, count=256, num_timesteps=1000, bands=4):
+        self.shape, self.bands, self.num_timesteps = shape, bands, num_timesteps
+        self.t = ((torch.arange(count) + 0.5) * num_timesteps / count).long()
+        self.index = torch.randperm(max(count, num_items), generator=torch.Generator().manual_seed(0))[:count] % num_items
+
+    @torch.no_grad()
+    def __call__(self, loss, accelerator, batch_size):
+        """{"validation": mean, "validation_0_249": ..., ...}. loss(index, t, eps): one value per item, [B]; the processes share the work."""
+        sums = torch.zeros(self.bands, device=accelerator.device)
+        rows = torch.arange(accelerator.process_index, len(self.t), accelerator.num_processes)
+        for some in rows.split(max(batch_size // accelerator.num_processes, 1)):
+            eps = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(int(row))) for row in some])
+            t, index, eps = (part.to(accelerator.device) for part in (self.t[some], self.index[some], eps))
+            with accelerator.autocast():
+                sums.index_add_(0, t * self.bands // self.num_timesteps, loss(index, t, eps).float())
+        counts = torch.bincount(self.t * self.bands // self.num_timesteps, minlength=self.bands)
+        means = (accelerator.reduce(sums, "sum").cpu() / counts).tolist()
+        edges = [i * self.num_timesteps // self.bands for i in range(self.bands + 1)]
+        return {"validation": sum(means) / self.bands, **{f"validation_{low}_{high - 1}": mean for low, high, mean in zip(edges, edges[1:], means)}}
+
+
+def is_flat(history, patience):
+    """Whether the last `patience` validations brought the lowest loss not even a thousandth lower."""
+    losses = [row["validation"] for row in history if "validation" in row]
+    return 0 < patience < len(losses) and min(losses[-patience:]) > (1 - LEAST_GAIN) * min(losses[:-patience])
+
+
+class Log:
+    """What a run tells: a bar, or plain lines, with the time that remains; log.csv in its folder; a tracker where --report-to names one.
+
+    history: rows {"step", "loss", ...} so far, which a state keeps and a resumed run goes on with."""
+
+    def __init__(self, accelerator, folder, title, args, step, history):
+        self.accelerator, self.folder, self.history, self.batch_size = accelerator, folder, history, args.batch_size
+        self.first, self.before, self.started = step, history[-1].get("seconds", 0.0) if history else 0.0, time.perf_counter()
+        if args.report_to != "none":
+            accelerator.init_trackers(title.replace(" ", "_"), {name: str(value) for name, value in vars(args).items()})
+        self.bar = progress(total=args.steps, initial=step, unit="step", desc=title, disable=not accelerator.is_main_process)
+
+    def add(self, step, **numbers):
+        """A row; numbers: "loss", the learning rate "lr", those of `Validation`."""
+        seconds = time.perf_counter() - self.started
+        rate = (step - self.first) * self.batch_size / seconds
+        row = {"step": step, **numbers, "seconds": round(self.before + seconds, 1), "items_per_second": round(rate, 1),
+               "peak_memory_gb": round(peak_memory(self.accelerator.device) / 1e9, 2)}
+        self.history.append(row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        shown = {name: row[name] for name in ("loss", "validation") if name in row}
+        self.bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in shown.items()) + f", {row['items_per_second']:.0f} a second", refresh=False)
+        if self.accelerator.is_main_process:
+            columns = list(dict.fromkeys(name for row in self.history for name in row))
+            with atomic_path(self.folder / "log.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.history)
+
+    def close(self):
+        self.bar.close()
+        self.accelerator.end_training()
