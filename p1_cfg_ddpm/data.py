@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,31 @@ def default_data():
 
 def load_digits(folder, split, domains=DOMAINS):
     """Reads one split ("train" or "val") of the named domains. Decoded images are kept in `folder/.cache` (unless that cannot be
-    written), keyed by the CSV's content and the images' sizes and times."""
+    written), keyed by the CSV's content and the images' sizes and times.
+
+    `folder` may also be one .npz file with the decoded arrays: {domain}_{split} uint8 [N, 28, 28, 3] and {domain}_{split}_label."""
     folder = Path(folder)
+    if folder.is_file():
+        return load_archive(folder, split, domains)
     parts = [load_domain(folder / name, split, index, folder / ".cache") for index, name in enumerate(DOMAINS) if name in domains]
     return Digits(*(np.concatenate([getattr(part, field) for part in parts]) for field in ("images", "digit", "domain")))
+
+
+def load_archive(path, split, domains):
+    """The `Digits` of one split from a .npz of decoded images."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = [(content[f"{name}_{split}"], content[f"{name}_{split}_label"], index) for index, name in enumerate(DOMAINS) if name in domains]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a .npz of digits: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} has no array {error.args[0].split()[0]!r}; expected {{domain}}_{{split}} and {{domain}}_{{split}}_label") from None
+    for images, label, index in arrays:
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3) and label.shape == images.shape[:1]
+        if not fits or not len(label) or not np.isin(label, range(NUM_DIGITS)).all():
+            raise UserError(f"{path}: {DOMAINS[index]}_{split} must be uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3] with N labels from 0 to 9")
+    return Digits(np.concatenate([images for images, _, _ in arrays]), np.concatenate([label for _, label, _ in arrays]).astype(np.int64),
+                  np.concatenate([np.full(len(label), index, dtype=np.int64) for _, label, index in arrays]))
 
 
 def load_domain(folder, split, domain, cache):

@@ -53,7 +53,9 @@ class Diffusion:
 
     def coefficients(self, t):
         """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) for t int [B], as float32 [B, 1, 1, 1] on t's device."""
-        return tuple(table.to(t.device)[t][:, None, None, None] for table in (self.signal, self.noise))
+        if self.signal.device != t.device:  # moved once: a copy in every step would make a GPU wait for it
+            self.signal, self.noise = self.signal.to(t.device), self.noise.to(t.device)
+        return tuple(table[t][:, None, None, None] for table in (self.signal, self.noise))
 
     def add_noise(self, x0, eps, t):
         """q(x_t | x0), Ho et al. 2020 eq. 4. x0, eps: [B, 3, H, W]; t: int [B]."""
@@ -96,6 +98,15 @@ class Diffusion:
 def model_attribute(model, name):
     """An attribute of the network, also when accelerate has wrapped it for several GPUs."""
     return getattr(getattr(model, "module", model), name)
+
+
+def moment_density(alpha_bar, mean, std):
+    """How often training visits each t: ln(sigma / alpha) normal with this mean and deviation (Karras et al. 2022, table 1), float64 [T].
+
+    Uniform t spends most of its steps where little can be learned: on almost pure noise, and on almost clean images."""
+    log_sigma = 0.5 * ((1 - alpha_bar) / alpha_bar).log()
+    density = (-0.5 * ((log_sigma - mean) / std).square()).exp() * torch.gradient(log_sigma)[0]
+    return density / density.sum()
 
 
 class Guided:

@@ -29,7 +29,9 @@ class UNetConfig:
 
 SIZES = {
     "base": UNetConfig(),
+    "medium": UNetConfig(patch_size=2, widths=(96, 160), num_blocks=2, attention_levels=(0, 1), dropout=0.05),
     "small": UNetConfig(patch_size=2, widths=(64, 192), num_blocks=1, attention_levels=(), dropout=0.0),
+    "guide": UNetConfig(patch_size=2, widths=(48, 96), num_blocks=1, attention_levels=(), dropout=0.0),  # a weaker one, for autoguidance
     "tiny": UNetConfig(patch_size=2, widths=(16, 32), num_blocks=1, attention_levels=(), dropout=0.0),  # for tests
 }
 
