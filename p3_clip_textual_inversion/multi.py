@@ -27,7 +27,7 @@ from .embedding import add_words, expand, read_embeddings
 from .evaluate import sheet
 from .files import ROOT, UserError, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
-from .measures import interval
+from .measures import wilson
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .train import ORDINARY, TEMPLATES, kind_of, medium_of
 from .world import MINI, STYLES, words
@@ -280,7 +280,7 @@ def main():
                 pictures = [Image.fromarray(p) for p in draw(parts, [text] * args.num_images, names, config, guided, bar)]
                 found = torch.stack([finders[key](pictures) for key in keys])
                 both = int(found.all(0).sum())
-                results[method][prompt] = {"both": both / args.num_images, "interval": interval(both, args.num_images),
+                results[method][prompt] = {"both": both / args.num_images, "interval": wilson(both, args.num_images),
                                            **{f"finds {key}": found[i].float().mean().item() for i, key in enumerate(keys)}}
                 rows.append((f"{prompt}: {method}, both in {both} of {args.num_images}", pictures[:8]))
     write_json(args.report / "results" / "p3_multi.json", {"methods": results, "drift": drifts, "validation": validation, "pictures": args.num_images,
