@@ -9,15 +9,21 @@ from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.model import build_model_from_openai_state_dict, convert_to_custom_text_state_dict
 from open_clip.tokenizer import bytes_to_unicode, default_bpe
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from .checkpoint import is_torchscript, read_checkpoint, read_torchscript
 from .data import read_picture
 from .files import UserError, first_line
+from .hugging_face import HuggingFace, load_hugging_face_folder, model_of_state
 from .world import MINI
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
+OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
+FOLDER_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 
 
 def read_merges(path=None):
@@ -40,45 +46,138 @@ def make_clip_tokenizer(merges, context_length=77):
 
 
 def load_clip(name, pretrained=None, device="cpu"):
-    """(open_clip model in eval mode, its image transform, its tokenizer).
+    """(a CLIP in eval mode, its image transform, its tokenizer); the CLIP has encode_image, encode_text, logit_scale and (SigLIP) logit_bias of open_clip's.
 
-    name: a model of open_clip, with `pretrained` a tag or a file of weights; or a local folder with open_clip_config.json and weights (and
-    bpe.txt.gz, where it has a vocabulary of its own). OpenAI's weights were trained with QuickGELU: a name without -quickgelu is corrected, since
-    the accuracy would suffer silently; a name with it for other weights is refused."""
-    folder, options, tokenizer_options = Path(name), {}, {}
-    if (folder / "open_clip_config.json").is_file():
-        name, pretrained = f"local-dir:{folder.resolve()}", None
-        if (folder / BPE_FILE).is_file():
-            read_merges(folder / BPE_FILE)  # says what is wrong with it
-            tokenizer_options["bpe_path"] = str(folder / BPE_FILE)
-    else:
-        if name not in open_clip.list_models():
-            close = difflib.get_close_matches(str(name), open_clip.list_models(), 3, 0.3)
-            raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json nor a model of open_clip ({', '.join(close)}, ...)")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not pretrained:
-            raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
-        if not Path(pretrained).is_file():
-            if pretrained not in tags:
-                raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
-            trained_quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-            quick = open_clip.get_model_config(name).get("quick_gelu", False)
-            if quick and not trained_quick:
-                raise UserError(f"{name} has QuickGELU, but the weights {pretrained} were trained with GELU; use {name.replace('-quickgelu', '')}")
-            options["force_quick_gelu"] = trained_quick and not quick
+    name: a folder of open_clip's (open_clip_config.json; bpe.txt.gz, where it has a vocabulary of its own) or of Hugging Face's (config.json of a CLIP or
+    SigLIP); a file of OpenAI's (TorchScript, opened without executing it); or a model of open_clip, with `pretrained` a tag or any file of weights.
+    OpenAI's weights were trained with QuickGELU, and the accuracy suffers silently without: what the file or the tag tells of it corrects a name
+    without -quickgelu; a name with it for other weights is refused."""
+    path, file = Path(name), Path(pretrained or name)
+    if path.is_file():  # a file among what else a folder has is that folder's; any other must tell all by itself
+        name = str(path.parent) if path.name in FOLDER_FILES else path.stem
+    folder = Path(name)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device, **options)
+        if (folder / "open_clip_config.json").is_file():
+            clip, transform, tokenizer = load_open_clip_folder(folder)
+        elif (folder / "config.json").is_file():
+            clip, transform, tokenizer = load_hugging_face_folder(folder)
+        elif file.is_file():
+            clip, transform, tokenizer = load_weights(file, None if path.is_file() else known_name(name))
+        else:
+            clip, transform, tokenizer = load_tag(known_name(name), pretrained)
+    except UserError:
+        raise
     except Exception as error:  # the hub's and the loaders' libraries raise many kinds
-        raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}; without internet, give a local file or folder") from None
-    return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name, **tokenizer_options)
+        hint = "" if folder.is_dir() or file.is_file() else "; without internet, give a local file or folder"
+        raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}{hint}") from None
+    wrong = next((n for n, tensor in clip.state_dict().items() if not tensor.isfinite().all()), None)
+    if wrong:
+        raise UserError(f"the CLIP {name} {pretrained or ''} is damaged: {wrong} has values that are not finite")
+    return clip.to(device).eval().requires_grad_(False), transform, tokenizer
+
+
+def load_open_clip_folder(folder):
+    """What `load_clip` gives of a folder with open_clip_config.json."""
+    options = {}
+    if (folder / BPE_FILE).is_file():
+        read_merges(folder / BPE_FILE)  # says what is wrong with it
+        options["bpe_path"] = str(folder / BPE_FILE)
+    source = f"local-dir:{folder.resolve()}"
+    clip, _, transform = open_clip.create_model_and_transforms(source)
+    return clip, transform, open_clip.get_tokenizer(source, **options)
+
+
+def known_name(name):
+    """A model of open_clip, or a `UserError` that names similar ones."""
+    name = str(name).replace("/", "-")  # OpenAI writes ViT-B/32
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(str(name), open_clip.list_models(), 3, 0.3)
+        raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json or config.json, nor a file, nor a model of open_clip "
+                        f"({', '.join(close)}, ...)")
+    return name
+
+
+def load_tag(name, tag):
+    """What `load_clip` gives of a model of open_clip with published weights."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tag:
+        raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
+    if tag not in tags:
+        raise UserError(f"{name} has no weights {tag}: expected a file or one of {', '.join(tags)}")
+    quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    check_activation(name, quick, f"the weights {tag}")
+    clip, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag, force_quick_gelu=quick)
+    return clip, transform, open_clip.get_tokenizer(name)
+
+
+def check_activation(name, quick, weights):
+    """A `UserError` where the name wants QuickGELU of weights that were trained with GELU. quick: what they were trained with, None if they do not tell."""
+    if quick is False and open_clip.get_model_config(name).get("quick_gelu", False):
+        raise UserError(f"{name} has QuickGELU, but {weights} were trained with GELU; use {name.replace('-quickgelu', '')}")
+
+
+def load_weights(path, name=None):
+    """What `load_clip` gives of one file of weights: OpenAI's TorchScript, or a state_dict in open_clip's or Hugging Face's names.
+
+    name: the model of open_clip that it is; without, the file must tell its activation (QuickGELU or GELU), as OpenAI's do."""
+    state, quick = read_weights(path)
+    if name:
+        check_activation(name, quick, f"the weights in {path}")
+        quick = open_clip.get_model_config(name).get("quick_gelu", False) or bool(quick)
+    elif quick is None:
+        raise UserError(f"{path} does not tell whether it was trained with QuickGELU: give the model of open_clip that it is by --model and the file by "
+                        "--pretrained, or a folder with its config.json")
+    if any(key.startswith("vision_model.") for key in state):
+        clip = HuggingFace(model_of_state(state, quick))
+        return clip, image_transform_v2(PreprocessCfg(size=clip.visual.image_size), is_train=False), open_clip.SimpleTokenizer(context_length=77)
+    if name:
+        clip = open_clip.create_model(name, force_quick_gelu=quick)
+        if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+        for key in ("logit_scale", "logit_bias"):  # a number, or a list of one
+            if key in state and getattr(clip, key) is not None:
+                state[key] = state[key].reshape(getattr(clip, key).shape)
+        try:
+            clip.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from None
+        return clip, image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False), open_clip.get_tokenizer(name)
+    clip = build_model_from_openai_state_dict(state, quick_gelu=quick, cast_dtype=torch.float32).float()
+    transform = image_transform_v2(PreprocessCfg(size=clip.visual.image_size), is_train=False)
+    return clip, transform, open_clip.SimpleTokenizer(context_length=clip.context_length)
+
+
+def read_weights(path):
+    """({name: tensor} in open_clip's or Hugging Face's names, whether they were trained with QuickGELU or None where the file does not tell)."""
+    if is_torchscript(path):
+        state, classes = read_torchscript(path)
+        activations = {kind for module, kind in classes.items() if module.endswith(".gelu")}
+        quick = "QuickGELU" in activations or None if len(activations) != 1 else activations == {"QuickGELU"}
+    else:
+        state, quick = read_checkpoint(path), None
+    if all(key.startswith("module.") for key in state):  # of a training on several GPUs
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if state.keys() >= OPENAI_MARKS:  # beside the weights in every file of OpenAI's and of its kind
+        quick = True if quick is None else quick
+    return {key: tensor for key, tensor in state.items() if key not in OPENAI_MARKS and not key.endswith(("attn_mask", "position_ids"))}, quick
+
+
+@torch.inference_mode()
+def text_features(clip, tokenizer, captions, device):
+    """Normalised features [N, dim] float32 of captions."""
+    batches = [tokenizer(captions[i:i + 256]).to(device) for i in range(0, len(captions), 256)]
+    return torch.cat([torch.nn.functional.normalize(clip.encode_text(batch).float(), dim=-1) for batch in batches])
+
+
+def ensemble(features):
+    """Of normalised features [..., captions, dim] of each class's captions: one direction a class, their mean, normalised again."""
+    return torch.nn.functional.normalize(features.mean(-2), dim=-1)
 
 
 def text_classifier(clip, tokenizer, labels, templates, device):
-    """One direction per label, [labels, dim] float32 of length 1: the mean of its captions' normalised features, normalised again."""
-    with torch.inference_mode():
-        captions = [template.format(label) for label in labels for template in templates]
-        features = torch.cat([clip.encode_text(tokenizer(captions[i:i + 256]).to(device), normalize=True).float() for i in range(0, len(captions), 256)])
-        return torch.nn.functional.normalize(features.reshape(len(labels), len(templates), -1).mean(1), dim=-1)
+    """One direction per label, [labels, dim] float32 of length 1."""
+    captions = [template.format(label) for label in labels for template in templates]
+    return ensemble(text_features(clip, tokenizer, captions, device).unflatten(0, (len(labels), len(templates))))
 
 
 def load_pictures(paths, transform, batch_size):
@@ -91,15 +190,19 @@ def load_pictures(paths, transform, batch_size):
                 yield torch.stack([future.result() for future in batch])
 
 
+@torch.inference_mode()
 def image_features(clip, batches, device, dtype, total=None):
     """Normalised features [N, dim] float32 of batches of pictures."""
     features = []
-    with torch.inference_mode(), tqdm(total=total, unit="img", desc="reading pictures", disable=total is None) as bar:
+    with tqdm(total=total, unit="img", desc="reading pictures", disable=total is None) as bar:
         for batch in batches:
             with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
                 features.append(clip.encode_image(batch.to(device)).float())
             bar.update(len(batch))
-    return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+    features = torch.nn.functional.normalize(torch.cat(features), dim=-1)
+    if not features.isfinite().all():
+        raise UserError("CLIP's features of a picture are not finite; try --dtype fp32")
+    return features
 
 
 class Grader:
@@ -109,16 +212,21 @@ class Grader:
         self.device, self.dtype = torch.device(device), dtype
         self.clip, self.transform, self.tokenizer = load_clip(str(model), pretrained, device)
 
-    def of_files(self, paths):
+    @property
+    def logits(self):
+        """(scale, bias) of the cosines: probabilities are their softmax over the captions, or with a bias, as SigLIP has, each one's own sigmoid."""
+        bias = getattr(self.clip, "logit_bias", None)
+        return self.clip.logit_scale.exp().item(), None if bias is None else bias.item()
+
+    def of_files(self, paths, batch_size=64, progress=False):
         """[len(paths), dim]"""
-        return image_features(self.clip, load_pictures(paths, self.transform, 64), self.device, self.dtype).cpu()
+        return image_features(self.clip, load_pictures(paths, self.transform, batch_size), self.device, self.dtype, len(paths) if progress else None).cpu()
 
     def of_pictures(self, pictures):
         """PIL images -> [len(pictures), dim]"""
         batches = torch.stack([self.transform(picture) for picture in pictures]).split(64)
         return image_features(self.clip, batches, self.device, self.dtype).cpu()
 
-    @torch.inference_mode()
     def of_texts(self, texts):
         """[len(texts), dim]"""
-        return self.clip.encode_text(self.tokenizer(texts).to(self.device), normalize=True).float().cpu()
+        return text_features(self.clip, self.tokenizer, texts, self.device).cpu()

@@ -1,0 +1,90 @@
+"""CLIP and SigLIP as Hugging Face's transformers keep them, with the methods that open_clip's models have."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+from .files import UserError, read_json
+
+CLIP_VOCABULARY = 49408  # tokens of OpenAI's CLIP, which open_clip's own tokenizer knows
+HEAD_WIDTH = 64  # in every CLIP of OpenAI's shape
+KINDS = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}
+RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+class HuggingFace(torch.nn.Module):
+    """A CLIPModel or SiglipModel under open_clip's names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.visual = SimpleNamespace(image_size=model.config.vision_config.image_size)
+
+    @property
+    def logit_scale(self):
+        return self.model.logit_scale
+
+    @property
+    def logit_bias(self):
+        return getattr(self.model, "logit_bias", None)
+
+    def encode_image(self, pictures, normalize=False):
+        return features_of(self.model.get_image_features(pixel_values=pictures), normalize)
+
+    def encode_text(self, tokens, normalize=False):
+        return features_of(self.model.get_text_features(input_ids=tokens), normalize)
+
+
+def features_of(output, normalize):
+    """[B, dim] of what transformers answer: 5 wraps the features, 4 does not."""
+    features = output if torch.is_tensor(output) else output.pooler_output
+    return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def load_hugging_face_folder(folder):
+    """(model, image transform, tokenizer) of a folder with config.json, weights and, where the vocabulary is not OpenAI's, the tokenizer's files."""
+    config, preprocess = (read_json(folder / name) if (folder / name).is_file() else {} for name in ("config.json", "preprocessor_config.json"))
+    if not isinstance(config, dict) or config.get("model_type") not in KINDS:
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(f"{folder / 'config.json'} is not of a CLIP or SigLIP: its model_type is {kind!r}, expected one of {', '.join(KINDS)}")
+    config_kind, model_kind = KINDS[config["model_type"]]
+    model = model_kind.from_pretrained(folder, config=config_kind.from_dict(config), local_files_only=True, dtype=torch.float32)
+    text, siglip = model.config.text_config, config["model_type"] == "siglip"
+    if not siglip and text.vocab_size == CLIP_VOCABULARY:
+        tokenizer = open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
+    else:
+        tokenizer = partial(tokenize, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), text.max_position_embeddings)
+    normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if siglip else {}
+    normal |= {ours: tuple(preprocess[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in preprocess}
+    cropped = preprocess.get("do_center_crop", not siglip)
+    transform = image_transform_v2(PreprocessCfg(size=model.config.vision_config.image_size, resize_mode="shortest" if cropped else "squash",
+                                                 interpolation=RESAMPLING.get(preprocess.get("resample", 3), "bicubic"), **normal), is_train=False)
+    return HuggingFace(model), transform, tokenizer
+
+
+def tokenize(tokenizer, context_length, texts):
+    """int [B, context], padded to the end, as both kinds were trained."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt").input_ids
+
+
+def model_of_state(state, quick_gelu):
+    """A CLIPModel for a bare state_dict, its shape read off the tensors."""
+    def layers(tower):
+        return len({name.split(".")[3] for name in state if name.startswith(f"{tower}.encoder.layers.")})
+
+    def sizes(tower, activation):
+        intermediate, width = state[f"{tower}.encoder.layers.0.mlp.fc1.weight"].shape
+        return {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers(tower), "num_attention_heads": max(width // HEAD_WIDTH, 1),
+                "hidden_act": activation, "projection_dim": dim}
+    dim, activation = len(state["visual_projection.weight"]), "quick_gelu" if quick_gelu else "gelu"
+    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    side = patch * round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
+    vocabulary, context = (len(state[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position"))
+    model = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=sizes("vision_model", activation) | {"patch_size": patch, "image_size": side},
+                                 text_config=sizes("text_model", activation) | {"vocab_size": vocabulary, "max_position_embeddings": context}))
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
