@@ -60,6 +60,38 @@ class Downsample(nn.Sequential):
         super().__init__(nn.GroupNorm(8, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1))
 
 
+class SecondClassifier(nn.Module):
+    """The second judge: plain convolutions with BatchNorm and pooling by maxima (Simonyan and Zisserman 2015), another kind of network than the one
+    above, trained from another seed. Nothing is chosen by it: it says whether what was chosen by the first pleases the first alone. Same interface."""
+
+    num_features = 192
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (64, 128, 192):
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+            layers += [nn.MaxPool2d(2), nn.Dropout2d(0.1)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(192, NUM_DIGITS)
+
+    def features(self, x):
+        """The largest activation of each channel before the last layer, [B, 192]."""
+        return self.layers(x).amax(dim=(2, 3))
+
+    def logits(self, features):
+        """[B, 192] -> [B, 10]"""
+        return self.head(features)
+
+    def forward(self, x):
+        return self.logits(self.features(x))
+
+
+ARCHITECTURES = {"residual": DigitClassifier, "plain": SecondClassifier}
+
+
 class CourseClassifier(nn.Module):
     """The course's MNIST-M grader: two convolutions with max-pooling, three linear layers. Same interface as above."""
 
@@ -119,7 +151,12 @@ def load_classifier(path, device="cpu"):
     `state_dict`, read safely."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        model = fill(DigitClassifier(), {name: tensor.float() for name, tensor in load_weights(path)[0].items()}, path)
+        tensors, facts = load_weights(path)
+        architecture = facts.get("architecture", "residual") if isinstance(facts, dict) else None
+        if architecture not in ARCHITECTURES:
+            raise UserError(f"{path} is a classifier of an unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        model = fill(ARCHITECTURES[architecture](), tensors, path)
     else:
         content = load_pickle_safely(path, "classifier")
         state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -131,8 +168,9 @@ def load_classifier(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def bundled_classifier(domain):
-    return BUNDLED / f"classifier_{domain}.safetensors"
+def bundled_classifier(domain, judge="classifier"):
+    """The file of the bundled judge of a domain; judge: "classifier" or "second"."""
+    return BUNDLED / f"{judge}_{domain}.safetensors"
 
 
 def course_classifier(domain):
@@ -149,10 +187,11 @@ def classify(model, images, batch_size=500):
     return model.logits(features).argmax(dim=1).cpu(), features.double().cpu()
 
 
-def augment(x, generator):
+def augment(x, generator, strength=1.0):
     """Small random rotation, scale and shift, contrast and brightness per colour channel. x: [B, 3, 28, 28] in [-1, 1]."""
     def uniform(low, high, *shape):
-        return torch.rand(len(x), *shape, generator=generator).to(x.device) * (high - low) + low
+        middle, reach = (low + high) / 2, strength * (high - low)
+        return (torch.rand(len(x), *shape, generator=generator).to(x.device) - 0.5) * reach + middle
 
     angle, scale = uniform(-0.2, 0.2), uniform(0.85, 1.15)
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -164,6 +203,7 @@ def augment(x, generator):
 def parse_args():
     parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--domain", choices=DOMAINS, required=True)
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="residual", help="plain: the second judge")
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/classifier_{domain}.safetensors)")
     parser.add_argument("--epochs", type=int, default=8)
@@ -192,7 +232,7 @@ def main():
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    model = DigitClassifier().to(device, memory_format=torch.channels_last)
+    model = ARCHITECTURES[args.architecture]().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = max(len(train) // args.batch_size, 1)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
@@ -217,8 +257,8 @@ def main():
     if not math.isfinite(loss.item()):
         raise UserError("the loss is not finite; try a smaller --lr, or --dtype fp32")
     correct = classify(model.eval().float(), val.images)[0].numpy() == val.digit
-    facts = {"domain": args.domain, "train_images": len(train), "val_images": len(val), "val_accuracy": float(correct.mean()),
-             "epochs": args.epochs, "seed": args.seed}
+    facts = {"domain": args.domain, "architecture": args.architecture, "train_images": len(train), "val_images": len(val),
+             "val_accuracy": float(correct.mean()), "epochs": args.epochs, "seed": args.seed}
     save_weights(output, model.half().state_dict(), facts)
     print(f"wrote {output}: {json.dumps(facts)}")
 

@@ -1,0 +1,124 @@
+"""How near a set of images comes to real ones: Frechet distance, precision, recall, density and coverage, in the features of any network.
+
+    python -m p1_cfg_ddpm.quality --data DIGITS      # writes runs/reference.safetensors: the features of the real validation images
+
+Each is told as a ratio to what other *real* images score, as many and of the same digits, against the same reference: 1 is as good as real.
+A single number hides what is wrong: precision falls where images lie outside the real ones, coverage where real ones are missing among them.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .classifier import bundled_classifier, classify, load_classifier
+from .data import load_digits
+from .embedding import bundled_embedding, embed
+from .files import BUNDLED, UserError, load_weights, run, save_weights, writable_file
+from .model import DOMAINS, NUM_DIGITS
+
+REFERENCE = BUNDLED / "reference.safetensors"
+PER_DIGIT = 50  # real images of each digit that take the place of generated ones, as many as the grader's files
+NEIGHBOURS = 5
+MEASURES = ("frechet", "precision", "recall", "density", "coverage")
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two sets of features, float64 [N, F] and [M, F] (Heusel et al. 2017).
+
+    The trace of the root of C1 C2 is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric."""
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(dim=0), x.T.cov()) for x in (a, b))
+    return frechet_of_gaussians(mean_a, cov_a, mean_b, cov_b)
+
+
+def frechet_of_gaussians(mean_a, cov_a, mean_b, cov_b):
+    """The same between two normal distributions; means [F], covariances [F, F], float64."""
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def radii(x, k=NEIGHBOURS):
+    """The distance of each row of x [N, F] to its k-th nearest other row, [N]."""
+    return torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # the nearest is the row itself
+
+
+def neighbourhood_measures(fake, real, k=NEIGHBOURS):
+    """How two sets of features, [N, F] and [M, F], cover each other, with balls around each row that reach to its k-th neighbour in its own set.
+
+    precision: share of fake inside some real ball; recall: share of real inside some fake ball (Kynkaanniemi et al. 2019, eq. 1);
+    density: how many real balls hold a fake row, over k; coverage: share of real balls that hold one (Naeem et al. 2020, eq. 3, 4)."""
+    distance = torch.cdist(fake, real)  # [N, M]
+    inside_real, inside_fake = distance <= radii(real, k), distance <= radii(fake, k)[:, None]
+    return {"precision": inside_real.any(dim=1).double().mean().item(), "recall": inside_fake.any(dim=0).double().mean().item(),
+            "density": inside_real.sum(dim=1).double().mean().item() / k, "coverage": inside_real.any(dim=0).double().mean().item()}
+
+
+def compare(fake, real):
+    """All `MEASURES` of fake against real features, float64 [N, F] and [M, F]."""
+    return {"frechet": frechet_distance(fake, real), **neighbourhood_measures(fake, real)}
+
+
+def split_real(digit, seed, per_digit=PER_DIGIT):
+    """(indices of `per_digit` images of each digit, indices of all others): the real images that stand for generated ones, and the reference."""
+    order = np.random.default_rng(seed).permutation(len(digit))
+    some = np.concatenate([order[digit[order] == d][:per_digit] for d in range(NUM_DIGITS)])
+    return some, np.setdiff1d(order, some)
+
+
+def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT):
+    """`compare` of generated features with real ones, and the ratio of each measure to that of as many real images, for one split of the real ones.
+
+    features float64 [N, F], real float64 [M, F], real_digit int [M]. Returns {measure: {"value", "real", "ratio"}}."""
+    some, others = split_real(real_digit, seed, per_digit)
+    ours, theirs = compare(features, real[others]), compare(real[some], real[others])
+    return {name: {"value": ours[name], "real": theirs[name], "ratio": ours[name] / theirs[name] if theirs[name] else float("nan")} for name in MEASURES}
+
+
+def mean_pairwise_distance(x):
+    """Mean Euclidean distance over all pairs of different rows of x [N, F]; NaN for fewer than two rows."""
+    return torch.pdist(x).mean()
+
+
+def load_reference(path=REFERENCE):
+    """({domain: {"embedding" float64 [M, 128], "classifier" [M, 128], "digit" int [M], "pixel_diversity" [10]}}, facts) of real validation images."""
+    tensors, facts = load_weights(path)
+    try:
+        return {domain: {name: tensors[f"{domain}.{name}"].numpy() if name == "digit" else tensors[f"{domain}.{name}"].double()
+                         for name in ("embedding", "classifier", "digit", "pixel_diversity")} for domain in DOMAINS}, facts
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}; it is not the file that this project comes with") from None
+
+
+def pixel_diversity(images, digit):
+    """Mean distance between two images of the same digit, root mean square of grey levels, float64 [10]. images uint8 [N, 28, 28, 3], digit int [N]."""
+    pixels = torch.from_numpy(images.reshape(len(images), -1)).double()
+    return torch.stack([mean_pairwise_distance(pixels[np.flatnonzero(digit == d)]) for d in range(NUM_DIGITS)]) / pixels.shape[1] ** 0.5
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Computes the features of the real validation images, with the bundled judges.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
+    parser.add_argument("--output", type=Path, default=Path("runs/reference.safetensors"), help="the file to write")
+    args = parser.parse_args()
+    writable_file(args.output)
+    tensors, facts, embedding = {}, {}, bundled_embedding()
+    for domain in DOMAINS:
+        data = load_digits(args.data, "val", (domain,))
+        if np.bincount(data.digit, minlength=NUM_DIGITS).min() <= PER_DIGIT:
+            raise UserError(f"{args.data / domain} has {len(data)} validation images; more than {PER_DIGIT} of each digit are needed")
+        predicted, features = classify(load_classifier(bundled_classifier(domain)), data.images)
+        second, _ = classify(load_classifier(bundled_classifier(domain, "second")), data.images)
+        tensors |= {f"{domain}.embedding": embed(embedding, data.images).half(), f"{domain}.classifier": features.half(),
+                    f"{domain}.digit": torch.from_numpy(data.digit).to(torch.uint8), f"{domain}.pixel_diversity": pixel_diversity(data.images, data.digit)}
+        facts[domain] = {"images": len(data), "accuracy_on_real": float((predicted.numpy() == data.digit).mean()),
+                         "second_accuracy_on_real": float((second.numpy() == data.digit).mean())}
+    save_weights(args.output, tensors, facts)
+    print(f"wrote {args.output}: {facts}")
+
+
+if __name__ == "__main__":
+    run(main)
