@@ -1,0 +1,121 @@
+"""How close a network's faces are to drawn ones: Fréchet distance in the features of a frozen network, high-frequency energy, loss by noise band.
+
+    python -m p2_ddim.make_mini faces runs/held_out --count 3000 --seed 1
+    python -m p2_ddim.quality UNet.pt --faces runs/held_out
+
+All but the last 500 of those faces are the reference; what as many generated ones score is set beside what these 500 drawn ones score, as a ratio. The
+features are those of the bundled miniature of CLIP (hw2_data/mini/clip), which was trained on emoji and never saw these faces.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .device import DTYPES, pick_device, pick_dtype
+from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, make_alpha_bar
+from .files import ROOT, UserError, check_flags, run, writable_file, write_json
+from .inference import MINI, check_size, generate, predictor, to_pictures
+from .model import load_unet
+from .train import read_pictures
+
+CLIP = ROOT / "hw2_data" / "mini" / "clip"
+BANDS = tuple(range(50, NUM_TIMESTEPS, 100))  # the middles of ten bands of t
+
+
+@torch.inference_mode()
+def features(pictures, folder=CLIP):
+    """uint8 [N, H, W, 3] -> float64 [N, F]: a CLIP's image embeddings, not normalised. folder: a model in open_clip's format."""
+    import open_clip
+    from PIL import Image
+
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{Path(folder).resolve()}")
+    except Exception as error:  # its loaders raise many kinds
+        raise UserError(f"cannot load the CLIP in {folder}: {str(error).splitlines()[0]}") from None
+    batches = [torch.stack([transform(Image.fromarray(picture)) for picture in pictures[i:i + 100]]) for i in range(0, len(pictures), 100)]
+    return torch.cat([model.eval().encode_image(batch) for batch in batches]).double()
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features [N, F] each (Heusel et al. 2017).
+
+    The trace of the root of C1 C2 is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric."""
+    first, second = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + first.trace() + second.trace() - 2 * cross)
+
+
+def high_frequency(pictures):
+    """Mean energy, in squared grey levels, that uint8 [N, H, W, 3] have above half the highest frequency (0.25 cycles a pixel, in either direction)."""
+    spectrum = np.abs(np.fft.fft2(pictures.astype(float), axes=(1, 2), norm="forward")) ** 2
+    y, x = (np.abs(np.fft.fftfreq(n)) for n in pictures.shape[1:3])
+    high = np.maximum(y[:, None], x[None]) > 0.25
+    return float(spectrum[:, high].sum(axis=1).mean())
+
+
+@torch.inference_mode()
+def validation_loss(predict, images, seed=0, batch_size=50):
+    """{t: mean squared error of eps} at the middle of each band, on images uint8 [N, H, W, 3], each with one noise of its own: always the same number."""
+    alpha_bar, losses = make_alpha_bar(), {}
+    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    eps = ImageNoise(seed, [f"validation/{i}" for i in range(len(x0))], x0.shape[1:])()
+    for t in BANDS:
+        signal, noise = float(alpha_bar[t]) ** 0.5, float(1 - alpha_bar[t]) ** 0.5
+        errors = [(predict((signal * x + noise * e), t).float().cpu() - e).square().mean(dim=(1, 2, 3))
+                  for x, e in zip(x0.split(batch_size), eps.split(batch_size))]
+        losses[t] = torch.cat(errors).mean().item()
+    return losses
+
+
+def compare(generated, drawn, reference):
+    """Of uint8 pictures [N, H, W, 3], [N, ...] and [M, ...]: Fréchet distance to the reference and high-frequency energy, of both, and their ratios."""
+    truth = features(reference)
+    measures = {"frechet": lambda pictures: frechet_distance(features(pictures), truth), "high_frequency": high_frequency}
+    result = {name: {"generated": measure(generated), "drawn": measure(drawn)} for name, measure in measures.items()}
+    for row in result.values():
+        row["ratio"] = row["generated"] / row["drawn"]
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI / "UNet.pt", help="the network's state dict")
+    parser.add_argument("--faces", type=Path, required=True, help="folder of pictures that the network was not trained on")
+    parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")
+    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
+    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM")
+    parser.add_argument("--side", type=int, default=64, help="of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--output", type=Path, default=Path("runs/p2_quality.json"), help="the JSON file to write")
+    args = parser.parse_args()
+    check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
+    writable_file(args.output)
+    device = pick_device(args.device)
+    model = load_unet(args.checkpoint, device)
+    check_size(model.config, (3, args.side, args.side))
+    faces = read_pictures(args.faces, args.side)
+    if len(faces) < 2 * args.count:
+        raise UserError(f"{args.faces} has {len(faces)} pictures; --count {args.count} needs twice as many at least")
+    predict = predictor(model, pick_dtype(args.dtype, device))
+    names = [f"quality/{i}" for i in range(args.count)]
+    noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
+    config = DDIMConfig(args.steps, eta=args.eta)
+    generated = np.concatenate([to_pictures(x[None]) for _, x in generate(predict, noises, config, args.batch_size, args.seed, device)])
+    stretched = to_pictures(torch.from_numpy(faces).permute(0, 3, 1, 2))  # as the generated ones are
+    results = compare(generated, stretched[-args.count:], stretched[:-args.count])
+    results["validation_loss"] = validation_loss(lambda x, t: predict(x.to(device), t), faces[-args.count:], args.seed, args.batch_size)
+    for name, row in results.items():
+        print(f"{name:16} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))
+    write_json(args.output, {"checkpoint": args.checkpoint.name, "count": args.count, "steps": args.steps, "eta": args.eta, "seed": args.seed, **results})
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)
