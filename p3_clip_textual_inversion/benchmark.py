@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from tqdm import tqdm
 from . import diffusion
 from .clip import image_features, load_clip
 from .data import example_pictures, read_concepts, varied
+from .defaults import MINIATURE
 from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import MINI_GUIDANCE, DrawConfig, draw
+from .inference import DrawConfig, draw
 from .stable_diffusion import load_stable_diffusion
 from .train import Loss, draw_batch, draw_noise, encode, pick
 from .world import MINI
@@ -57,8 +59,8 @@ def zero_shot_speed(name, dtype, device, count):
 
 def drawing_speed(dtype, device):
     parts = load_stable_diffusion(device=device)
-    config = DrawConfig(guidance_weight=MINI_GUIDANCE, dtype=dtype)
-    list(draw(parts, ["a fox"] * 8, list("abcdefgh"), DrawConfig(num_steps=2, guidance_weight=MINI_GUIDANCE, dtype=dtype)))  # warm-up
+    config = DrawConfig(num_steps=25, guidance_weight=MINIATURE.drawing.guidance_weight, dtype=dtype, batch_size=8)
+    list(draw(parts, ["a fox"] * 8, list("abcdefgh"), replace(config, num_steps=2)))  # warm-up
     started = time.perf_counter()
     list(draw(parts, ["a fox"] * 8, list("abcdefgh"), config))
     return {"seconds_per_picture": (time.perf_counter() - started) / 8}

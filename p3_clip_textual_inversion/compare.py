@@ -19,14 +19,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .clip import Grader
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
-from .evaluate import best_of, clip_scores, sheet
+from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
 from .files import ROOT, check_flags, run, save_image, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .world import MINI
 
 
 def rest_of(prompt, token):
@@ -68,16 +66,16 @@ def main():
     parser = argparse.ArgumentParser(description="Compares learned words with the words they started from and with untrained ones.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--learned", type=Path, nargs="+", required=True, help="folders of embeddings, one for each seed of the training")
-    parser.add_argument("--input", type=Path, default=MINI / "textual_inversion" / "input.json", help="the concepts")
+    parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
-    parser.add_argument("--model", default=str(MINI / "clip"), help="the CLIP that judges")
-    parser.add_argument("--pretrained", default=None, help="its weights, for a named model")
+    add_judge_arguments(parser)
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt and way")
     parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_compare.json and figures/p3_compare.png")
     parser.add_argument("--write-baselines", action="store_true", help="write the pass mark of each prompt into INPUT_JSON")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device = settings_of(args, args.checkpoint)
+    config, device, row, _ = settings_of(args)
+    args.input = args.input or row.input
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
@@ -86,7 +84,7 @@ def main():
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     if args.write_baselines:
         writable_file(args.input)
-    grader = Grader(args.model, args.pretrained, device)
+    grader = judge_of(row, args, device=device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
     parts, generator = load_stable_diffusion(args.checkpoint, device), torch.Generator().manual_seed(args.seed)
     untrained = [{c.token: initial_rows(parts, None, len(vectors[c.token]), generator) for c in concepts} for vectors in learned]
@@ -122,10 +120,10 @@ def main():
         rows += [(f"{concept.prompts[k]}: {way.split(' (')[0]}", pictures[way][j]) for way in shown]
         print(concept.prompts[k])
         for what in ("image", "text", "rest"):
-            row = summary[j][what]
-            print(f"  {what:5} score: initial words {row['initial']:.1f}, "
-                  f"untrained {row['untrained']:.1f} ({row['untrained_lowest']:.1f} to {row['untrained_highest']:.1f}), "
-                  f"learned {row['learned']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})")
+            score = summary[j][what]
+            print(f"  {what:5} score: initial words {score['initial']:.1f}, "
+                  f"untrained {score['untrained']:.1f} ({score['untrained_lowest']:.1f} to {score['untrained_highest']:.1f}), "
+                  f"learned {score['learned']:.1f} ({score['lowest']:.1f} to {score['highest']:.1f})")
     save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 

@@ -5,6 +5,7 @@ A concept is one word of the prompt, such as <new1>, and one or several vectors.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import UserError, atomic_path
+from .files import ROOT, UserError, atomic_path
+
+INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
 
 
 class LearnedEmbedding(torch.nn.Module):
@@ -162,6 +165,79 @@ def read_embeddings(folder, needed=()):
         if word not in vectors:
             raise UserError(f"{folder} has no embedding of {word} (only {', '.join(vectors)}); learn it with scripts/p3_train.sh")
     return vectors
+
+
+def model_name(row, identity):
+    """By which a word's file tells the model that it was learned with: its row of the table, token table and UNet, such as sd_v1-0123456789ab-0123456789ab."""
+    return f"{row.key}-{identity}"
+
+
+def installed_folder(name):
+    """The folder of the words of models with the token table of this one. name: of `model_name`"""
+    return INSTALLED / name.rpartition("-")[0]
+
+
+def models_of(folder):
+    """{file: (word, name of its model or None)} of the .safetensors in a folder, or of one file; what is no word's file is left out."""
+    folder, found = Path(folder), {}
+    for path in [folder] if folder.is_file() else sorted(folder.glob("[!.]*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names, model = list(file.keys()), (file.metadata() or {}).get("model", "")
+        except (SafetensorError, OSError, ValueError):
+            continue
+        if len(names) == 1:
+            found[path] = names[0], model if re.fullmatch(r"\w+-[0-9a-f]{12}-[0-9a-f]{12}", model) else None
+    return found
+
+
+def check_models(folder, words, name):
+    """Notes, a line each, on the words of a folder that were learned with another model than the one of this name."""
+    notes = []
+    for path, (word, model) in models_of(folder).items():
+        if word not in words or model in (None, name):
+            continue
+        if model.split("-")[1] != name.split("-")[1]:
+            notes.append(f"note: {word} of {path} was learned with another model ({model}, this one is {name}): here it means something else; "
+                         "learn it with this one (scripts/p3_train.sh)")
+        else:
+            notes.append(f"note: {word} of {path} was learned with another UNet of the same text encoder ({model}, this one is {name}): it may show less of "
+                         "its concept")
+    return notes
+
+
+def find_words(name, command):
+    """The folder of the installed words of the model of this name. command: that learns some, for who has none."""
+    folder = installed_folder(name)
+    if models_of(folder):
+        return folder
+    runs = {path.parent for path in (ROOT / "runs").glob("*/[!.]*.safetensors") if (models_of(path).get(path) or (0, ""))[1] == name}
+    learned = f"{', '.join(map(str, sorted(runs)))} has some: give it by --embeddings, or install it with" if runs else f"learn them with: {command}, then"
+    raise UserError(f"no words are installed for this model ({folder} has none); {learned} bash scripts/install.sh {next(iter(sorted(runs)), 'runs/words')}")
+
+
+def install(source, name=None):
+    """Copies the words of a folder (or file) to where drawing finds them. name: of their model, where their files do not tell it.
+
+    Returns the paths. Another word of the same name, installed before, is kept in the folder `replaced`."""
+    found = models_of(source)
+    if not found:
+        raise UserError(f"{source} has no words; expected .safetensors files, as scripts/p3_train.sh writes them")
+    installed = []
+    for path, (word, model) in found.items():
+        read_embedding(path)  # says what is wrong with it
+        if not (model or name):
+            raise UserError(f"{path} does not tell which model {word} was learned with; give that by --checkpoint")
+        target = installed_folder(model or name) / file_of("", word).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file() and target.read_bytes() != path.read_bytes():
+            replaced = target.parent / "replaced"
+            replaced.mkdir(exist_ok=True)
+            shutil.copyfile(target, next(p for i in range(10**6) if not (p := replaced / f"{target.stem}_{i}.safetensors").exists()))
+        with atomic_path(target) as temporary:
+            shutil.copyfile(path, temporary)
+        installed.append(target)
+    return installed
 
 
 def nearest_words(parts, rows, count=3):

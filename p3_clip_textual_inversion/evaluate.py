@@ -1,8 +1,8 @@
 """Grades pictures of learned words by CLIP, as the course does.
 
-    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON                                     # by the miniature of CLIP
-    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON --model ViT-B-32-quickgelu --pretrained openai   # the course's grader
+    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON
 
+The judge follows the pictures: thumbnails are the miniature's and judged by the miniature of CLIP, all others by the course's grader, CLIP ViT-B/32 by OpenAI.
 Per picture: image score = the mean over the concept's example pictures of 100 cosine(picture, example); text score = 100 cosine(picture,
 prompt_4_clip_eval). Per prompt: both are averaged over the five pictures with the largest image + 2.5 text, and pass where both reach the baseline.
 """
@@ -11,14 +11,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .clip import Grader
-from .data import example_pictures, read_concepts
+from .data import example_pictures, read_concepts, read_picture
+from .defaults import ROWS, SD_V1, WEIGHTS, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, check_flags, run, save_image, writable_folder, write_json
 from .inference import picture_path
-from .world import MINI
 
 TEXT_WEIGHT, BEST = 2.5, 5
 COURSE_IMAGES = 25
@@ -40,6 +41,32 @@ def passes(image, text, baseline):
     return None if baseline is None else image >= baseline[0] and text >= baseline[1]
 
 
+def add_judge_arguments(parser):
+    """The flags of the CLIP that judges, which evaluate, compare and multi share."""
+    told = ", ".join(f"{Path(row.judge).name} for {row.name}" for row in ROWS)
+    parser.add_argument("--model", default=None, help=f"the CLIP that judges: a model of open_clip, or a folder with open_clip_config.json (default: {told})")
+    parser.add_argument("--pretrained", default=None, help="its weights, for a named model: a tag, such as openai, or a file")
+
+
+def judge_of(row, args, dtype=torch.float32, device="cpu"):
+    """The `Grader` of a model's pictures: the one that flags name, or the row's own."""
+    name, weights = args.model or row.judge, args.pretrained
+    if not args.model:
+        downloaded = WEIGHTS / "ViT-B-32.pt"
+        weights = weights or (str(downloaded) if row is SD_V1 and downloaded.is_file() else row.judge_weights)
+    try:
+        grader = Grader(name, weights, device, dtype)
+    except UserError as error:
+        if args.model or row is not SD_V1:
+            raise
+        raise UserError(f"what judges these pictures, CLIP ViT-B/32 by OpenAI, is not here: bash scripts/download_weights.sh ViT-B-32 fetches it, with "
+                        f"internet; or name another judge by --model ({error})") from None
+    size = grader.clip.visual.image_size
+    note = "" if row is not SD_V1 or max(np.atleast_1d(size)) >= 224 else "; note: it reads thumbnails, and its scores say next to nothing of photographs"
+    print(f"judge: {Path(name).name} {weights or ''}".rstrip() + note, flush=True)
+    return grader
+
+
 def sheet(rows, side=128, columns=BEST):
     """A picture with a row per prompt: its title, then its example and best pictures. rows: [(title, [PIL image, ...]), ...]"""
     picture = Image.new("RGB", (columns * (side + 4) + 4, len(rows) * (side + 24)), "white")
@@ -56,8 +83,7 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that inference wrote")
     parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts; their example pictures are in folders beside it")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and best.png (default: OUT_grade beside OUT)")
-    parser.add_argument("--model", default=str(MINI / "clip"), help="a model of open_clip, such as ViT-B-32-quickgelu, or a folder with open_clip_config.json")
-    parser.add_argument("--pretrained", default=None, help="weights for a named model: a tag, such as openai, or a file")
+    add_judge_arguments(parser)
     parser.add_argument("--num-images", type=int, default=COURSE_IMAGES, help="pictures per prompt that must be there")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -75,8 +101,9 @@ def main():
             found = len(list(folder.glob("[!.]*")))
             if found != args.num_images:
                 raise UserError(f"{folder} holds {found} files; expected exactly {args.num_images}")
+    row = row_of(min(read_picture(picture_path(args.output, concepts[0].number, 0, 0)).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
-    grader = Grader(args.model, args.pretrained, device, pick_dtype(args.dtype, device))
+    grader = judge_of(row, args, pick_dtype(args.dtype, device), device)
     results, rows = [], []
     for concept in concepts:
         references = grader.of_pictures(examples[concept.number])  # once per concept
@@ -95,7 +122,7 @@ def main():
             print(f"{concept.number}/{k}  image {image_score:6.2f}  text {text_score:6.2f}  {verdict}  {prompt}")
             rows.append((f"{prompt}   image {image_score:.1f}, text {text_score:.1f}", [Image.open(paths[i]) for i in best]))
     judged = [row["passed"] for row in results if row["passed"] is not None]
-    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model).name})
+    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name})
     save_image(sheet(rows), report / "best.png")
     print(f"{sum(judged)} of {len(judged)} prompts pass\nwrote grade.json and best.png to {report}")
 

@@ -25,7 +25,6 @@ from .evaluate import sheet
 from .files import ROOT, UserError, atomic_path, read_json, run, save_image, writable_folder
 from .inference import add_arguments, draw, settings_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .world import MINI
 
 
 def read_run(folder):
@@ -61,12 +60,13 @@ def draw_learning(concepts, runs, parts, path):
 def main():
     parser = argparse.ArgumentParser(description="Draws the figures of textual inversion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
-    parser.add_argument("--input", type=Path, default=MINI / "textual_inversion" / "input.json", help="the concepts")
+    parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for the figures")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device = settings_of(args, args.checkpoint)
+    config, device, defaults, _ = settings_of(args)
+    args.input = args.input or defaults.input
     concepts = read_concepts(args.input)
     vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}

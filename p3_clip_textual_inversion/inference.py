@@ -15,26 +15,25 @@ from tqdm import tqdm
 
 from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
+from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
-from .embedding import add_words, expand, read_embeddings
+from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings
 from .files import UserError, check_flags, run, save_image, writable_folder
-from .stable_diffusion import MINI_SD, is_mini, load_stable_diffusion
+from .identity import identify
+from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .world import to_uint8
-
-EMBEDDINGS = Path(__file__).parent / "embeddings"  # learned with the bundled miniature
-GUIDANCE, MINI_GUIDANCE = 6.5, 3.0
 
 
 @dataclass(frozen=True)
 class DrawConfig:
     """How pictures are drawn. guidance_weight: w of the project's formula; side: in pixels, None for the model's own; dtype: of the UNet's autocast."""
-    sampler: str = "dpmpp_2m"
-    num_steps: int = 25
-    guidance_weight: float = GUIDANCE
+    sampler: str = SD_V1.drawing.sampler
+    num_steps: int = SD_V1.drawing.steps
+    guidance_weight: float = SD_V1.drawing.guidance_weight
     side: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = SD_V1.drawing.batch_size
     dtype: torch.dtype = torch.float32
 
 
@@ -81,31 +80,29 @@ def picture_path(output, number, prompt, i):
 
 def add_arguments(parser):
     """The flags of drawing, which inference, figures, compare and multi share."""
-    defaults = DrawConfig()
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help="DPM-Solver++ or DDIM")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps, help="network calls per picture; DDIM wants 50")
-    parser.add_argument("--guidance-weight", type=float, default=None, metavar="W",
-                        help=f"w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w (default: {GUIDANCE}, for the miniature {MINI_GUIDANCE})")
+    add_argument(parser, "drawing", "--sampler", "DPM-Solver++ or DDIM", choices=list(SAMPLERS))
+    add_argument(parser, "drawing", "--steps", "network calls per picture; DDIM wants 50", type=int)
+    add_argument(parser, "drawing", "--guidance-weight", "w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w", type=float, metavar="W")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the pictures' noise")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="pictures at a time; the pictures do not depend on it")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise")
+    add_argument(parser, "drawing", "--batch-size", "pictures at a time; the pictures do not depend on it", type=int)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the UNet; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
-def settings_of(args, checkpoint):
-    """(DrawConfig, device) of parsed arguments, checked."""
+def settings_of(args):
+    """(DrawConfig, device, the model's row of the table, its name) of parsed arguments, checked; prints what is in use."""
+    identity = identify(args.checkpoint)
+    row = row_of(identity.side)
+    name, told = model_name(row, identity), fill_in(args, row.drawing)
     check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
-    if args.guidance_weight is not None and not math.isfinite(args.guidance_weight):
-        raise UserError(f"--guidance-weight must be a finite number, not {args.guidance_weight}")
+    check_flags(args, ("guidance_weight",), math.isfinite, "a finite number")
     check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     device = pick_device(args.device)
-    guidance = args.guidance_weight
-    if guidance is None:
-        guidance = MINI_GUIDANCE if is_mini(checkpoint) else GUIDANCE
-    return DrawConfig(args.sampler, args.steps, guidance, args.side, args.seed, args.batch_size, pick_dtype(args.dtype, device)), device
+    print(f"{row.name} ({name}), {args.side or identity.side} pixels: {told}", flush=True)
+    return DrawConfig(args.sampler, args.steps, args.guidance_weight, args.side, args.seed, args.batch_size, pick_dtype(args.dtype, device)), device, row, name
 
 
 def main():
@@ -114,16 +111,20 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("checkpoint", nargs="?", default=str(MINI_SD), metavar="CKPT",
                         help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
-    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS, help="folder of the learned words' .safetensors")
+    parser.add_argument("--embeddings", type=Path, default=None, help="folder of the learned words' .safetensors (default: those that "
+                        "scripts/install.sh installed for this model)")
     parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--overwrite", action="store_true", help="draw again what is already there")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device = settings_of(args, args.checkpoint)
+    config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
-    vectors = read_embeddings(args.embeddings, [concept.token for concept in concepts])
+    tokens = [concept.token for concept in concepts]
+    words = args.embeddings or find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words")
+    vectors = read_embeddings(words, tokens)
+    print("\n".join([f"words: {', '.join(tokens)} of {words}", *check_models(words, tokens, model)]), flush=True)
     jobs = [(concept, k, i) for concept in concepts for k in range(len(concept.prompts)) for i in range(args.num_images)]
     for concept in concepts:
         for k in range(len(concept.prompts)):

@@ -1,7 +1,7 @@
 """Several learned concepts in one picture: the same prompts and noises with every method, scored by whether CLIP finds both.
 
     python -m p3_clip_textual_inversion.multi                                                              # on the miniature
-    python -m p3_clip_textual_inversion.multi hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --ordinary cat --output runs/p3_multi_sd
+    python -m p3_clip_textual_inversion.multi hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --output runs/p3_multi_sd
 
 Trains what is missing: words learned apart and together, and Custom Diffusion together and apart, merged. Then draws with each, and with words learned
 apart and Custom Diffusion under the guidance of compose.py.
@@ -18,25 +18,19 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .clip import Grader
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_concepts, read_data, read_picture
+from .defaults import ROWS, add_argument, fill_in
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
-from .evaluate import sheet
-from .files import ROOT, UserError, run, save_image, writable_folder, write_json
+from .evaluate import add_judge_arguments, judge_of, sheet
+from .files import ROOT, UserError, check_flags, run, save_image, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .measures import wilson
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .train import ORDINARY, TEMPLATES, kind_of, medium_of
-from .world import MINI, STYLES, words
+from .train import kind_of
 
-GENTLY = "--lr=3e-3"  # where more learns, or for longer
-RUNS = {"apart": ["--lr=5e-3"], "together": ["--joint", GENTLY], "custom": ["--joint", "--custom-diffusion", GENTLY, "--lr-projections=3e-4"],
-        "custom_apart": ["--custom-diffusion", GENTLY]}
-ALL_RUNS = ["--batch-size=8", "--min-snr-gamma=5", "--pull=0"]
-OTHER_STYLES = {"drawing": tuple(map(words, STYLES)), "photo": ("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art")}
 METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
     "words learned apart": ("apart", None, None),
     "words learned together": ("together", None, None),
@@ -120,11 +114,11 @@ def make_finders(grader, concepts, args, others, labels):
                 both = example_pictures(folder)
                 sets = [(both[1::3], examples[style]), (both[2::3], [ImageOps.mirror(picture) for picture in examples[style]])]
                 add_finder(finders, validation, f"{subject} in {style}", grader, both[0::3], sets)
-    medium = medium_of(args)
+    medium = args.row.medium
     for style in (concept for concept in concepts if concept.number in styles):
         for subject in (concept for concept in concepts if f"{concept.number} in {style.number}" in finders):
             key = f"{style.number} on {subject.number}"
-            names = (style.src_image, *OTHER_STYLES[medium])
+            names = (style.src_image, *args.row.several.other_styles)
             finders[key] = CaptionFinder(grader, [f"a {medium} of a {subject.src_image} in the style of {name}" for name in names], halves=False)
             validate(finders, validation, key, example_pictures(args.input.parent / f"{subject.number}+{style.number}"), examples[subject.number])
     finders["ordinary"] = CaptionFinder(grader, [f"a {medium} of a {name}" for name in (args.ordinary, *(n for n in labels if n != args.ordinary))])
@@ -166,14 +160,14 @@ def prepare(method, args, concepts, device):
         set_weights(parts.unet, read_weights(folder / "+".join(c.number for c in concepts) / "projections.safetensors", parts.unet))
     elif weights == "merged":
         tuned = [read_weights(folder / concept.number / "projections.safetensors", parts.unet) for concept in concepts]
-        medium = medium_of(args)
+        templates = args.row.templates
         with torch.inference_mode():
             targets = []
             for concept in concepts:  # the hidden states of its words in its captions, which is what its projections learned
-                captions = [expand(t.format(concept.token), counts) for t in TEMPLATES[medium, kind_of(concept, args)]]
+                captions = [expand(t.format(concept.token), counts) for t in templates[kind_of(concept, args)]]
                 ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
                 targets.append(hidden[ids >= parts.text_encoder.get_input_embeddings().table.num_embeddings])
-            captions = [t.format(word) for t in TEMPLATES[medium, "object"] for word in ORDINARY[medium]]
+            captions = [t.format(word) for t in templates["object"] for word in args.row.ordinary]
             ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
         set_weights(parts.unet, merge(base, tuned, targets, hidden[ids != parts.tokenizer.pad_token_id]))
     return parts, counts
@@ -186,17 +180,19 @@ def guidance_of(parts, text, concepts, counts, options, args):
     there = [(concept, written) for concept in concepts if (written := expand(concept.token, counts)) in text]
     subject = next(concept for concept, _ in there if kind_of(concept, args) == "object")
     for _, style in (pair for pair in there if kind_of(pair[0], args) == "style"):
-        plain = f"a {medium_of(args)} of a {subject.src_image}"
+        plain = f"a {args.row.medium} of a {subject.src_image}"
         return toward_style(parts, plain, f"{plain} in the style of {style}") if options == {} else Guided
     return regional(parts, text, **options)
 
 
 def train_missing(args, concepts):
-    """Every run of `RUNS`; what is trained already stays."""
-    for name, flags in RUNS.items():
+    """Every run of the model's row of the table; what is trained already stays."""
+    given = [f"--{flag}={value}" for flag, value in (("side", args.side), ("batch-size", args.train_batch_size), ("dtype", args.dtype)) if value is not None]
+    given += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
+    for name, (steps, flags) in args.row.several.runs.items():
         command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
-                   "--sample-every", 0,
-                   "--steps", args.train_steps * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed, "--device", args.device, *ALL_RUNS, *flags]
+                   "--sample-every", 0, "--steps", (args.train_steps or steps) * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed,
+                   "--device", args.device, *flags, *given]
         print(f"== learning: {name}", flush=True)
         if subprocess.run(list(map(str, command)), check=False).returncode:
             raise UserError(f"the training {name} failed")
@@ -218,34 +214,37 @@ def make_prompts(args, concepts, finders):
     for subject, style in zip(subjects[:1], styles[:1]):
         keys = (f"{subject.number} in {style.number}", f"{style.number} on {subject.number}")
         keys = keys if keys[0] in finders else (subject.number, style.number)
-        prompts.append((f"a {medium_of(args)} of a {subject.token} in the style of {style.token}", keys))
+        prompts.append((f"a {args.row.medium} of a {subject.token} in the style of {style.token}", keys))
     return prompts
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Compares ways to draw several learned concepts in one picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("input", type=Path, nargs="?", default=MINI / "textual_inversion" / "several.json", metavar="INPUT_JSON", help="the concepts")
+    parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON", help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/p3_multi"), help="folder for the trainings")
     parser.add_argument("--report", type=Path, default=ROOT / "report", help="folder for results/p3_multi.json and figures/p3_multi.png")
-    parser.add_argument("--ordinary", default="red apple", help="ordinary thing that stands beside the first subject")
-    parser.add_argument("--ordinary-pictures", type=Path, default=MINI / "clip_zeroshot", help="pictures of ordinary things, to set the score's thresholds by")
-    parser.add_argument("--train-steps", type=int, default=500, help="steps per concept of each training")
+    add_argument(parser, "several", "--ordinary", "ordinary thing that stands beside the first subject")
+    add_argument(parser, "several", "--ordinary-pictures", "pictures of ordinary things, to set the score's thresholds by", type=Path)
+    parser.add_argument("--train-steps", type=int, default=None, help="steps per concept of each training (default: the model's, "
+                        + ", ".join(f"{row.name} {sorted({steps for steps, _ in row.several.runs.values()})}" for row in ROWS) + ")")
+    parser.add_argument("--train-batch-size", type=int, default=None, help="latents per step of each training (default: the model's)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in the trainings: less memory, more time")
     parser.add_argument("--num-images", type=int, default=50, help="pictures per prompt and method")
-    parser.add_argument("--model", default=str(MINI / "clip"), help="the CLIP that judges")
-    parser.add_argument("--pretrained", default=None, help="its weights, for a named model")
+    add_judge_arguments(parser)
     parser.add_argument("--kind", default="auto", help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()
-    if args.num_images < 1 or args.train_steps < 1:
-        raise UserError("--num-images and --train-steps must be at least 1")
+    check_flags(args, ("num_images", "train_steps", "train_batch_size"), lambda value: value is None or value >= 1, "at least 1")
     return args
 
 
 def main():
     args = parse_args()
-    config, device = settings_of(args, args.checkpoint)
+    config, device, args.row, _ = settings_of(args)
+    fill_in(args, args.row.several)
+    args.input = args.input or args.row.several.input
     concepts = read_concepts(args.input)
     if all(kind_of(concept, args) == "style" for concept in concepts):
         raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")
@@ -259,7 +258,7 @@ def main():
         writable_folder(args.report / name)
     writable_folder(args.output)
     others = [read_picture(paths[classes.index(number)]) for number in dict.fromkeys(classes)]  # one of each class
-    grader = Grader(args.model, args.pretrained, device)
+    grader = judge_of(args.row, args, device=device)
     finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
     prompts = make_prompts(args, concepts, finders)
     for key, row in validation.items():
@@ -267,7 +266,7 @@ def main():
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")
     train_missing(args, concepts)
     rows, results, drifts = [], {}, {}
-    ordinary = [TEMPLATES[medium_of(args), "object"][-1].format(word) for word in ORDINARY[medium_of(args)]]
+    ordinary = [args.row.templates["object"][-1].format(word) for word in args.row.ordinary]
     originals = list(draw(load_stable_diffusion(args.checkpoint, device), ordinary, ordinary, config))
     with tqdm(total=len(METHODS) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for method, (_, _, guidance) in METHODS.items():

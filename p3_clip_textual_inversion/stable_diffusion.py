@@ -13,18 +13,12 @@ from .checkpoint import read_checkpoint
 from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
 from .files import UserError, first_line
+from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint
 from .world import MINI
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
 transformers.logging.disable_progress_bar()  # for files that load in a blink
-CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
 MINI_SD = MINI / "stable_diffusion"
-TEXT_PREFIX = "cond_stage_model.transformer."
-
-
-def is_mini(checkpoint):
-    """Whether a checkpoint is the bundled miniature, which knows drawings and wants less guidance."""
-    return Path(checkpoint).resolve() == MINI_SD.resolve()
 
 
 @dataclass
@@ -69,15 +63,6 @@ class StableDiffusion:
         """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1."""
         latents = latents / self.vae.config.scaling_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
-
-
-def check_checkpoint(source):
-    """A `UserError` for what is neither a file, nor a folder of Stable Diffusion, nor like a name on the hub."""
-    path = Path(source)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
-    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
-        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
 
 
 def load_stable_diffusion(source=MINI_SD, device="cpu", dtype=torch.float32):

@@ -26,26 +26,14 @@ from tqdm import tqdm
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
+from .defaults import ROWS, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
-from .embedding import add_words, check_files, expand, file_of, initial_rows, save_embedding
+from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
-from .inference import GUIDANCE, MINI_GUIDANCE, DrawConfig, draw
-from .stable_diffusion import MINI_SD, check_checkpoint, is_mini, load_stable_diffusion
-from .world import MINI
+from .identity import identify
+from .inference import DrawConfig, draw
+from .stable_diffusion import MINI_SD, load_stable_diffusion
 
-TEMPLATES = {  # by (what the model draws, what is learned)
-    ("photo", "object"): ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of a clean {}",
-                          "a photo of my {}", "a close-up photo of a {}", "a bright photo of the {}", "a good photo of the {}", "a photo of one {}"),
-    ("photo", "style"): ("a painting in the style of {}", "a rendering in the style of {}", "a picture in the style of {}",
-                         "a cropped painting in the style of {}", "a close-up painting in the style of {}", "a nice painting in the style of {}"),
-    ("drawing", "object"): ("a {}", "a drawing of a {}"),
-    ("drawing", "style"): ("a drawing in the style of {}", "a drawing of a thing in the style of {}"),
-}
-ORDINARY = {"photo": ("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
-            "drawing": ("cat face", "bus", "tulip", "rose", "guitar", "snowman", "key", "fox")}  # none that a bundled prompt has
-# Where the miniature decides what it draws: under far more noise than a loss that weighs all noise alike listens to. Measured on it; for the real model,
-# whose pictures are larger, the published gamma. And how far a style is pulled back to the initial words, since every subject must survive it.
-MINI_GAMMA, GAMMA, STYLE_PULL = 0.1, 5.0, 0.007
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
@@ -107,9 +95,10 @@ def draw_batch(sources, scaling, batch_size, generator):
     return *draw_noise(means, deviations, scaling, generator), [caption for _, _, caption in picked]
 
 
-def make_sources(parts, concepts, args, side, config):
-    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn."""
-    medium = medium_of(args)
+def make_sources(parts, concepts, args, row, side, config):
+    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn.
+
+    row: the model's `Defaults`, for captions and ordinary things."""
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
@@ -119,7 +108,7 @@ def make_sources(parts, concepts, args, side, config):
             print(f"note: left out what is no picture: {', '.join(skipped)}")
         squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
         own = read_captions(folder, pictures, concept.token)
-        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in TEMPLATES[medium, kind]]
+        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
         sources.append(encode(parts, squares, [expand(text, counts) for text in captions], paired=bool(own)))
         if kind == "object":
             subjects.append((concept, squares))
@@ -128,8 +117,8 @@ def make_sources(parts, concepts, args, side, config):
             for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
                 sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
     if args.custom_diffusion and args.prior:
-        words = [concept.src_image for concept, _ in subjects] + list(ORDINARY[medium])
-        captions = [TEMPLATES[medium, "object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
+        words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
+        captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
         with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
             drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
@@ -145,16 +134,14 @@ def fingerprint(folders):
     return digest.hexdigest()[:12]
 
 
-def size_of(checkpoint):
-    """By which a model is known again, wherever it lies: the bytes of its files, or its name on the hub."""
-    path = Path(checkpoint)
-    if path.exists():
-        return f"{sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob('*')) if file.is_file())} bytes"
-    return str(checkpoint)
+def pull_of_step(pull, strength, total):
+    """The share of the way back to the initial words that one step goes, where a whole run goes `pull` of it, however many steps it has: 1 - pull is the
+    product of all steps' 1 - share. strength: of the step, 0..1; total: the sum of all steps' strengths."""
+    return 1 - (1 - pull) ** (strength / total)
 
 
-def learn(concepts, args, accelerator, dtype):
-    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT."""
+def learn(concepts, args, row, model_id, accelerator, dtype):
+    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT. row: the model's `Defaults`; model_id: its name."""
     numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
@@ -162,10 +149,10 @@ def learn(concepts, args, accelerator, dtype):
     kinds = [kind_of(concept, args) for concept in concepts]
     pull = args.pull
     if pull is None:
-        pull = STYLE_PULL if set(kinds) == {"style"} else 0.0
+        pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
-                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": size_of(args.checkpoint)}
+                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
     state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
@@ -175,12 +162,12 @@ def learn(concepts, args, accelerator, dtype):
     parts = load_stable_diffusion(args.checkpoint, device, dtype)
     side = args.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
-    config = DrawConfig(num_steps=20, guidance_weight=MINI_GUIDANCE if is_mini(args.checkpoint) else GUIDANCE, side=side, dtype=dtype, batch_size=4)
+    config = DrawConfig(num_steps=20, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
     generator = torch.Generator().manual_seed(args.seed)
     rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(args.init, args.init), args.vectors, generator)
             for concept in concepts}
     learned = add_words(parts, rows)
-    sources = make_sources(parts, concepts, args, side, config)
+    sources = make_sources(parts, concepts, args, row, side, config)
     if not args.sample_every:
         parts.vae.to("cpu")  # no longer needed
     if args.gradient_checkpointing:
@@ -207,13 +194,13 @@ def learn(concepts, args, accelerator, dtype):
     accelerator.print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
                       f"from {sum(len(source.means) for source in sources)} latents, on {device}")
     share = slice(accelerator.process_index, None, accelerator.num_processes)  # of each batch, this process's
-    shown = [expand(TEMPLATES[medium_of(args), kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
+    shown = [expand(row.templates[kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
+    strengths = [min(1, (args.steps - at) / max(args.decay * args.steps, 1)) for at in range(args.steps)]  # of learning and of the pull alike
     with tqdm(total=args.steps, initial=step, unit="step", desc=f"learning {words}", disable=not accelerator.is_main_process) as bar:
         while step < args.steps:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
-            strength = min(1, (args.steps - step) / max(args.decay * args.steps, 1))  # of learning and of the pull alike
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * args.lr * strength
+                group["lr"] = group["share"] * args.lr * strengths[step]
             for _ in range(args.accumulate):
                 x0, eps, t, texts = draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator)
                 with accelerator.accumulate(model):
@@ -224,7 +211,7 @@ def learn(concepts, args, accelerator, dtype):
                     optimizer.zero_grad()
                 recent.append(accelerator.reduce(loss.detach(), "mean").item())
             with torch.no_grad():
-                learned.rows.lerp_(initial, pull * strength)
+                learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
                 if args.norm == "keep":
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1
@@ -256,41 +243,38 @@ def learn(concepts, args, accelerator, dtype):
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
 
 
-def medium_of(args):
-    """What the model draws."""
-    return "drawing" if is_mini(args.checkpoint) else "photo"
-
-
 def kind_of(concept, args):
     """Whether a concept is an object or a style."""
     return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
 
 
 def parse_args():
+    """(arguments, the model's `Defaults`, its name, a line that tells them)"""
     parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("input", type=Path, nargs="?", default=MINI / "textual_inversion" / "input.json", metavar="INPUT_JSON",
-                        help="the concepts; their pictures are in folders 0, 1, ... beside it")
+    parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON",
+                        help="the concepts; their pictures are in folders 0, 1, ... beside it (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/p3"), help="folder for the embeddings and, by concept, their runs")
     parser.add_argument("--concepts", nargs="+", default=None, metavar="NUMBER", help="which of the concepts (default: all)")
     parser.add_argument("--kind", choices=["auto", "object", "style"], default="auto",
                         help="which captions to train with; auto: style where each prompt has 'style of'")
-    parser.add_argument("--vectors", type=int, default=4, help="per word")
+    add_argument(parser, "learning", "--vectors", "per word", type=int)
     parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps; several thousand for the real model")
-    parser.add_argument("--batch-size", type=int, default=16, help="latents per step, over all processes together")
+    add_argument(parser, "learning", "--steps", "optimiser steps", type=int)
+    add_argument(parser, "learning", "--batch-size", "latents per step, over all processes together", type=int)
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add_argument(parser, "learning", "--lr", "peak learning rate of AdamW", type=float)
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
     parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
-    parser.add_argument("--pull", type=float, default=None, help="share of the way back to the initial words that each step goes, falling with --lr: less "
-                        f"of the concept, more of the rest (default: {STYLE_PULL} for a style, 0 for an object)")
-    parser.add_argument("--min-snr-gamma", type=float, default=None, help="min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; "
-                        f"0: all alike (default: {MINI_GAMMA} on the miniature, {GAMMA:g} otherwise)")
+    parser.add_argument("--pull", type=float, default=None, help="share of the way back to the initial words that the whole run goes, its steps as their "
+                        "--lr: less of the concept, more of the rest (default: 0 for an object; for a style "
+                        + ", ".join(f"{row.name} {row.learning.style_pull}" for row in ROWS) + ")")
+    add_argument(parser, "learning", "--min-snr-gamma", "min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; 0: all alike",
+                 type=float)
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
-    parser.add_argument("--lr-projections", type=float, default=1e-4, help="peak learning rate of those")
-    parser.add_argument("--prior", type=int, default=48, help="ordinary pictures that hold those in place; 0 for none")
+    add_argument(parser, "learning", "--lr-projections", "peak learning rate of those", type=float)
+    add_argument(parser, "learning", "--prior", "ordinary pictures that hold those in place; 0 for none", type=int)
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -300,8 +284,10 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
     args = parser.parse_args()
-    if args.min_snr_gamma is None:
-        args.min_snr_gamma = MINI_GAMMA if is_mini(args.checkpoint) else GAMMA
+    identity = identify(args.checkpoint)
+    row = row_of(identity.side)
+    told, name = fill_in(args, row.learning), model_name(row, identity)
+    args.input = args.input or row.input
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
     check_flags(args, ("min_snr_gamma", "prior", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
@@ -309,11 +295,11 @@ def parse_args():
     check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
-    return args
+    return args, row, name, f"{row.name} ({name}), {args.side or identity.side} pixels: {told}"
 
 
 def main():
-    args = parse_args()
+    args, row, name, told = parse_args()
     concepts = read_concepts(args.input)
     if args.concepts:
         known = [concept.number for concept in concepts]
@@ -322,7 +308,6 @@ def main():
                 raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
         concepts = [concept for concept in concepts if concept.number in args.concepts]
     check_files([concept.token for concept in concepts])
-    check_checkpoint(args.checkpoint)
     for concept in concepts:
         folder = args.input.parent / concept.number  # before any long work starts
         read_captions(folder, read_pictures(folder)[0], concept.token)
@@ -335,16 +320,18 @@ def main():
     if args.batch_size % accelerator.num_processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
     writable_folder(args.output)
+    accelerator.print(told)
     started = time.perf_counter()
     groups = [concepts] if args.joint else [[concept] for concept in concepts]
     for group in groups:
-        learn(group, args, accelerator, dtype)
+        learn(group, args, row, name, accelerator, dtype)
     flag = ""
     if args.custom_diffusion:
         one = args.output / "+".join(concept.number for concept in concepts) / "projections.safetensors"
         flag = f" --projections {one}" if len(groups) == 1 else " --projections FILE, of one of the concepts' folders"
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
-                      f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{flag}")
+                      f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{flag}\n"
+                      f"bash scripts/install.sh {args.output} puts the words where scripts/hw2_3.sh finds them")
 
 
 if __name__ == "__main__":

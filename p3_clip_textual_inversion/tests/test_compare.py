@@ -34,8 +34,8 @@ def test_the_command(call, tmp_path, concepts_json, tiny_sd, tiny_clip):
         for word in ("new1", "new2"):
             save_embedding(tmp_path / folder / f"{word}.safetensors", f"<{word}>", torch.full((2, 32), value))
     code, _, err = call("p3_clip_textual_inversion.compare", "--input", concepts_json, "--learned", *(tmp_path / folder for folder in "abc"),
-                        "--checkpoint", tiny_sd, "--model", tiny_clip, "--num-images=2", "--steps=2", "--dtype=fp32", "--output", tmp_path,
-                        "--write-baselines")
+                        "--checkpoint", tiny_sd, "--model", tiny_clip, "--num-images=2", "--steps=2", "--dtype=fp32", "--guidance-weight=6.5",
+                        "--output", tmp_path, "--write-baselines")
     assert code == 0, err
     result = json.loads((tmp_path / "results" / "p3_compare.json").read_text())
     a, b, c = (result["ways"][f"learned ({tmp_path / folder})"] for folder in "abc")

@@ -99,7 +99,7 @@ ARGUMENTS = {
     ("figures", ["--runs={t}/no"], "{t}/no has no embeddings"),
     ("figures", [], "{t}/run/0 is not a finished run of scripts/p3_train.sh"),
     ("figures", ["--output={t}/file", "--input={t}/no"], "cannot read {t}/no"),
-    ("multi", ["--num-images=0"], "--num-images and --train-steps must be at least 1"),
+    ("multi", ["--num-images=0"], "--num-images must be at least 1, not 0"),
     ("multi", ["--ordinary-pictures={t}/file"], "cannot read {t}/file/id2label.json"),
     ("multi", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
     ("multi", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
@@ -256,10 +256,11 @@ def test_words_whose_files_would_clash_are_refused(words, said):
         check_files(words)
 
 
-def test_training_refuses_words_whose_files_would_clash_before_it_loads_a_model(call, places):
+def test_training_refuses_words_whose_files_would_clash_before_it_loads_a_model(call, places, tiny_sd, monkeypatch):
+    monkeypatch.setattr(f"{PACKAGE}.train.load_stable_diffusion", lambda *_: pytest.fail("long work started"))
     path = places / "concepts" / "input.json"
     path.write_text(path.read_text().replace("<new2>", "<new:1>"))
-    code, _, err = call(f"{PACKAGE}.train", path, "--checkpoint", places / "empty", "--output", places / "new")
+    code, _, err = call(f"{PACKAGE}.train", path, "--checkpoint", tiny_sd, "--output", places / "new")
     assert code == 1 and "must differ in more than" in err and err.count("\n") == 1, err
 
 

@@ -12,14 +12,18 @@ from PIL import Image
 
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import example_pictures, read_concepts
+from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.diffusion import image_noise
-from p3_clip_textual_inversion.embedding import add_words, expand, read_embeddings
+from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name, read_embeddings
 from p3_clip_textual_inversion.evaluate import clip_scores
-from p3_clip_textual_inversion.inference import EMBEDDINGS, MINI_GUIDANCE, DrawConfig, draw
+from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.world import MINI
 
 INPUT = MINI / "textual_inversion" / "input.json"
+GUIDANCE = MINIATURE.drawing.guidance_weight
+WORDS = installed_folder(model_name(MINIATURE, identify(MINI_SD)))
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def test_its_text_encoder_is_clips_text_tower():
 def test_it_draws_what_it_is_asked_for(grader):
     """Eight pictures, each recognised among their eight names by the miniature of CLIP more often than not (chance: one)."""
     names = ["fox", "bus", "banana", "snowman", "rose", "guitar", "red heart", "frog"]
-    pictures = draw(load_stable_diffusion(), [f"a drawing of a {name}" for name in names], names, DrawConfig(guidance_weight=MINI_GUIDANCE, num_steps=15))
+    pictures = draw(load_stable_diffusion(), [f"a drawing of a {name}" for name in names], names, DrawConfig(guidance_weight=GUIDANCE, num_steps=15))
     features = grader.of_pictures([Image.fromarray(picture) for picture in pictures])
     assert ((features @ grader.of_texts([f"a drawing of a {name}" for name in names]).T).argmax(1) == torch.arange(8)).sum() >= 5
 
@@ -79,8 +83,8 @@ def test_shipped_words_draw_their_concept(grader, number):
     """Eight pictures of each prompt are nearer to the examples with the learned word than with the words it started from, noise by noise, beyond chance."""
     concept = next(c for c in read_concepts(INPUT) if c.number == number)
     references = grader.of_pictures(example_pictures(INPUT.parent / number))
-    vectors = read_embeddings(EMBEDDINGS)
-    counts, names, config = {w: len(rows) for w, rows in vectors.items()}, list("abcdefgh"), DrawConfig(guidance_weight=MINI_GUIDANCE, num_steps=15)
+    vectors = read_embeddings(WORDS)
+    counts, names, config = {w: len(rows) for w, rows in vectors.items()}, list("abcdefgh"), DrawConfig(guidance_weight=GUIDANCE, num_steps=15)
     plain, learned = load_stable_diffusion(), load_stable_diffusion()
     add_words(learned, vectors)
     scores = []
@@ -98,4 +102,4 @@ def test_sizes():
     assert sum(path.stat().st_size for path in files) < 45e6
     content = json.loads(INPUT.read_text())
     assert all(len(example_pictures(INPUT.parent / number)) == 5 for number in content)
-    assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(EMBEDDINGS))
+    assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(WORDS))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import read_concepts, side_by_side
+from p3_clip_textual_inversion.defaults import SD_V1
 from p3_clip_textual_inversion.diffusion import Guided
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
@@ -99,7 +100,7 @@ def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
 
 
 def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
-    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(kind="auto", checkpoint="x"), read_concepts(concepts_json)
+    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(kind="auto", row=SD_V1), read_concepts(concepts_json)
     vectors = {concept.token: torch.randn(2, 32) * 0.1 for concept in concepts}
     add_words(parts, vectors)
     counts = dict.fromkeys(vectors, 2)

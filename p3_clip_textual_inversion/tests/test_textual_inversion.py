@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, read_pictures, varied
+from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
 from p3_clip_textual_inversion.evaluate import best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
-from p3_clip_textual_inversion.train import GAMMA, STYLE_PULL, Loss, Source, draw_batch, make_sources, size_of
+from p3_clip_textual_inversion.train import Loss, Source, draw_batch, make_sources
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -141,7 +143,7 @@ def test_training_writes_what_inference_and_grading_read(call, concepts_json, ti
     assert "new1.safetensors" in out
     vectors = read_embeddings(tmp_path / "run")
     assert {word: tuple(rows.shape) for word, rows in vectors.items()} == {"<new1>": (2, 32), "<new2>": (2, 32)}
-    arguments = [concepts_json, tmp_path / "out", tiny_sd, "--embeddings", tmp_path / "run", "--num-images=3", "--steps=2"]
+    arguments = [concepts_json, tmp_path / "out", tiny_sd, "--embeddings", tmp_path / "run", "--num-images=3", "--steps=2", "--dtype=fp32"]
     code, out, err = call(f"{PACKAGE}.inference", *arguments)
     assert code == 0, err
     expected = {f"{c}/{k}/source{c}_prompt{k}_{i}.png" for c, k in (("0", 0), ("0", 1), ("1", 0)) for i in range(3)}
@@ -189,10 +191,11 @@ def test_a_finished_run_is_known_by_its_pictures_and_its_model(call, concepts_js
     shutil.copytree(tiny_sd, tmp_path / "moved")
     code, out, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "moved")
     assert code == 0 and "<new2> is learned already" in out, err
-    with open(tmp_path / "moved" / "more", "wb") as file:
-        file.write(bytes(10))
+    before = identify(tiny_sd)
+    path = tmp_path / "moved" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"conv_in.weight": torch.ones(32, 4, 3, 3)}, path)  # another model, of as many bytes
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "moved")
-    assert code == 1 and f"other settings (model {size_of(tiny_sd)} is now {size_of(tmp_path / 'moved')})" in err
+    assert code == 1 and f"other settings (model miniature-{before} is now miniature-{identify(tmp_path / 'moved')})" in err
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "no.ckpt")
     assert code == 1 and f"no such checkpoint: {tmp_path / 'no.ckpt'}" in err
     (concepts_json.parent / "1" / "2.png").unlink()
@@ -207,7 +210,7 @@ def test_a_pull_of_one_leaves_the_initial_words(call, parts, concepts_json, tiny
         assert torch.allclose(read_embedding(tmp_path / f"{word}.safetensors")[1], initial_rows(parts, source, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "flags", "pull"), [("object", [], 0.0), ("style", [], STYLE_PULL), ("style", ["--pull=0.5"], 0.5)])
+@pytest.mark.parametrize(("kind", "flags", "pull"), [("object", [], 0.0), ("style", [], MINIATURE.learning.style_pull), ("style", ["--pull=0.5"], 0.5)])
 def test_what_is_pulled_back_unasked(call, concepts_json, tiny_sd, tmp_path, kind, flags, pull):
     """A style is, an object is not, and the file of the word tells; the words end where AdamW's one step and that pull lead."""
     rows = {}
@@ -219,7 +222,7 @@ def test_what_is_pulled_back_unasked(call, concepts_json, tiny_sd, tmp_path, kin
     initial = initial_rows(load_stable_diffusion(tiny_sd), "dog", 1)
     assert torch.allclose(rows["default"], rows["free"].lerp(initial, pull), atol=1e-6)
     assert not torch.allclose(rows["free"], initial, atol=1e-4)
-    assert (float(settings["pull"]), float(settings["min_snr_gamma"])) == (pull, GAMMA)
+    assert (float(settings["pull"]), float(settings["min_snr_gamma"])) == (pull, MINIATURE.learning.min_snr_gamma)
 
 
 def test_gradient_checkpointing_changes_nothing(call, concepts_json, tiny_sd, tmp_path):
@@ -292,10 +295,10 @@ def test_captions_of_pictures(tmp_path):
 def test_sources_pair_each_picture_with_its_caption(parts, concepts_json):
     folder = concepts_json.parent / "0"
     (folder / CAPTIONS).write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": f"a <new1> on ground {i}"}) for i in range(3)))
-    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, custom_diffusion=False, checkpoint="x")
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, custom_diffusion=False)
     concepts = read_concepts(concepts_json)[:1]
     add_words(parts, {"<new1>": torch.randn(1, 32)})
-    own, = make_sources(parts, concepts, args, 64, DrawConfig(num_steps=1))
+    own, = make_sources(parts, concepts, args, MINIATURE, 64, DrawConfig(num_steps=1))
     assert own.paired and own.captions == [f"a <new1> on ground {i}" for i in (0, 0, 1, 1, 2, 2)] and len(own.means) == 6
 
 

@@ -1,0 +1,136 @@
+"""A row of settings for each model, with the source of each number; a command's flags override them.
+
+Which row a model gets is decided by what it is (`row_of`), not by where it lies. The miniature's numbers were measured on it and say nothing of the real
+model; those of Stable Diffusion are the published ones named beside them, or follow from the time and memory that a drawing has (scripts/hw2_3.sh).
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import ROOT
+
+DATA = ROOT / "hw2_data"
+WEIGHTS = DATA / "weights"  # where scripts/download_weights.sh puts what it fetches
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """batch_size: pictures at a time."""
+    sampler: str
+    steps: int
+    guidance_weight: float  # w of eps = (1+w) eps_cond - w eps_uncond; the guidance scale of diffusers is 1 + w
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Textual inversion; the last two are of Custom Diffusion, whose key and value projections learn too."""
+    steps: int
+    batch_size: int
+    lr: float
+    vectors: int
+    min_snr_gamma: float
+    style_pull: float  # of a style's word, for a whole run: the share of the way back to the initial words
+    lr_projections: float
+    prior: int  # ordinary pictures
+
+
+@dataclass(frozen=True)
+class Several:
+    """The comparison of ways to bring several concepts into one picture. runs: {name: (steps per concept, flags of train)}."""
+    input: Path
+    ordinary: str  # the thing beside the first subject
+    ordinary_pictures: Path
+    other_styles: tuple
+    runs: dict
+
+
+@dataclass(frozen=True)
+class Defaults:
+    key: str  # begins the name of the folder of its installed words
+    name: str
+    side: int  # of its pictures, in pixels
+    medium: str  # what its pictures are called in captions
+    input: Path  # the concepts to learn and to draw
+    templates: dict  # {"object" or "style": captions to learn with}
+    ordinary: tuple  # things that a prior is drawn of, none that a prompt has
+    drawing: Drawing
+    learning: Learning
+    several: Several
+    judge: str  # the CLIP that grades its pictures
+    judge_weights: str | None = None
+
+
+MINIATURE = Defaults(
+    key="miniature", name="the miniature", side=64, medium="drawing", input=DATA / "mini" / "textual_inversion" / "input.json",
+    templates={"object": ("a {}", "a drawing of a {}"), "style": ("a drawing in the style of {}", "a drawing of a thing in the style of {}")},
+    ordinary=("cat face", "bus", "tulip", "rose", "guitar", "snowman", "key", "fox"),
+    drawing=Drawing(
+        sampler="dpmpp_2m", steps=25, batch_size=8,
+        guidance_weight=3.0),  # measured: mini_scores recognises 97 % of what is drawn with it
+    learning=Learning(
+        steps=150, batch_size=16, lr=1e-3,  # measured on three seeds by compare: the learned word beats every other in each prompt
+        vectors=4,  # measured, likewise
+        min_snr_gamma=0.1,  # measured: it decides what it draws under far more noise than a loss that weighs all noise alike listens to
+        style_pull=0.55,  # measured: every subject must survive the style; without it the rest of the prompt is obeyed less
+        lr_projections=1e-4, prior=48),
+    several=Several(
+        input=DATA / "mini" / "textual_inversion" / "several.json", ordinary="red apple", ordinary_pictures=DATA / "mini" / "clip_zeroshot",
+        other_styles=("twemoji", "openmoji", "fluent emoji flat", "emojione", "noto v1"),
+        runs={  # measured by multi itself; gently where more learns, or for longer
+            "apart": (500, ("--lr=5e-3", "--batch-size=8", "--min-snr-gamma=5", "--pull=0")),
+            "together": (500, ("--joint", "--lr=3e-3", "--batch-size=8", "--min-snr-gamma=5", "--pull=0")),
+            "custom": (500, ("--joint", "--custom-diffusion", "--lr=3e-3", "--lr-projections=3e-4", "--batch-size=8", "--min-snr-gamma=5", "--pull=0")),
+            "custom_apart": (500, ("--custom-diffusion", "--lr=3e-3", "--batch-size=8", "--min-snr-gamma=5", "--pull=0"))}),
+    judge=str(DATA / "mini" / "clip"))
+
+SD_V1 = Defaults(
+    key="sd_v1", name="Stable Diffusion v1", side=512, medium="photo", input=DATA / "textual_inversion" / "input.json",
+    templates={  # of Gal et al. 2023, whose list diffusers' example has
+        "object": ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of a clean {}", "a photo of my {}",
+                   "a close-up photo of a {}", "a bright photo of the {}", "a good photo of the {}", "a photo of one {}"),
+        "style": ("a painting in the style of {}", "a rendering in the style of {}", "a picture in the style of {}", "a cropped painting in the style of {}",
+                  "a close-up painting in the style of {}", "a nice painting in the style of {}")},
+    ordinary=("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
+    drawing=Drawing(
+        sampler="dpmpp_2m", steps=15,  # Lu et al. 2022: guided samples of high quality in 15 to 20 steps; 15 keep a hundred pictures within five minutes
+        guidance_weight=6.5,  # diffusers' scale of 7.5, which the published models are shown with
+        batch_size=4),  # of an 11 GB card in half precision
+    learning=Learning(
+        steps=3000, batch_size=4, lr=5e-4,  # diffusers' example of textual inversion: 3,000 steps of four pictures at 5e-4
+        vectors=1,  # Gal et al. 2023: more vectors fit the pictures better and the rest of the prompt worse
+        min_snr_gamma=5.0,  # Hang et al. 2023
+        style_pull=0.0,  # published trainings have none
+        lr_projections=4e-5,  # Kumari et al. 2023: 1e-5 for each picture of the batch
+        prior=200),  # Kumari et al. 2023
+    several=Several(
+        input=DATA / "textual_inversion" / "input.json", ordinary="cat", ordinary_pictures=DATA / "clip_zeroshot",
+        other_styles=("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art"),
+        runs={  # words as above; Kumari et al. 2023: 250 steps of eight pictures a concept, words and projections at 1e-5 for each picture of the batch
+            "apart": (3000, ()), "together": (3000, ("--joint",)),
+            "custom": (500, ("--joint", "--custom-diffusion", "--lr=4e-5")), "custom_apart": (500, ("--custom-diffusion", "--lr=4e-5"))}),
+    judge="ViT-B-32-quickgelu", judge_weights="openai")  # the course's grader
+
+ROWS = (MINIATURE, SD_V1)
+
+
+def row_of(side):
+    """The `Defaults` of a model by the side of its pictures, in pixels, or of pictures by theirs: a miniature draws thumbnails, of less than 256 pixels."""
+    return MINIATURE if side < 256 else SD_V1
+
+
+def add_argument(parser, group, flag, help, **options):
+    """Adds a flag whose default is the model's: what each row of the table has in a group is told by --help, and put in by `fill_in`."""
+    name = flag.strip("-").replace("-", "_")
+    told = ", ".join(f"{row.name} {getattr(getattr(row, group), name)}" for row in ROWS)
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} (default: {told})", **options)
+
+
+def fill_in(args, group):
+    """Gives parsed arguments the values of a row's group that no flag has set. Returns a line that tells all of the group that are numbers or names."""
+    given = {name for name in vars(group) if name in args}
+    for name, value in vars(group).items():
+        vars(args).setdefault(name, value)
+    return ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}{' (by flag)' if name in given else ''}"
+                     for name, value in vars(group).items() if isinstance(value, (int, float, str)))

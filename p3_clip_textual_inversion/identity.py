@@ -1,0 +1,108 @@
+"""By what a Stable Diffusion is known again, wherever it lies and in whatever form: what learned words and settings belong to."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from safetensors import safe_open
+
+from .checkpoint import read_checkpoint
+from .files import UserError, first_line
+
+TEXT_PREFIX = "cond_stage_model.transformer."
+CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
+VOCABULARY = 49408  # tokens of CLIP; what is behind them in a table are words that someone added
+# Two tensors by which a model is known again: in the original layout, and in a folder's part with its files, any of which will do.
+TOKEN_TABLE = (f"{TEXT_PREFIX}text_model.embeddings.token_embedding.weight", "text_encoder", "token_embedding.weight",
+               ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"))
+FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "unet", "conv_in.weight",
+                     ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint of Stable Diffusion is, wherever it lies and in whatever form. side: of its pictures, in pixels.
+
+    words: of the token table, which decides what learned words mean; unet: of the UNet's first convolution, which finetuning changes. 12 digits each, of
+    the values in half precision, so that a .ckpt, an fp16 file and a folder of one model have the same."""
+    side: int
+    words: str
+    unet: str
+
+    def __str__(self):
+        return f"{self.words}-{self.unet}"
+
+
+def check_checkpoint(source):
+    """A `UserError` for what is neither a file, nor a folder of Stable Diffusion, nor like a name on the hub."""
+    path = Path(source)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
+    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
+        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
+
+
+def identify(source):
+    """The `Identity` of a checkpoint: a file in the original layout, a folder or a hub name. Of several GB it reads the token table only."""
+    check_checkpoint(source)
+    path = Path(source)
+    if path.is_file():
+        tensors = read_tensors(path, [TOKEN_TABLE[0], FIRST_CONVOLUTION[0]])
+        unet, vae = (json.loads((CONFIGS / part / "config.json").read_text()) for part in ("unet", "vae"))
+    else:
+        try:
+            tensors = [read_tensors(part_file(source, part, files), [name])[0] for _, part, name, files in (TOKEN_TABLE, FIRST_CONVOLUTION)]
+            unet, vae = (json.loads(part_file(source, part, ("config.json",)).read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        except UserError:
+            raise
+        except Exception as error:  # the hub's library raises many kinds, a damaged config others
+            hint = "" if path.is_dir() else "; without internet, give a file or a folder"
+            raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
+    try:
+        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source} does not tell the size of its pictures: {type(error).__name__}: {error}") from None
+    return Identity(side, fingerprint(tensors[0][:VOCABULARY]), fingerprint(tensors[1]))
+
+
+def fingerprint(tensor):
+    """12 digits of a tensor's values in half precision."""
+    return hashlib.sha256(tensor.detach().to(torch.float16).contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
+def part_file(source, part, names):
+    """The first of these files that a part of a folder, or of a name on the hub, has."""
+    folder = Path(source) / part
+    if Path(source).is_dir():
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        raise UserError(f"cannot load Stable Diffusion from {source}: {part} has no {' or '.join(names)}")
+    reason = None
+    for name in names:
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(source), f"{part}/{name}"))
+        except huggingface_hub.errors.EntryNotFoundError as error:
+            reason = error
+    raise reason
+
+
+def read_tensors(path, names):
+    """The tensors whose names end as these do, of a file that may hold much more: what is not asked for is not read."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                known = {name: file.get_tensor(name) for name in file.keys() if name.endswith(tuple(names))}  # noqa: SIM118 (it is no dictionary)
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
+    else:
+        known = read_checkpoint(path)
+    found = [next((tensor for name, tensor in known.items() if name.endswith(wanted)), None) for wanted in names]
+    for wanted, tensor in zip(names, found):
+        if tensor is None:
+            raise UserError(f"{path} has no {wanted}; expected Stable Diffusion v1, such as sd-v1-4.ckpt or a folder with model_index.json")
+    return found

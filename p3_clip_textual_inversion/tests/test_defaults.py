@@ -1,0 +1,253 @@
+"""Which settings a model gets, by what it is; the judge of its pictures; and the words that belong to it."""
+
+import json
+import re
+import shutil
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from p3_clip_textual_inversion import embedding, identity
+from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, row_of
+from p3_clip_textual_inversion.embedding import check_models, find_words, install, installed_folder, model_name, models_of, read_embedding, save_embedding
+from p3_clip_textual_inversion.evaluate import judge_of
+from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
+from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.multi import train_missing
+from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
+from p3_clip_textual_inversion.train import pull_of_step
+from p3_clip_textual_inversion.world import STYLES, words
+
+PACKAGE = "p3_clip_textual_inversion"
+
+
+def test_a_model_is_known_in_every_form_and_place(tiny_sd, tmp_path):
+    """A copy elsewhere, one in half precision, one that has learned words in its table, a .ckpt and a .safetensors in the original layout."""
+    known = identify(tiny_sd)
+    copy, half, longer = (shutil.copytree(tiny_sd, tmp_path / name) for name in ("copy", "half", "longer"))
+    for part, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
+        path = half / part / f"{file}.safetensors"
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path.with_name(f"{file}.fp16.safetensors"))
+        path.unlink()
+    assert identify(copy) == identify(half) == known and re.fullmatch("[0-9a-f]{12}-[0-9a-f]{12}", str(known))
+    parts = load_stable_diffusion(tiny_sd)
+    layout = original_layout(parts.unet, parts.vae, parts.text_encoder, torch.float16)
+    write_checkpoint(tmp_path / "model.ckpt", layout)
+    save_file({name: tensor.contiguous() for name, tensor in layout.items()}, tmp_path / "model.safetensors")
+    for name in ("model.ckpt", "model.safetensors"):
+        one = identify(tmp_path / name)
+        assert str(one) == str(known) and row_of(one.side) is SD_V1  # a file in that layout is of 512 pixels
+    path = longer / "text_encoder" / "model.safetensors"
+    table = {name: tensor for name, tensor in load_file(path).items() if name.endswith("token_embedding.weight")}
+    (name, rows), = table.items()
+    save_file(load_file(path) | {name: rows + 0.01}, path)
+    assert identify(longer).words != known.words and identify(longer).unet == known.unet
+
+
+def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
+    """Of a .safetensors the two tensors that are asked for; the other gigabytes stay on the disk."""
+    save_file({f"{identity.TOKEN_TABLE[0]}": torch.ones(3, 2), identity.FIRST_CONVOLUTION[0]: torch.ones(2, 4, 3, 3), "x.weight": torch.ones(5)},
+              tmp_path / "a.safetensors")
+    asked, real = [], identity.safe_open
+
+    class Spy:
+        def __init__(self, *arguments):
+            self.file = real(*arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, name):
+            asked.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(identity, "safe_open", Spy)
+    identify(tmp_path / "a.safetensors")
+    assert sorted(asked) == sorted([identity.TOKEN_TABLE[0], identity.FIRST_CONVOLUTION[0]])
+
+
+def test_tokens_that_someone_added_make_no_other_model(monkeypatch, tiny_sd, tmp_path):
+    known = identify(tiny_sd)
+    path = next((tiny_sd / "text_encoder").glob("*.safetensors"))
+    name, table = next((name, tensor) for name, tensor in load_file(path).items() if name.endswith("token_embedding.weight"))
+    monkeypatch.setattr(identity, "VOCABULARY", len(table))
+    more = shutil.copytree(tiny_sd, tmp_path / "more")
+    save_file(load_file(path) | {name: torch.cat([table, torch.ones(1, table.shape[1])])}, more / "text_encoder" / path.name)
+    assert identify(more) == known
+
+
+def test_a_copy_of_the_miniature_gets_the_miniatures_settings(call, concepts_json, tiny_sd, tmp_path):
+    """As a model of the course's size gets Stable Diffusion's, wherever either lies; told, and overridden by flags."""
+    moved = shutil.copytree(tiny_sd, tmp_path / "sd-v1-4")
+    code, out, err = call(f"{PACKAGE}.train", concepts_json, "--checkpoint", moved, "--output", tmp_path / "run", "--concepts", 1, "--steps=1",
+                          "--batch-size=1", "--crops=1", "--sample-every=0", "--dtype=fp32")
+    assert code == 0, err
+    assert f"the miniature (miniature-{identify(moved)}), 64 pixels: steps 1 (by flag), batch-size 1 (by flag), lr 0.001, vectors 4, min-snr-gamma 0.1" in out
+    _, rows, settings = read_embedding(tmp_path / "run" / "new2.safetensors")
+    assert len(rows) == MINIATURE.learning.vectors and float(settings["pull"]) == MINIATURE.learning.style_pull
+    assert row_of(identify(MINI_SD).side) is MINIATURE and row_of(512) is row_of(768) is SD_V1
+
+
+@pytest.mark.parametrize("module", ["train", "inference", "multi", "compare", "figures"])
+def test_help_tells_what_each_model_gets(call, module):
+    code, out, _ = call(f"{PACKAGE}.{module}", "--help")
+    out = " ".join(out.split())
+    group, flag = ("learning", "lr") if module == "train" else ("drawing", "guidance_weight")
+    small, real = (getattr(getattr(row, group), flag) for row in (MINIATURE, SD_V1))
+    assert code == 0 and f"(default: the miniature {small}, Stable Diffusion v1 {real})" in out
+
+
+def test_the_rows_differ_where_the_models_do():
+    """No number that was measured on emoji reaches the real model, which has the published ones."""
+    small, real = MINIATURE.learning, SD_V1.learning
+    assert (real.steps, real.batch_size, real.lr, real.vectors, real.min_snr_gamma, real.style_pull, real.prior) == (3000, 4, 5e-4, 1, 5.0, 0.0, 200)
+    assert all(getattr(small, name) != getattr(real, name) for name in vars(small))
+    assert not any(flag.startswith("--lr") and float(flag.split("=")[1]) > 8e-5 for name in ("custom", "custom_apart") for flag in SD_V1.several.runs[name][1])
+    assert real.lr_projections <= 8e-5
+    assert MINIATURE.several.other_styles == tuple(map(words, STYLES)) and (SD_V1.judge, SD_V1.judge_weights) == ("ViT-B-32-quickgelu", "openai")
+    for row in ROWS:
+        assert set(row.templates) == {"object", "style"} and all("{}" in template for group in row.templates.values() for template in group)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_pull_is_of_a_run_however_many_steps_it_has(decay):
+    for pull in (0.0, 0.3, 0.55, 1.0):
+        left = []
+        for steps in (1, 150, 3000):
+            strengths = [min(1, (steps - at) / max(decay * steps, 1)) for at in range(steps)]
+            left.append(np.prod([1 - pull_of_step(pull, strength, sum(strengths)) for strength in strengths]))
+        assert left == pytest.approx([1 - pull] * 3, abs=1e-9)
+
+
+class Missing:
+    def __init__(self, *_):
+        raise UserError("cannot load the CLIP ViT-B-32-quickgelu openai: no network")
+
+
+def test_real_pictures_are_not_judged_by_emoji(call, concepts_json, tmp_path, monkeypatch):
+    """Pictures of 512 pixels want ViT-B/32; where it is missing that is said, and how to get it."""
+    for concept, k in (("0", 0), ("0", 1), ("1", 0)):
+        (tmp_path / "out" / concept / str(k)).mkdir(parents=True)
+        Image.new("RGB", (512, 512)).save(tmp_path / "out" / concept / str(k) / f"source{concept}_prompt{k}_0.png")
+    monkeypatch.setattr(f"{PACKAGE}.evaluate.Grader", Missing)
+    code, _, err = call(f"{PACKAGE}.evaluate", tmp_path / "out", concepts_json, "--num-images=1")
+    assert code == 1 and "CLIP ViT-B/32 by OpenAI, is not here: bash scripts/download_weights.sh ViT-B-32" in err and err.count("\n") == 1
+
+
+def test_the_judge_of_each_row(tiny_clip, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    class Spy:
+        def __init__(self, name, weights, *_):
+            asked.append((name, weights))
+            self.clip = types.SimpleNamespace(visual=types.SimpleNamespace(image_size=(64, 64)))
+
+    monkeypatch.setattr(f"{PACKAGE}.evaluate.Grader", Spy)
+    monkeypatch.setattr(f"{PACKAGE}.evaluate.WEIGHTS", tmp_path)
+    unasked = types.SimpleNamespace(model=None, pretrained=None)
+    judge_of(MINIATURE, unasked)
+    judge_of(SD_V1, unasked)
+    (tmp_path / "ViT-B-32.pt").write_bytes(b"x")
+    judge_of(SD_V1, unasked)
+    assert asked == [(MINIATURE.judge, None), ("ViT-B-32-quickgelu", "openai"), ("ViT-B-32-quickgelu", str(tmp_path / "ViT-B-32.pt"))]
+    capsys.readouterr()
+    judge_of(SD_V1, types.SimpleNamespace(model=str(tiny_clip), pretrained=None))
+    assert "its scores say next to nothing of photographs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_multi_passes_its_settings_on(row, monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: lines.append(line) or types.SimpleNamespace(returncode=0))
+    args = types.SimpleNamespace(row=row, input="i.json", checkpoint="c", output=tmp_path, train_steps=None, seed=3, device="cpu", side=256, dtype="fp16",
+                                 train_batch_size=2, gradient_checkpointing=True)
+    train_missing(args, ["a", "b"])
+    assert len(lines) == 4
+    for line, (name, (steps, flags)) in zip(lines, row.several.runs.items()):
+        assert line[line.index("--steps") + 1] == str(steps * (2 if "--joint" in flags else 1)) and str(tmp_path / name) in line
+        assert line[-4:] == ["--side=256", "--batch-size=2", "--dtype=fp16", "--gradient-checkpointing"] and set(flags) <= set(line)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "INSTALLED", tmp_path / "embeddings")
+    monkeypatch.setattr(embedding, "ROOT", tmp_path)
+    return tmp_path / "embeddings"
+
+
+def test_words_are_found_by_their_model(call, concepts_json, tiny_sd, tmp_path, installed):
+    """The grader's call: INPUT OUT CKPT, with the words that were learned for that model, wherever it lies now. None: how to learn them."""
+    drawing = [concepts_json, tmp_path / "out", tiny_sd, "--num-images=1", "--steps=1", "--dtype=fp32"]
+    code, _, err = call(f"{PACKAGE}.inference", *drawing)
+    learning = f"learn them with: bash scripts/p3_train.sh {concepts_json} --checkpoint {tiny_sd}"
+    assert code == 1 and "no words are installed for this model" in err and learning in err
+    name = model_name(MINIATURE, identify(tiny_sd))
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    for i in (1, 2):
+        save_embedding(run / f"new{i}.safetensors", f"<new{i}>", torch.full((1, 32), float(i)), {"model": name})
+    code, _, err = call(f"{PACKAGE}.inference", *drawing)
+    assert code == 1 and f"{run} has some" in err and "scripts/install.sh" in err
+    assert [path.parent for path in install(run)] == [installed / name[:-13]] * 2
+    drawing[2] = shutil.copytree(tiny_sd, tmp_path / "elsewhere")
+    code, out, err = call(f"{PACKAGE}.inference", *drawing)
+    assert code == 0 and f"words: <new1>, <new2> of {installed_folder(name)}" in out and "note:" not in out, err
+
+
+def test_words_of_another_model_are_told(tmp_path):
+    for i, model in enumerate(["sd_v1-0123456789ab-0123456789ab", "sd_v1-0123456789ab-ffffffffffff", "sd_v1-ffffffffffff-0123456789ab", "32836059 bytes"]):
+        save_embedding(tmp_path / f"{i}.safetensors", f"<new{i}>", torch.ones(1, 8), {"model": model})
+    notes = check_models(tmp_path, [f"<new{i}>" for i in range(4)], "sd_v1-0123456789ab-0123456789ab")
+    assert len(notes) == 2 and "<new1>" in notes[0] and "another UNet of the same text encoder" in notes[0]
+    assert "<new2>" in notes[1] and "was learned with another model" in notes[1]
+    assert check_models(tmp_path, ["<new0>"], "sd_v1-ffffffffffff-0123456789ab") and not check_models(tmp_path, ["<new3>"], "sd_v1-ffffffffffff-0123456789ab")
+
+
+def test_installing_keeps_what_was_there(installed, tmp_path):
+    name = "sd_v1-0123456789ab-0123456789ab"
+    path = tmp_path / "new1.safetensors"
+    for value in (1.0, 2.0, 2.0, 3.0):
+        save_embedding(path, "<new1>", torch.full((1, 8), value), {"model": name} if value > 1 else {})
+        target, = install(path, name)
+        assert read_embedding(target)[1].eq(value).all()
+    assert sorted(read_embedding(p)[1].max().item() for p in (target.parent / "replaced").iterdir()) == [1.0, 2.0]
+    assert list(models_of(target.parent).values()) == [("<new1>", name)]  # what was replaced is not read
+    save_embedding(path, "<new1>", torch.ones(1, 8))
+    with pytest.raises(UserError, match="does not tell which model <new1> was learned with; give that by --checkpoint"):
+        install(path)
+    with pytest.raises(UserError, match="has no words"):
+        install(tmp_path / "embeddings")
+    with pytest.raises(UserError, match="no words are installed"):
+        find_words("sd_v1-aaaaaaaaaaaa-aaaaaaaaaaaa", "x")
+
+
+def test_bundled_words_tell_their_model():
+    name = model_name(MINIATURE, identify(MINI_SD))
+    assert {model for _, model in models_of(installed_folder(name)).values()} == {name}
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot load Stable Diffusion from"),
+    (lambda folder: (folder / "unet" / "config.json").write_text("{}"), "does not tell the size of its pictures"),
+    (lambda folder: (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": 3})), "does not tell the size of its pictures"),
+    (lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder has no model.safetensors or"),
+    (lambda folder: next((folder / "unet").glob("*.safetensors")).write_bytes(b"x"), "cannot be read as a checkpoint"),
+])  # fmt: skip
+def test_models_that_cannot_be_known_end_in_one_line(tiny_sd, tmp_path, spoil, said):
+    folder = shutil.copytree(tiny_sd, tmp_path / "sd")
+    spoil(folder)
+    with pytest.raises(UserError, match=said) as error:
+        identify(folder)
+    assert "\n" not in str(error.value)
