@@ -225,12 +225,12 @@ def install(source, name=None):
         raise UserError(f"{source} has no words; expected .safetensors files, as scripts/p3_train.sh writes them")
     installed = []
     for path, (word, model) in found.items():
-        read_embedding(path)  # says what is wrong with it
+        rows, told = read_embedding(path)[1:]  # or says what is wrong with it
         if not (model or name):
             raise UserError(f"{path} does not tell which model {word} was learned with; give that by --checkpoint")
         target = installed_folder(model or name) / file_of("", word).name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_file() and target.read_bytes() != path.read_bytes():
+        if target.is_file() and not ((there := read_embedding(target))[1].equal(rows) and there[2] == told):
             replaced = target.parent / "replaced"
             replaced.mkdir(exist_ok=True)
             shutil.copyfile(target, next(p for i in range(10**6) if not (p := replaced / f"{target.stem}_{i}.safetensors").exists()))

@@ -15,7 +15,8 @@ from p3_clip_textual_inversion.defaults import SD_V1
 from p3_clip_textual_inversion.diffusion import Guided
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.multi import drift, guidance_of, half_crops, interval, paste_side_by_side
+from p3_clip_textual_inversion.measures import wilson
+from p3_clip_textual_inversion.multi import drift, guidance_of, half_crops, paste_side_by_side
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -141,6 +142,6 @@ def test_pictures_side_by_side():
 
 
 def test_interval_of_a_share():
-    low, high = interval(30, 50)
+    low, high = wilson(30, 50)
     assert (round(low, 3), round(high, 3)) == (0.462, 0.724)  # Wilson's, by hand
-    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-9) and interval(50, 50)[1] == pytest.approx(1)
+    assert wilson(0, 50)[0] == pytest.approx(0, abs=1e-9) and wilson(50, 50)[1] == pytest.approx(1)
