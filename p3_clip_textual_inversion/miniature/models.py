@@ -1,4 +1,4 @@
-"""What train.py trains: the miniature's autoencoder, CLIP, second judge and UNet, each with its configuration, its batches, its loss and the files it becomes."""
+"""What train.py trains: the miniature's autoencoder, CLIP, second judge and UNet: of each the configuration, batches, loss and the files it becomes."""
 
 import copy
 import json
@@ -10,12 +10,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 
 from .. import diffusion
+from ..clip import BPE_FILE, load_clip, make_clip_tokenizer, read_merges
 from ..files import UserError, atomic_path, first_line, write_json
-from ..model import BPE_FILE, load_clip, make_clip_tokenizer, read_merges, to_text_encoder, write_merges
+from ..model import to_text_encoder, write_merges
 from .painting import compose
 from .world import CLIP_STYLES, SIDE, STYLES, Captioner, Scenes, exchanged, pieces_of, sample
 
-MOST_FREQUENT, CONTEXT = 8000, 48  # merges: rarer words are spelled in parts that others share; tokens: three subjects with all looks and two words of four vectors
+MOST_FREQUENT = 8000  # merges: rarer words are spelled in parts that others share
+CONTEXT = 48  # tokens: room for three subjects with all looks and two words of four vectors
 CLIP_CONFIG = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": SIDE, "timm_model_name": "convnext_atto_ols", "timm_pool": "avg", "timm_proj": "linear"},
@@ -42,7 +44,7 @@ BANDS = 8  # of noise, by which the UNet's validation loss is told
 
 
 class Clip:
-    """CLIP (Radford et al. 2021) on all subjects in all styles but the unseen one. Beside the other captions of its batch, each picture has `HARD` untrue ones
+    """CLIP (Radford et al. 2021) on all subjects in all styles but the unseen one. Beside the other captions of its batch, each picture has `hard` untrue ones
     of nearly the same words (Yuksekgonul et al. 2023), so that CLIP can tell which attribute belongs to which subject."""
 
     steps, batch_size, lr, weight_decay, config, hard = 3000, 1024, 1e-3, 0.1, CLIP_CONFIG, 2
@@ -70,7 +72,7 @@ class Clip:
         pictures = recolour(compose(self.drawings, scenes, generator, shift=0.12, spread=(0.6, 1.0), turn=0.25), generator)
         untrue = [exchanged(scenes, generator) for _ in range(self.hard)]
         return (pictures, self.captioner(scenes, 0), torch.stack([self.captioner(other, 0) for other, _ in untrue]),
-                torch.stack([valid for _, valid in untrue]).to(self.device))
+                torch.stack([valid for _, valid in untrue]).to(self.device, non_blocking=True))
 
     def loss(self, model, batch, generator):
         pictures, tokens, untrue, valid = batch
@@ -85,7 +87,7 @@ class Clip:
             return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
     def export(self, model, folder):
-        weights = {name: tensor.half().contiguous() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+        weights = stored(model).state_dict()
         with atomic_path(folder / "open_clip_model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -107,18 +109,15 @@ class Autoencoder:
         self.model = AutoencoderKL(**VAE_CONFIG)
 
     def batch(self, generator, count):
-        scenes = sample(self.drawings, count, generator, names=self.drawings.trained, styles=CLIP_STYLES, rendered=0.15, several=(0.5, 0.35, 0.15)) \
-            if len(self.drawings.trained) <= SIDE else self.mixed(generator, count)
-        return recolour(compose(self.drawings, scenes, generator), generator)
-
-    def mixed(self, generator, count):
         """Any subject alone, everyday ones in company."""
         first = self.drawings.trained[torch.randint(0, len(self.drawings.trained), (count,), generator=generator)]
-        return sample(self.drawings, count, generator, first=first, styles=CLIP_STYLES, rendered=0.15, several=(0.5, 0.35, 0.15))
+        scenes = sample(self.drawings, count, generator, first=first, styles=CLIP_STYLES, rendered=0.15, several=(0.5, 0.35, 0.15))
+        pictures = recolour(compose(self.drawings, scenes, generator), generator)
+        return pictures.contiguous(memory_format=torch.channels_last)
 
     def loss(self, model, pictures, generator):
         noise = torch.randn(len(pictures), 4, SIDE // 4, SIDE // 4, device=self.device)
-        decoded, mean, logvar = through(model, pictures, noise)
+        decoded, mean, logvar = self.through(self.model, pictures, noise)
         error, mean, logvar = decoded.float() - pictures, mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         return error.abs().mean() + error.square().mean() + 1e-5 * kl
@@ -126,10 +125,9 @@ class Autoencoder:
     @torch.no_grad()
     def export(self, model, folder):
         """With the latents' deviation on pictures as the scaling factor."""
-        model = copy.deepcopy(model).float()
         pictures = self.batch(torch.Generator().manual_seed(10**6), 256)
         model.register_to_config(scaling_factor=1 / model.encode(pictures).latent_dist.mean.std().item())
-        model.half().save_pretrained(folder)
+        stored(model).save_pretrained(folder)
 
 
 def through(model, pictures, noise):
@@ -141,7 +139,7 @@ def through(model, pictures, noise):
 class Unet:
     """The noise predictor of latent diffusion, on everyday subjects, conditioned on the frozen text tower of the miniature of CLIP.
 
-    Latents and hidden states lie in a pool on the device, of which each step renews a share: a picture is seen about `REUSE` times."""
+    Latents and hidden states lie in a pool on the device, of which each step renews a share: a picture is seen about `reuse` times."""
 
     steps, batch_size, lr, weight_decay = 6000, 512, 1e-3, 0.01
     drop_caption, reuse, valid = 0.1, 4, 512
@@ -199,7 +197,8 @@ class Unet:
         rows = torch.randint(0, len(self.pool[0]), (count,), generator=generator).to(self.device, non_blocking=True)
         mean, deviation, hidden = (kept[rows].float() for kept in self.pool)
         dropped = (torch.rand(count, 1, 1, generator=generator) < self.drop_caption).to(self.device, non_blocking=True)
-        return self.vae.config.scaling_factor * (mean + deviation * torch.randn_like(mean)), torch.where(dropped, self.empty, hidden)
+        x0 = self.vae.config.scaling_factor * (mean + deviation * torch.randn_like(mean))
+        return x0.contiguous(memory_format=torch.channels_last), torch.where(dropped, self.empty, hidden)
 
     def loss(self, model, batch, generator):
         """Of diffusion.py, with min-SNR weights: a short training is not to be spent on noise too slight to matter."""
@@ -213,17 +212,20 @@ class Unet:
         x0, eps, t, hidden = self.held
         error = torch.cat([diffusion.loss(model, self.alpha_bar, a.float(), b.float(), c, d.float())
                            for a, b, c, d in zip(*(part.split(128) for part in (x0, eps, t, hidden)))])
-        return error.reshape(-1, BANDS).mean(0).tolist()
+        return error.reshape(-1, BANDS).mean(0).cpu().tolist()
 
     def export(self, model, folder):
         """The whole pipeline. Weights in half precision; all the parts say float32, in which stock libraries then load all of them."""
-        pipeline = StableDiffusionPipeline(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=copy.deepcopy(model),
+        pipeline = StableDiffusionPipeline(vae=stored(self.vae), text_encoder=stored(self.text_encoder), tokenizer=self.tokenizer, unet=stored(model),
                                            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipeline.unet.half(), pipeline.vae.half(), pipeline.text_encoder.half()
         pipeline.save_pretrained(folder / "stable_diffusion", safe_serialization=True)
-        self.vae.float(), self.text_encoder.float()
         config = folder / "stable_diffusion" / "text_encoder" / "config.json"
         write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
+
+
+def stored(model):
+    """A copy as it is written: in half precision, on the CPU, in the plain layout."""
+    return copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).half()
 
 
 def join(groups):

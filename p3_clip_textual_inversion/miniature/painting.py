@@ -1,6 +1,8 @@
 """The miniature's pictures: scenes of world.py painted, patterned, placed and laid over each other, in batches, on the drawings' device."""
 
-import numpy as np
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -8,9 +10,15 @@ from ..files import UserError
 from .world import COLOURS, GROUNDS, LUMA, PLACES, RENDERINGS, SIDE, SLOTS, TONES
 
 
+@functools.cache
+def constant(values, device):
+    """A tuple as a tensor that stays on the device: making it anew would have the GPU wait each time."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def luma(rgb):
     """Brightness [N, 1, H, W] of colours [N, 3, H, W]."""
-    return (rgb * torch.tensor(LUMA, device=rgb.device)[:, None, None]).sum(1, keepdim=True)
+    return (rgb * constant(LUMA, rgb.device)[:, None, None]).sum(1, keepdim=True)
 
 
 def inner_mean(values, alpha):
@@ -21,10 +29,10 @@ def inner_mean(values, alpha):
 def paint(rgb, alpha, hue):
     """Drawings [N, 3, H, W] in 0..1 in other colours, [N] as in `Scenes`: black stays black, white white, and the drawing's mean brightness becomes the
     colour itself, whatever it was."""
-    table = torch.tensor([(0, 0, 0), *COLOURS.values()], dtype=torch.float32, device=rgb.device) / 255
+    table = constant(((0, 0, 0), *COLOURS.values()), rgb.device) / 255
     colour = table[hue][:, :, None, None]
     brightness = 0.04 + 0.94 * luma(rgb)
-    power = np.log(0.5) / inner_mean(brightness, alpha).clamp(0.04, 0.96).log()
+    power = math.log(0.5) / inner_mean(brightness, alpha).clamp(0.04, 0.96).log()
     level = 2 * brightness ** power
     painted = torch.where(level < 1, level * colour, colour + (level - 1).clamp(max=1) * (1 - colour))
     return torch.where((hue > 0)[:, None, None, None], painted, rgb)
@@ -51,7 +59,7 @@ def render(rgb, alpha, rendering):
             continue
         bright, cover = luma(rgb[at]), alpha[at]
         if name in TONES:
-            dark, light = (torch.tensor(tone, dtype=torch.float32, device=rgb.device)[:, None, None] / 255 for tone in TONES[name])
+            dark, light = (constant(tone, rgb.device)[:, None, None] / 255 for tone in TONES[name])
             rgb[at] = dark + bright * (light - dark)
         elif name == "pastel":
             rgb[at] = 0.4 * rgb[at] + 0.6
@@ -66,7 +74,7 @@ def render(rgb, alpha, rendering):
 
 
 def layout(scenes, generator, shift, spread):
-    """(scene, slot) [M] of everything to draw, its place (x, y) in -1..1 and its scale [M]. spread: (smallest, largest) scale of a single subject; others by it."""
+    """(scene, slot, x, y, scale), [M] each, of everything to draw; x, y in -1..1. spread: the (smallest, largest) scale of a subject alone."""
     count = (scenes.name >= 0).sum(1)
     things = torch.maximum(count, scenes.number)
     scene, slot = (torch.arange(SLOTS) < things[:, None]).nonzero().unbind(1)

@@ -1,9 +1,13 @@
-"""Trains the miniature's models on drawings: CLIP, then the VAE, then the UNet of Stable Diffusion. The same command again goes on where a run was stopped.
+"""Trains the miniature's models on drawings: the autoencoder, CLIP and the second judge, then the UNet. The same command again goes on where a run stopped.
 
-    python -m p3_clip_textual_inversion.make_mini drawings runs/emoji.npz
-    python -m p3_clip_textual_inversion.pretrain clip --drawings runs/emoji.npz --output runs/clip
-    python -m p3_clip_textual_inversion.pretrain vae  --drawings runs/emoji.npz --output runs/vae
-    python -m p3_clip_textual_inversion.pretrain unet --drawings runs/emoji.npz --output runs/sd --clip runs/clip --vae runs/vae
+    python -m p3_clip_textual_inversion.miniature.drawings render runs/emoji.npz
+    python -m p3_clip_textual_inversion.miniature.train autoencoder --drawings runs/emoji.npz --output runs/vae
+    python -m p3_clip_textual_inversion.miniature.train clip        --drawings runs/emoji.npz --output runs/clip
+    python -m p3_clip_textual_inversion.miniature.train judge       --drawings runs/emoji.npz --output runs/judge --seed 1
+    python -m p3_clip_textual_inversion.miniature.train unet        --drawings runs/emoji.npz --output runs/sd --clip runs/clip --vae runs/vae
+
+Pictures are composed on the device, never the same twice. With --seconds a training ends by the clock, its learning rate falling by the share of the time
+that is gone: for a GPU that is lent for minutes. A row of results and the command of each: README.md beside this file.
 """
 
 import argparse
@@ -11,160 +15,138 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
-from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
-from .tasks import TASKS
-from .world import Drawings, to_uint8
+from ..files import UserError, atomic_path, check_flags, run, writable_folder
+from ..training import Log, add_arguments, averaged_copy, ema_update, first_line_of, fitting, guarded, load_state, make_optimizer, prepare, refuse_nonfinite
+from .models import PARTS, through
+from .world import Drawings
 
 LOG_EVERY = 50
-FREE_TO_CHANGE = ("output", "drawings", "steps", "save_every", "sample_every", "device", "clip", "vae")  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "drawings", "steps", "seconds", "save_every", "keep", "compile", "device", "clip", "vae", "start", "validate_every", "report_to",
+                  "stop_when_flat")  # between a run and its continuation
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("task", choices=list(TASKS), help="what to train")
-    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that make_mini drawings wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, sample grids and the result")
+    parser.add_argument("part", choices=list(PARTS), help="what to train")
+    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, its log and the result")
     parser.add_argument("--clip", type=Path, default=None, help="for unet: folder of the trained CLIP")
-    parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained VAE")
-    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="folder of a model to go on from; CLIP's text tower then stays as it is")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps in all (default: by task)")
-    parser.add_argument("--batch-size", type=int, default=None, help="pictures per step (default: by task)")
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate (default: by task)")
+    parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained autoencoder")
+    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="for unet: folder of a UNet to go on from")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps, at most (default: by part)")
+    parser.add_argument("--seconds", type=float, default=None, help="of training, at most (default: no limit); the learning rate falls by the clock then")
+    parser.add_argument("--batch-size", type=int, default=None, help="pictures per step (default: by part)")
+    parser.add_argument("--lr", type=float, default=None, help="peak learning rate (default: by part)")
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
-    parser.add_argument("--decay", type=float, default=0.6, help="last share of the steps, over which it falls to zero")
+    parser.add_argument("--decay", type=float, default=0.6, help="last share of the training, over which it falls to zero")
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the result")
+    parser.add_argument("--pool", type=int, default=65536, help="for unet: latents kept on the device, renewed all the time")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between two saved states")
-    parser.add_argument("--sample-every", type=int, default=500, help="steps between two sample grids; 0 for none")
+    parser.add_argument("--save-every", type=float, default=300, help="seconds between two saved states")
+    parser.add_argument("--keep", type=float, nargs="*", default=(), metavar="SHARE", help="shares of the training at which the result so far is kept")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute at first, faster steps")
+    add_arguments(parser)
     args = parser.parse_args()
     for name in ("steps", "batch_size", "lr"):
         if getattr(args, name) is None:
-            setattr(args, name, getattr(TASKS[args.task], name))
-    check_flags(args, ("steps", "batch_size", "lr", "save_every"), lambda value: 0 < value < math.inf, "a number above 0")
-    check_flags(args, ("warmup", "sample_every"), lambda value: value >= 0, "a number from 0")
+            setattr(args, name, getattr(PARTS[args.part], name))
+    check_flags(args, ("steps", "batch_size", "lr", "pool"), lambda value: 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("seconds",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("warmup", "save_every", "validate_every"), lambda value: value >= 0, "a number from 0")
     check_flags(args, ("decay", "ema"), lambda value: 0 <= value <= 1, "between 0 and 1")
+    check_flags(args, ("keep",), lambda values: all(0 < value < 1 for value in values), "shares between 0 and 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
-    if args.start and args.task == "vae":
-        raise UserError("--start is for clip and unet; the VAE is trained from the beginning")
+    if args.start and args.part != "unet":
+        raise UserError("--start is for unet; the others are trained from the beginning")
     return args
 
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
-    device = accelerator.device
-    folder = writable_folder(args.output)
+    accelerator, dtype = prepare(args, args.output)
+    device, folder = accelerator.device, writable_folder(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
     state = load_state(state_file, settings) if state_file.exists() else None
     torch.manual_seed(args.seed)
-    task = TASKS[args.task](args, Drawings(args.drawings), device)
-    net, step, history, recent = task.model, 0, [], []
-    ema = AveragedModel(net, multi_avg_fn=ema_update(args.ema))
+    torch.backends.cudnn.benchmark = True  # the shapes stay
+    part = PARTS[args.part](args, Drawings(args.drawings, device), device)
+    net = part.model.to(device).train()
+    if args.part in ("autoencoder", "unet") and device.type == "cuda":
+        net.to(memory_format=torch.channels_last)  # the layout of tensor cores
+    averaged, optimizer = averaged_copy(net), make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98))
+    step, history, gone = 0, [], 0.0  # gone: seconds of training before
     if state:
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        step, history, recent = state["step"], state["history"], state["recent"]
-    net, ema = net.to(device).train(), ema.to(device).eval()
-    optimizers = make_optimizers(net, args.lr, task.weight_decay)
-    model, *optimizers = accelerator.prepare(net, *optimizers)
-    if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-
-    print(f"{args.task} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on {device}" + (f", going on at step {step}" if step else ""))
-    started, first_step = time.perf_counter(), step
-    bar = tqdm(total=args.steps, initial=step, unit="step", desc=f"training {args.task}")
-    while step < args.steps:
-        # everything random about a step is a function of (seed, step), so that a resumed run draws the same numbers
-        rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rate = args.lr * min((step + 1) / max(args.warmup, 1), 1, (args.steps - step) / max(args.decay * args.steps, 1))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        with accelerator.autocast():
-            loss = task.loss(model, *task.batch(rng, generator, args.batch_size), generator)
-        accelerator.backward(loss)
-        optimizers[1].optimizer.take_gradients()
-        accelerator.clip_grad_norm_(net.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        net.zero_grad()
-        ema.update_parameters(net)
-        step += 1
-        bar.update()
-        recent.append(loss.item())
-        if step % LOG_EVERY == 0 or step == args.steps:
-            history.append([step, float(np.mean(recent))])
-            recent = []
-            bar.set_postfix_str(f"loss {history[-1][1]:.4f}, {(step - first_step) * args.batch_size / (time.perf_counter() - started):.0f} img/s")
-            if not math.isfinite(history[-1][1]):
-                raise UserError(f"the loss is not finite at step {step}; try a smaller --lr, or --dtype fp32")
-        if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
+        with fitting(state_file):
+            net.load_state_dict(state["model"])
+            averaged.load_state_dict(state["averaged"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, history, gone = state["step"], state["history"], state["gone"]
+    model, part.through = (torch.compile(net), torch.compile(through)) if args.compile else (net, through)
+    first_line_of(accelerator, dtype, f"{args.part}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters,"
+                                      + (f" going on at step {step}," if step else ""))
+    log, recent = Log(accelerator, folder, f"training {args.part}", args, step, history), []
+    started = saved = time.perf_counter()
+    keep = sorted(share for share in args.keep if share > progress_of(step, gone, args))
+    with guarded("lower --batch-size"):
+        while progress_of(step, gone + time.perf_counter() - started, args) < 1:
+            done = progress_of(step, gone + time.perf_counter() - started, args)
+            # everything random about a step is a function of (seed, step), so that a resumed run draws the same numbers
+            torch.manual_seed(args.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            rate = args.lr * min((step + 1) / max(args.warmup, 1), 1, (1 - done) / max(args.decay, 1e-9))
+            optimizer.param_groups[0]["lr"] = rate
+            batch = part.batch(generator, args.batch_size)
             with accelerator.autocast():
-                grid = task.samples(ema.module)
-            if grid:
-                save_image(tile(*grid), folder / f"samples_{step:06d}.png")
-        if step % args.save_every == 0 or step == args.steps:
-            with atomic_path(state_file) as temporary:
-                torch.save({"model": net.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                            "history": history, "recent": recent, "settings": settings}, temporary)
-            write_json(folder / "history.json", history)
-    bar.close()
-    task.export(ema.module)
+                loss = part.loss(model, batch, generator)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            net.zero_grad(set_to_none=True)
+            ema_update(averaged, net, step, args.ema)
+            average_buffers(averaged, net)
+            step += 1
+            log.bar.update()
+            recent.append(loss.detach())
+            now = time.perf_counter()
+            done = progress_of(step, gone + now - started, args)
+            if step % LOG_EVERY == 0 or done >= 1:
+                row = {"loss": torch.stack(recent).mean().item(), "lr": rate}
+                recent = []
+                if hasattr(part, "validate") and args.validate_every and (step % args.validate_every == 0 or done >= 1):
+                    with accelerator.autocast():
+                        bands = part.validate(averaged)
+                    row |= {"validation": sum(bands) / len(bands), **{f"band_{i}": value for i, value in enumerate(bands)}}
+                log.add(step, **row)
+                refuse_nonfinite(step, [torch.tensor(row["loss"])], state_file)
+            while keep and done >= keep[0]:
+                part.export(averaged, writable_folder(folder / f"at_{round(100 * keep.pop(0)):03d}"))
+            if now - saved >= args.save_every or done >= 1:
+                refuse_nonfinite(step, list(net.parameters()), state_file)
+                with atomic_path(state_file) as temporary:
+                    torch.save({"model": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                "history": history, "recent": [], "gone": gone + now - started, "settings": settings}, temporary)
+                part.export(averaged, folder)
+                saved = time.perf_counter()
+    log.close()
+    part.export(averaged, folder)
     print(f"wrote {folder}")
 
 
-def tile(pictures, columns):
-    """[N, 3, H, W] in -1..1 -> one picture."""
-    grid = to_uint8(pictures)
-    rows = [np.concatenate(list(grid[i:i + columns]), axis=1) for i in range(0, len(grid), columns)]
-    return Image.fromarray(np.concatenate(rows))
+def progress_of(step, seconds, args):
+    """The share of the training that is done, 0..1, by steps or by the clock, whichever is further."""
+    return max(step / args.steps, seconds / args.seconds if args.seconds else 0)
 
 
-def make_optimizers(net, lr, weight_decay):
-    """(AdamW, Muon): Muon for convolution kernels that are not depthwise, AdamW for the rest, without weight decay on norms and biases."""
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    kernels = [p for name, p in named if p.ndim == 4 and min(p.shape[:2]) > 4]
-    rest = [p for _, p in named if not any(p is kernel for kernel in kernels)]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay}, {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)), ConvolutionMuon(kernels, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-
-
-class ConvolutionMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels: each as a matrix [out, in * k * k]."""
-
-    def __init__(self, kernels, **options):
-        self.kernels = kernels
-        super().__init__([torch.nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels], **options)
-
-    def take_gradients(self):
-        """Lets the matrices' gradients share the kernels' memory; to be called after each backward pass, before clipping or unscaling."""
-        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
-            kernel.grad = kernel.grad.contiguous()
-            matrix.grad = kernel.grad.flatten(1)
-
-
-def ema_update(decay):
-    """torch's EMA, with a shorter memory in the first steps, so that the random start is soon forgotten."""
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, (1 + float(count)) / (10 + float(count))))(averaged, current, count)
-    return update
+@torch.no_grad()
+def average_buffers(averaged, net):
+    """The averaged network's running statistics are the network's own."""
+    theirs = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    if theirs:
+        torch._foreach_copy_([buffer for buffer in averaged.buffers() if buffer.is_floating_point()], theirs)
 
 
 if __name__ == "__main__":

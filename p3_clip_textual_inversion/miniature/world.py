@@ -55,8 +55,8 @@ def words(name):
 
 def plural(name):
     """The words of a name for several: "maple-leaf" -> "maple leaves"."""
-    for end, several in (("leaf", "leaves"), ("wolf", "wolves"), ("mouse", "mice"), ("cherries", "cherries"), ("fly", "flies"), ("berry", "berries"),
-                         ("lady", "ladies"), ("candy", "candies"), ("s", "s"), ("ch", "ches"), ("sh", "shes"), ("x", "xes"), ("fish", "fish"), ("sheep", "sheep")):
+    for end, several in (("leaf", "leaves"), ("wolf", "wolves"), ("mouse", "mice"), ("fly", "flies"), ("berry", "berries"), ("lady", "ladies"),
+                         ("candy", "candies"), ("fish", "fish"), ("sheep", "sheep"), ("s", "s"), ("ch", "ches"), ("sh", "shes"), ("x", "xes")):
         if name.endswith(end):
             return words(name.removesuffix(end) + several)
     return words(name) + "s"
@@ -71,7 +71,8 @@ class Drawings:
             with np.load(path) as content:  # allow_pickle is off
                 pixels, of_names, of_styles = (content[key] for key in ("pixels", "names", "styles"))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read the drawings {path} ({error}); python -m p3_clip_textual_inversion.miniature.drawings render {path} makes them") from None
+            command = f"python -m p3_clip_textual_inversion.miniature.drawings render {path}"
+            raise UserError(f"cannot read the drawings {path} ({error}); {command} makes them") from None
         self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
         self.names, self.styles = list(dict.fromkeys(of_names.tolist())), list(dict.fromkeys(of_styles.tolist()))
         self.rows = torch.full((len(self.names), len(self.styles)), -1)
@@ -111,8 +112,8 @@ class Scenes:
 
 
 def make_scenes(drawings, entries):
-    """`Scenes` by words: a dict each, {"names": [...], "style": ..., "ground": ..., and, if wanted, "hues", "patterns", "sizes": ["teal", None, ...], "relation",
-    "place", "number", "rendering", "opening"}; the caption tells all of it, but the style only by "tell_style"."""
+    """`Scenes` by words: a dict each, {"names": [...], "style": ..., "ground": ..., and, if wanted, "hues", "patterns", "sizes": ["teal", None, ...],
+    "relation", "place", "number", "rendering", "opening"}; the caption tells all of it, but the style only by "tell_style"."""
     def table(key, values, default=None):
         return torch.tensor([[1 + list(values).index(v) if v else 0 for v in [*entry.get(key, ()), *[default] * SLOTS][:SLOTS]] for entry in entries])
 
