@@ -5,6 +5,7 @@
 
 import argparse
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from tqdm import tqdm
 from .data import to_uint8
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Guided, ImageNoise, logsnr_timesteps, sample, spaced_timesteps
-from .files import BUNDLED, UserError, run, save_image, writable_folder
+from .files import BUNDLED, UserError, atomic_path, run, save_image, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 
 CHECKPOINT = BUNDLED / "small.safetensors"
+INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,23 @@ def load_generator(checkpoint, device, dtype):
         raise UserError(f"{checkpoint} is not a checkpoint of this project (its diffusion settings: {error})") from None
 
 
+def default_checkpoint():
+    """The installed checkpoint or, without one, the bundled one."""
+    return INSTALLED if INSTALLED.is_file() else CHECKPOINT
+
+
+def install(path):
+    """Copies a checkpoint of a training to where drawing finds it unasked; returns that path. One that was there before is kept in the folder `replaced`."""
+    load_generator(path, torch.device("cpu"), torch.float32)  # or says what is wrong with it
+    if INSTALLED.is_file() and INSTALLED.read_bytes() != Path(path).read_bytes():
+        replaced = INSTALLED.parent / "replaced"
+        replaced.mkdir(exist_ok=True)
+        shutil.copyfile(INSTALLED, next(p for i in range(10**6) if not (p := replaced / f"installed_{i}.safetensors").exists()))
+    with atomic_path(INSTALLED) as temporary:
+        shutil.copyfile(path, temporary)
+    return INSTALLED
+
+
 def states(model, diffusion, jobs, sampling):
     """Yields a `State` per step for a batch of jobs; the last one's `x` is the finished images, float [B, 3, 28, 28]."""
     device = next(model.parameters()).device
@@ -115,7 +134,7 @@ def generate(model, diffusion, jobs, sampling, batch_size, progress=True):
 def add_arguments(parser):
     """The flags that inference and figures share."""
     defaults = Sampling()
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler, help="the update rule")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of the sampler")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=defaults.spacing,
@@ -157,6 +176,7 @@ def main():
 
     started = time.perf_counter()
     model, diffusion = load_generator(args.checkpoint, device, dtype)
+    print(f"drawing with {args.checkpoint}", flush=True)
     jobs = all_jobs(args.images_per_digit, args.domains, args.digits)
     for job, image in generate(model, diffusion, jobs, sampling, batch_size):
         save_image(Image.fromarray(image), args.output / f"{job.name}.png")

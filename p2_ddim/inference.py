@@ -142,6 +142,7 @@ def main():
     started = time.perf_counter()
     model = load_unet(args.checkpoint, device)
     check_size(model.config, next(iter(noises.values())).shape)
+    print(f"drawing with {args.checkpoint}", flush=True)
     predict = predictor(torch.compile(model) if args.compile else model, dtype)
     for name, x in generate(predict, noises, config, batch_size, args.seed, device):
         if not np.isfinite(x.sum().item()):
