@@ -52,19 +52,18 @@ def load_clip(name, pretrained=None, device="cpu"):
     SigLIP); a file of OpenAI's (TorchScript, opened without executing it); or a model of open_clip, with `pretrained` a tag or any file of weights.
     OpenAI's weights were trained with QuickGELU, and the accuracy suffers silently without: what the file or the tag tells of it corrects a name
     without -quickgelu; a name with it for other weights is refused."""
+    check_clip(name, pretrained)
     path, file = Path(name), Path(pretrained or name)
-    if path.is_file():  # a file among what else a folder has is that folder's; any other must tell all by itself
-        name = str(path.parent) if path.name in FOLDER_FILES else path.stem
-    folder = Path(name)
+    folder = path.parent if path.is_file() and path.name in FOLDER_FILES else path  # a file among what else a folder has is that folder's
     try:
         if (folder / "open_clip_config.json").is_file():
             clip, transform, tokenizer = load_open_clip_folder(folder)
         elif (folder / "config.json").is_file():
             clip, transform, tokenizer = load_hugging_face_folder(folder)
         elif file.is_file():
-            clip, transform, tokenizer = load_weights(file, None if path.is_file() else known_name(name))
+            clip, transform, tokenizer = load_weights(file, None if path.is_file() else open_clip_name(name))
         else:
-            clip, transform, tokenizer = load_tag(known_name(name), pretrained)
+            clip, transform, tokenizer = load_tag(open_clip_name(name), pretrained)
     except UserError:
         raise
     except Exception as error:  # the hub's and the loaders' libraries raise many kinds
@@ -87,23 +86,30 @@ def load_open_clip_folder(folder):
     return clip, transform, open_clip.get_tokenizer(source, **options)
 
 
-def known_name(name):
-    """A model of open_clip, or a `UserError` that names similar ones."""
-    name = str(name).replace("/", "-")  # OpenAI writes ViT-B/32
-    if name not in open_clip.list_models():
-        close = difflib.get_close_matches(str(name), open_clip.list_models(), 3, 0.3)
+def check_clip(name, pretrained=None):
+    """A `UserError` for what `load_clip` cannot find, before anything is loaded."""
+    path = Path(name)
+    if path.is_file() or any((path / config).is_file() for config in ("open_clip_config.json", "config.json")):
+        return
+    known = open_clip_name(name)
+    if known not in open_clip.list_models():
+        close = difflib.get_close_matches(known, open_clip.list_models(), 3, 0.3)
         raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json or config.json, nor a file, nor a model of open_clip "
                         f"({', '.join(close)}, ...)")
-    return name
+    tags = open_clip.list_pretrained_tags_by_model(known)
+    if not pretrained:
+        raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
+    if not Path(pretrained).is_file() and pretrained not in tags:
+        raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
+
+
+def open_clip_name(name):
+    """ViT-B/32, as OpenAI writes, is ViT-B-32 to open_clip."""
+    return str(name).replace("/", "-")
 
 
 def load_tag(name, tag):
     """What `load_clip` gives of a model of open_clip with published weights."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not tag:
-        raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
-    if tag not in tags:
-        raise UserError(f"{name} has no weights {tag}: expected a file or one of {', '.join(tags)}")
     quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
     check_activation(name, quick, f"the weights {tag}")
     clip, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag, force_quick_gelu=quick)
@@ -211,6 +217,7 @@ class Grader:
     def __init__(self, model=MINI / "clip", pretrained=None, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
         self.clip, self.transform, self.tokenizer = load_clip(str(model), pretrained, device)
+        self.files_read = 0
 
     @property
     def logits(self):
@@ -220,6 +227,7 @@ class Grader:
 
     def of_files(self, paths, batch_size=64, progress=False):
         """[len(paths), dim]"""
+        self.files_read += len(paths)
         return image_features(self.clip, load_pictures(paths, self.transform, batch_size), self.device, self.dtype, len(paths) if progress else None).cpu()
 
     def of_pictures(self, pictures):

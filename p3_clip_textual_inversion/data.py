@@ -1,6 +1,7 @@
 """The course's layouts: input.json and the folders of example pictures beside it; labelled pictures for zero-shot classification."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from .files import UserError, read_json
 
@@ -145,8 +147,21 @@ def side_by_side(left, right):
     return torch.cat(halves, dim=-1)
 
 
+def labelled_pictures(folder):
+    """(paths of pictures of any type that Pillow opens, in order of their names; names of what else lies there). Hidden files are nobody's business."""
+    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    try:
+        entries = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+    pictures = [path for path in entries if path.suffix.lower() in types and path.is_file()]
+    return pictures, [path.name for path in entries if path not in set(pictures)]
+
+
 def read_data(folder):
-    """(paths of val/{class_id}_{number}.png in order, their class ids, {class id: label}), all checked."""
+    """(paths of val/{class_id}_{number}.png, or another type of picture, in order, their class ids, {class id: label}), all checked.
+
+    What is no picture is left out, with a note that names it."""
     folder = Path(folder)
     try:
         labels = read_json(folder / "id2label.json")
@@ -154,9 +169,11 @@ def read_data(folder):
         raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
-    paths = sorted((folder / "val").glob("[!.]*.png"))
+    paths, others = labelled_pictures(folder / "val")
+    if others:
+        tqdm.write(f"note: left out what is no picture in {folder / 'val'}: {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}", file=sys.stderr)
     if not paths:
-        raise UserError(f"{folder / 'val'} has no .png files; expected {{class id}}_{{number}}.png")
+        raise UserError(f"{folder / 'val'} has no pictures; expected {{class id}}_{{number}}.png, or .jpg, .webp, ...")
     classes = [path.stem.split("_")[0] for path in paths]
     for path, number in zip(paths, classes):
         if number not in labels:

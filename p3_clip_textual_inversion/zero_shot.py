@@ -1,132 +1,296 @@
 """CLIP zero-shot classification (Radford et al. 2021): a class is the caption that fits a picture best.
 
     python -m p3_clip_textual_inversion.zero_shot                                                        # the miniature
-    python -m p3_clip_textual_inversion.zero_shot --data hw2_data/clip_zeroshot --model ViT-L-14-quickgelu --pretrained openai
+    python -m p3_clip_textual_inversion.zero_shot --data hw2_data/clip_zeroshot --model ViT-B-32.pt      # OpenAI's own file
+    python -m p3_clip_textual_inversion.zero_shot --data hw2_data/clip_zeroshot --model ViT-B-32 --model ViT-L-14 --pretrained openai --templates photo course
+
+Captions come in named sets, the first of which is the answer; all are compared on the same features, which are kept for the next time.
 """
 
 import argparse
 import csv
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
-from PIL import Image
 
-from .clip import image_features, load_clip, load_pictures, text_classifier
+from .cache import make_grader
+from .clip import check_clip, ensemble
 from .data import read_data
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
+from .measures import cross_fit_temperature, expected_calibration_error, mean_recall_interval, paired, ranking, ranks, recalls, wilson
 from .world import MINI
+from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
 
-PHOTO_TEMPLATES = ("a photo of a {}", "a bad photo of a {}", "a close-up photo of a {}", "a photo of the large {}", "a photo of the small {}",
-                   "a drawing of a {}", "a {} in a video game")
-DRAWING_TEMPLATES = ("a {}", "a drawing of a {}", *(f"a drawing of a {{}} on a {colour} background" for colour in ("white", "blue", "green", "pink", "yellow")))
-
-
-def score(probabilities, truth, names):
-    """Top-1 and top-5 accuracy, accuracy per class, and the pairs (truth, prediction) most often confused. probabilities: [N, classes]; truth: [N]."""
-    order = probabilities.argsort(dim=1, descending=True)
-    hit = order == truth[:, None]
-    predicted = order[:, 0]
-    confused = Counter((names[t], names[p]) for t, p in zip(truth.tolist(), predicted.tolist()) if t != p)
-    return {"top1": hit[:, 0].float().mean().item(), "top5": hit[:, :5].any(1).float().mean().item(), "images": len(truth), "classes": len(names),
-            "per_class": {name: hit[truth == i, 0].float().mean().item() for i, name in enumerate(names) if (truth == i).any()},
-            "confused": [{"truth": t, "predicted": p, "count": count} for (t, p), count in confused.most_common(10)]}
+TEMPLATES = {  # sets of captions; those of a set are averaged
+    "plain": ("{}",), "photo": ("a photo of a {}",), "course": ("A photo of {}.",),  # as solutions of the course ask
+    "imagenet7": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    "openai80": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+    "drawing": ("a drawing of a {}",),  # what the miniature has seen
+    "drawing7": ("a {}", "a drawing of a {}", *(f"a drawing of a {{}} on a {colour} background" for colour in ("white", "blue", "green", "pink", "yellow"))),
+}
+TOP = 5
+DIGITS = 6  # of a probability, in the CSV and so in everything that is computed of it
+SPLITS = 20  # of the pictures in halves: on one a caption is chosen, on the other tried
 
 
-def draw_examples(paths, truth, probabilities, names, path, count=5):
-    """A picture of `count` successes and as many failures, spread over the classes, each with bars of its five likeliest classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    top = probabilities.topk(min(5, len(names)), dim=1)
-    right = (top.indices[:, 0] == truth).numpy()
-    figure, axes = plt.subplots(4, count, figsize=(3.1 * count, 9), layout="constrained", height_ratios=[1.4, 1, 1.4, 1])
-    for row, (group, title) in enumerate(((np.flatnonzero(right), "right"), (np.flatnonzero(~right), "wrong"))):
-        chosen = group[np.linspace(0, len(group) - 1, min(count, len(group))).round().astype(int)] if len(group) else []
-        for column in range(count):
-            picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
-            picture.axis("off")
-            if column >= len(chosen):
-                bars.axis("off")
-                continue
-            i = chosen[column]
-            with Image.open(paths[i]) as image:
-                picture.imshow(image.convert("RGB"))
-            picture.set_title(f"{title}: {names[truth[i]]}", fontsize=11, parse_math=False)
-            colours = ["tab:green" if index == truth[i] else "tab:gray" for index in top.indices[i]]
-            bars.barh([names[index] for index in top.indices[i]][::-1], top.values[i].tolist()[::-1], color=colours[::-1])
-            bars.set_xlim(0, 1)
-            bars.tick_params(labelsize=9)
-            for label in bars.get_yticklabels():
-                label.set_parse_math(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
-    plt.close(figure)
+@dataclass
+class Data:
+    """Labelled pictures. numbers, names: of the classes, no two alike; label: a class's row in `texts`, int [classes]; truth: a picture's class, int [N]."""
+    paths: list
+    numbers: list
+    names: list
+    texts: list
+    label: torch.Tensor
+    truth: torch.Tensor
 
 
-def write_predictions(path, paths, truth, probabilities, names):
-    """A CSV with a row per picture: file, label, its rank, and the five likeliest labels with their probabilities."""
-    top = probabilities.topk(min(5, len(names)), dim=1)
-    ranks = (probabilities > probabilities.gather(1, truth[:, None])).sum(1) + 1
+def load_data(folder):
+    """The `Data` of a folder in the course's layout. Classes of one name stay two; their captions cannot tell them apart, which is said."""
+    paths, classes, labels = read_data(folder)
+    numbers, count = list(labels), Counter(labels.values())
+    names = [label if count[label] == 1 else f"{label} ({number})" for number, label in labels.items()]
+    texts = list(count)
+    for text in (text for text in texts if count[text] > 1):
+        print(f"note: {count[text]} classes are called {text!r}; no caption tells them apart, and the first of them is taken")
+    return Data(paths, numbers, names, texts, torch.tensor([texts.index(label) for label in labels.values()]),
+                torch.tensor([numbers.index(number) for number in classes]))
+
+
+def read_templates(name):
+    """The captions of a set: a name of `TEMPLATES`, or a file with a caption in each line, {} in the label's place."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    try:
+        lines = tuple(line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--templates {name} is neither {', '.join(TEMPLATES)} nor a file of captions: {error}") from None
+    if not lines:
+        raise UserError(f"--templates {name}: the file has no captions")
+    for line in lines:
+        check_template(line, f"{name}: ")
+    return lines
+
+
+def check_template(template, where=""):
+    if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+        raise UserError(f"{where}the caption {template!r} must have {{}} once, in the label's place, and no other braces")
+
+
+def cosines_of(features, texts, label):
+    """Cosines float64 [N, classes] of pictures and classes. texts: directions [texts, dim]; classes of one text have the same to the last bit."""
+    return (features @ texts.T).double()[:, label]
+
+
+@dataclass
+class Outcome:
+    """What a classifier says of N pictures. order: classes by rank, int [N, classes]; rank: of the true one, int [N], from 1; probability float64 [N, classes];
+    fold and temperature: of each picture's calibration; calibrated: the first guess's probability at that temperature, float64 [N]."""
+    order: torch.Tensor
+    rank: torch.Tensor
+    probability: torch.Tensor
+    fold: torch.Tensor
+    temperature: torch.Tensor
+    calibrated: torch.Tensor
+
+    @property
+    def right(self):
+        return self.rank == 1
+
+    @property
+    def confidence(self):
+        return self.probability.gather(1, self.order[:, :1])[:, 0]
+
+
+def outcome_of(logits, truth, sigmoid=False):
+    """The `Outcome` of logits float64 [N, classes]: probabilities by softmax, or each class's own sigmoid, as SigLIP learns; calibrated ones by softmax."""
+    order = ranking(logits)
+    fold, temperature = cross_fit_temperature(logits, truth)
+    probability = (logits.sigmoid() if sigmoid else logits.softmax(1)).round(decimals=DIGITS)
+    calibrated = (logits / temperature[:, None]).softmax(1).gather(1, order[:, :1])[:, 0].round(decimals=DIGITS)
+    return Outcome(order, ranks(order, truth), probability, fold, temperature, calibrated)
+
+
+def score(outcome, truth, names):
+    """The measures of an `Outcome`, each of which follows from what `write_predictions` writes."""
+    right, count = outcome.right, len(truth)
+    per_class, top = recalls(right, truth), (outcome.rank <= TOP)
+    confused = Counter((names[t], names[p]) for t, p in zip(truth.tolist(), outcome.order[:, 0].tolist()) if t != p)
+    hits, top_hits = int(right.sum()), int(top.sum())
+    return {
+        "top1": hits / count, "top5": top_hits / count, "mean_per_class_recall": float(np.mean([h / n for h, n in per_class.values()])),
+        "ece": expected_calibration_error(outcome.confidence, right), "ece_calibrated": expected_calibration_error(outcome.calibrated, right),
+        "temperature": float(np.mean([outcome.temperature[outcome.fold == f][0] for f in outcome.fold.unique()])),
+        "intervals": {"top1": wilson(hits, count), "top5": wilson(top_hits, count), "mean_per_class_recall": mean_recall_interval(per_class)},
+        "images": count, "classes": len(names), "per_class": {names[k]: h / n for k, (h, n) in per_class.items()},
+        "confused": [{"truth": t, "predicted": p, "count": n} for (t, p), n in confused.most_common(10)],
+    }
+
+
+def compare_templates(features, texts, sets, data):
+    """(a row for each set, what single captions do): all on the same features. texts: {caption: normalised directions [texts, dim]}."""
+    def right(captions):
+        cosines = cosines_of(features, ensemble(torch.stack([texts[caption] for caption in captions], dim=1)), data.label)
+        return ranking(cosines)[:, 0] == data.truth
+
+    rights = {name: right(captions) for name, captions in sets.items()}
+    first = next(iter(rights.values()))
+    rows = [{"templates": name, "captions": len(sets[name]), "top1": int(r.sum()) / len(r), "interval": wilson(int(r.sum()), len(r)), **paired(r, first)}
+            for name, r in rights.items()]
+    single = torch.stack([right((caption,)) for caption in texts])
+    shares, rng, other = single.double().mean(1), np.random.default_rng(0), []
+    for _ in range(SPLITS):
+        half, rest = np.array_split(rng.permutation(len(data.truth)), 2)
+        chosen = single[:, half].double().mean(1).argmax()
+        other.append(single[chosen, rest].double().mean().item() if len(rest) else shares[chosen].item())
+    best, worst = shares.argmax().item(), shares.argmin().item()
+    captions = list(texts)
+    return rows, {"captions": len(captions), "best": {"template": captions[best], "top1": int(single[best].sum()) / len(data.truth)},
+                  "worst": {"template": captions[worst], "top1": int(single[worst].sum()) / len(data.truth)},
+                  "mean": shares.mean().item(), "deviation": shares.std(correction=0).item(), "chosen_on_other_half": float(np.mean(other))}
+
+
+def write_predictions(path, data, outcome):
+    """A CSV with a row per picture: file, class and its rank, the calibration of its first guess, and the five likeliest classes with their probabilities."""
+    top = outcome.order[:, :TOP]
+    chances = outcome.probability.gather(1, top)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "label", "rank", *(f"{what}_{i + 1}" for i in range(top.values.shape[1]) for what in ("predicted", "probability"))])
-        for i, file_path in enumerate(paths):
-            guesses = [part for index, p in zip(top.indices[i].tolist(), top.values[i].tolist()) for part in (names[index], f"{p:.4f}")]
-            writer.writerow([file_path.name, names[truth[i]], ranks[i].item(), *guesses])
+        writer.writerow(["file", "class_id", "label", "rank", "fold", "temperature", "calibrated",
+                         *(f"{what}_{i + 1}" for i in range(top.shape[1]) for what in ("predicted", "probability"))])
+        for i, file_path in enumerate(data.paths):
+            guesses = [part for k, p in zip(top[i].tolist(), chances[i].tolist()) for part in (data.names[k], f"{p:.{DIGITS}f}")]
+            truth = data.truth[i]
+            writer.writerow([file_path.name, data.numbers[truth], data.names[truth], outcome.rank[i].item(), outcome.fold[i].item(),
+                             repr(outcome.temperature[i].item()), f"{outcome.calibrated[i].item():.{DIGITS}f}", *guesses])
+
+
+def classify(grader, data, sets, args, output):
+    """One CLIP's results: written to `output` and returned, with which pictures it took rightly (bool [N]) and the features [N, dim]."""
+    started = time.perf_counter()
+    features = grader.of_files(data.paths, batch_size=args.batch_size, progress=True)
+    captions = list(dict.fromkeys(caption for captions in sets.values() for caption in captions))
+    directions = grader.of_texts([caption.format(text) for caption in captions for text in data.texts]).unflatten(0, (len(captions), len(data.texts)))
+    texts = dict(zip(captions, directions))
+    seconds = time.perf_counter() - started
+    scale, bias = grader.logits
+    name, first = next(iter(sets.items()))
+    classes = ensemble(torch.stack([texts[caption] for caption in first], dim=1))
+    logits = scale * cosines_of(features, classes, data.label) + (bias or 0.0)
+    outcome = outcome_of(logits, data.truth, sigmoid=bias is not None)
+    results = score(outcome, data.truth, data.names)
+    results |= {"template_set": name, "templates": list(first), "seconds": seconds, "pictures_read": grader.files_read,
+                "pictures_per_second": grader.files_read / seconds}
+    results["template_sets"], results["single_templates"] = compare_templates(features, texts, sets, data)
+    results["nearest_picture_of_its_class"] = retrieval(features, data.truth)
+    write_json(output / "results.json", results)
+    write_predictions(output / "predictions.csv", data, outcome)
+    draw_examples(data, features, outcome, output / "examples.png")
+    draw_confusion(data, outcome, classes[data.label], output / "confusion.png")
+    draw_calibration(outcome, output / "calibration.png")
+    draw_retrieval(data, features, output / "retrieval.png")
+    return results, outcome.right, features
+
+
+def retrieval(features, truth):
+    """The share of pictures whose nearest other picture is of their class."""
+    return (truth[nearest_pictures(features, 1)[:, 0]] == truth).double().mean().item() if len(truth) > 1 else None
+
+
+def report(results, data):
+    """Prints what a person wants to know first."""
+    low, high = results["intervals"]["top1"]
+    print(f"top-1 {results['top1']:.2%} ({low:.1%} to {high:.1%}), top-5 {results['top5']:.2%}, mean per-class recall {results['mean_per_class_recall']:.2%} "
+          f"of {results['images']} pictures in {results['classes']} classes")
+    known = results["images"] - results["pictures_read"]
+    print(f"{results['pictures_read']} pictures read, {results['pictures_per_second']:.0f} a second" if not known else
+          f"{known} pictures were known already, {results['pictures_read']} were read now")
+    print(f"calibration: error {results['ece']:.1%}, {results['ece_calibrated']:.1%} at a temperature of {results['temperature']:.2f}")
+    for row in results["template_sets"] if len(results["template_sets"]) > 1 else ():
+        print(f"  captions {row['templates']:12} ({row['captions']:2}): top-1 {row['top1']:.2%}, {row['difference']:+.2%} "
+              f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}), p {row['mcnemar_p']:.2g}")
+    single = results["single_templates"]
+    if single["captions"] > 1:
+        best = single["best"]
+        print(f"  single captions: {single['worst']['top1']:.2%} to {best['top1']:.2%} ({best['template']!r}), {single['mean']:.2%} on average; one chosen"
+              f" on half of the pictures has {single['chosen_on_other_half']:.2%} on the others")
+    worst = sorted(results["per_class"].items(), key=lambda item: item[1])[:5]
+    print("worst classes: " + ", ".join(f"{name} {recall:.0%}" for name, recall in worst))
+    if results["confused"]:
+        print("most confused: " + ", ".join(f"{c['truth']} for {c['predicted']} ({c['count']})" for c in results["confused"][:5]))
 
 
 def main():
     parser = argparse.ArgumentParser(description="CLIP zero-shot classification.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=MINI / "clip_zeroshot", help="folder with val/{class id}_{number}.png and id2label.json")
-    parser.add_argument("--output", type=Path, default=Path("out/p3_clip"), help="folder for results.json, predictions.csv and examples.png")
-    parser.add_argument("--model", default=str(MINI / "clip"), help="a model of open_clip, such as ViT-L-14-quickgelu, or a folder with open_clip_config.json")
-    parser.add_argument("--pretrained", default=None, help="weights for a named model: a tag, such as openai, or a file")
-    parser.add_argument("--template", action="append", default=None, metavar="TEXT", help="caption with {} for the label; several are averaged "
-                        "(default: 'a drawing of a {}' for the miniature, otherwise 'a photo of a {}')")
-    parser.add_argument("--ensemble", action="store_true", help="average seven captions per label")
+    parser.add_argument("--data", type=Path, default=MINI / "clip_zeroshot", help="folder with val/{class id}_{number}.png (or .jpg, ...) and id2label.json")
+    parser.add_argument("--output", type=Path, default=Path("out/p3_clip"), help="folder for results.json, predictions.csv and the pictures; of several "
+                        "models, a folder for each in it, and models.json")
+    parser.add_argument("--model", action="append", default=None, help="a file of OpenAI's such as ViT-B-32.pt, a folder of open_clip's or Hugging Face's, "
+                        "or a model of open_clip, such as ViT-L-14; once for each model (default: the miniature)")
+    parser.add_argument("--pretrained", action="append", default=None, help="weights for a named model: a tag, such as openai, or a file; once for all "
+                        "models, or once for each")
+    parser.add_argument("--templates", nargs="+", default=None, metavar="SET", help=f"sets of captions, averaged in each: {', '.join(TEMPLATES)}, or a file "
+                        "with a caption in each line, {} for the label; the first is the answer, the others are compared with it (default: drawing for the "
+                        "miniature, otherwise photo)")
+    parser.add_argument("--template", action="append", default=None, metavar="TEXT", help="a caption with {} for the label; several are averaged")
+    parser.add_argument("--no-cache", action="store_true", help="read every picture and caption again, and keep nothing")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; the result does not depend on it")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    mini = Path(args.model).resolve() == (MINI / "clip").resolve()
-    templates = args.template or [f"a {'drawing' if mini else 'photo'} of a {{}}"]
-    if args.ensemble and args.template:
-        raise UserError("--ensemble brings its own captions; give it or --template, not both")
-    if args.ensemble:
-        templates = DRAWING_TEMPLATES if mini else PHOTO_TEMPLATES
     check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
-    for template in templates:
-        if template.count("{}") != 1 or template.replace("{}", "").count("{") + template.replace("{}", "").count("}"):
-            raise UserError(f"--template {template!r} must have {{}} once, in the label's place")
-    paths, classes, labels = read_data(args.data)
+    models = args.model or [str(MINI / "clip")]
+    pretrained = args.pretrained or [None]
+    if len(pretrained) not in (1, len(models)):
+        raise UserError(f"{len(models)} models and {len(pretrained)} --pretrained: expected one for all, or one for each")
+    pretrained = pretrained * len(models) if len(pretrained) == 1 else pretrained
+    if args.template and args.templates:
+        raise UserError("give --template or --templates, not both")
+    for template in args.template or ():
+        check_template(template, "--template: ")
+    for model, weights in zip(models, pretrained):
+        check_clip(model, weights)
+    data = load_data(args.data)
     writable_folder(args.output)
-    clip, transform, tokenizer = load_clip(args.model, args.pretrained, device)
-    numbers, names = list(labels), list(labels.values())
-    truth = torch.tensor([numbers.index(number) for number in classes])
-    started = time.perf_counter()
-    directions = text_classifier(clip, tokenizer, names, templates, device)
-    features = image_features(clip, load_pictures(paths, transform, args.batch_size), device, dtype, len(paths))
-    seconds = time.perf_counter() - started
-    probabilities = (clip.logit_scale.exp() * features @ directions.T).softmax(dim=1).cpu()
-    results = score(probabilities, truth, names)
-    results |= {"model": Path(args.model).name, "pretrained": args.pretrained, "templates": list(templates), "seconds": seconds}
-    write_json(args.output / "results.json", results)
-    write_predictions(args.output / "predictions.csv", paths, truth, probabilities, names)
-    draw_examples(paths, truth, probabilities, names, args.output / "examples.png")
-    print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} of {len(paths)} pictures in {len(names)} classes; "
-          f"{len(paths) / seconds:.0f} pictures a second")
-    worst = sorted(results["per_class"].items(), key=lambda item: item[1])[:5]
-    print("worst classes: " + ", ".join(f"{name} {accuracy:.0%}" for name, accuracy in worst))
-    print("most confused: " + ", ".join(f"{c['truth']} for {c['predicted']} ({c['count']})" for c in results["confused"][:5]))
-    print(f"wrote results.json, predictions.csv and examples.png to {args.output}")
+    rows, rights = [], []
+    for name, model, weights in zip(names_of(models, pretrained), models, pretrained):
+        mini = Path(model).resolve() == (MINI / "clip").resolve()
+        sets = {"own": tuple(args.template)} if args.template else {s: read_templates(s) for s in args.templates or ["drawing" if mini else "photo"]}
+        output = args.output if len(models) == 1 else writable_folder(args.output / name)
+        results, right, _ = classify(make_grader(model, weights, device, dtype, not args.no_cache), data, sets, args, output)
+        print(f"== {name} {weights or ''}" if len(models) > 1 else "", end="\n" if len(models) > 1 else "")
+        report(results, data)
+        rows.append({"model": name, "pretrained": weights, **{key: results[key] for key in ("top1", "top5", "mean_per_class_recall", "intervals")}})
+        rights.append(right)
+    if len(models) > 1:
+        print_models(rows, rights)
+        write_json(args.output / "models.json", rows)
+    print(f"wrote results.json, predictions.csv, examples.png, confusion.png, calibration.png and retrieval.png to {args.output}")
+
+
+def names_of(models, pretrained):
+    """A name for each model, that will do as a folder's, no two alike."""
+    paths = [Path(model) for model in models]
+    names = [path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(path).replace("/", "-") for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{Path(weights).stem}" if weights else name for name, weights in zip(names, pretrained)]
+    return [name if names.count(name) == 1 else f"{name}_{i + 1}" for i, name in enumerate(names)]
+
+
+def print_models(rows, rights):
+    """A table of models, and how each differs from the first on the same pictures, which is also put into its row."""
+    for row, right in zip(rows, rights):
+        row |= {"against_first": paired(right, rights[0])}
+        against = row["against_first"]
+        print(f"{row['model']:24} top-1 {row['top1']:.2%} ({row['intervals']['top1'][0]:.1%} to {row['intervals']['top1'][1]:.1%})  top-5 {row['top5']:.2%}  "
+              f"{against['difference']:+.2%} ({against['interval'][0]:+.1%} to {against['interval'][1]:+.1%}), p {against['mcnemar_p']:.2g}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,14 @@ from p3_clip_textual_inversion.files import ROOT, run
 from p3_clip_textual_inversion.model import to_text_encoder, write_merges
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache of features."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def command():
     """Runs `python -m MODULE ARGS...` as a user would; returns (exit code, stdout, stderr), or with wait=False the process."""

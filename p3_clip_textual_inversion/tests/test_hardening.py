@@ -123,7 +123,7 @@ ARGUMENTS = {
     ("pretrain", ["clip", "--seed=-1"], "--seed must be a whole number from 0, of at most 12 digits, not -1"),
     ("pretrain", ["vae", "--start={t}"], "--start is for clip and unet"),
     ("pretrain", ["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
-    ("zero_shot", ["--ensemble", "--template=a {{}}"], "--ensemble brings its own captions"),
+    ("zero_shot", ["--templates={t}/file"], "the caption 'no folder' must have {{}} once"),
 ])
 def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):
     code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS[module] + arguments))

@@ -2,17 +2,20 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
-from p3_clip_textual_inversion.zero_shot import score
+from p3_clip_textual_inversion.zero_shot import outcome_of, score
+from p3_clip_textual_inversion.zero_shot_figures import choose, similarity_order
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 
@@ -29,26 +32,159 @@ def data(tmp_path):
     return folder
 
 
+def outcome(logits, truth, **options):
+    return outcome_of(torch.tensor(logits, dtype=torch.float64), torch.tensor(truth), **options)
+
+
 def test_scores():
-    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]])
-    result = score(probabilities, torch.tensor([0, 1, 2, 0]), ["a", "b", "c"])
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]]).log().tolist()
+    result = score(outcome(logits, [0, 1, 2, 0]), torch.tensor([0, 1, 2, 0]), ["a", "b", "c"])
     assert result["top1"] == 0.5 and result["top5"] == 1 and result["per_class"] == {"a": 0.5, "b": 0.0, "c": 1.0}
+    assert result["mean_per_class_recall"] == 0.5 and result["images"] == 4
     assert {(c["truth"], c["predicted"], c["count"]) for c in result["confused"]} == {("b", "a", 1), ("a", "b", 1)}
 
 
-def test_the_command(command, tiny_clip, data, tmp_path):
-    code, out, err = command(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path / "out", "--batch-size", 2)
+def test_a_sigmoid_says_nothing_of_other_classes():
+    one = outcome([[1.0, -1.0], [-3.0, -2.0]], [0, 1], sigmoid=True)
+    assert one.probability.tolist() == [[0.731059, 0.268941], [0.047426, 0.119203]] and one.rank.tolist() == [1, 1]
+
+
+@pytest.fixture
+def results(call, tiny_clip, data, tmp_path):
+    """Of the command with three sets of captions: (results, rows of the CSV, folder)."""
+    (tmp_path / "mine.txt").write_text("\ufeffa {}, drawn\n\na {} on a hill\n")
+    code, out, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path / "out", "--batch-size", 2,
+                          "--templates", "photo", "course", tmp_path / "mine.txt")
     assert code == 0 and "top-1" in out, err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["images"] == 7 and results["classes"] == 3 and results["top5"] == 1 and results["templates"] == ["a photo of a {}"]
     with open(tmp_path / "out" / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["file"] for row in rows] == ["0_0.png", "0_1.png", "12_0.png", "12_1.png", "7_0.png", "7_1.png", "7_2.png"]
-    assert np.mean([row["rank"] == "1" for row in rows]) == pytest.approx(results["top1"])
+        return json.loads((tmp_path / "out" / "results.json").read_text()), list(csv.DictReader(file)), tmp_path / "out"
+
+
+def test_everything_follows_from_the_csv(results):
+    """By arithmetic that is not the project's own."""
+    results, rows, _ = results
+    ranks, count = np.array([int(row["rank"]) for row in rows]), len(rows)
+    assert [row["file"] for row in rows] == ["0_0.png", "0_1.png", "12_0.png", "12_1.png", "7_0.png", "7_1.png", "7_2.png"] and results["images"] == count
     assert all((row["predicted_1"] == row["label"]) == (row["rank"] == "1") for row in rows)
-    assert sum(float(rows[0][f"probability_{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
-    with Image.open(tmp_path / "out" / "examples.png") as image:
-        assert image.width > 500
+    assert all(row[f"predicted_{row['rank']}"] == row["label"] for row in rows)
+    assert results["top1"] == sum(ranks == 1) / count and results["top5"] == 1
+    labels = np.array([row["label"] for row in rows])
+    per_class = {label: sum(ranks[labels == label] == 1) / sum(labels == label) for label in ("dog", "bus", "red apple")}
+    assert results["per_class"] == per_class and results["mean_per_class_recall"] == pytest.approx(np.mean(list(per_class.values())), abs=1e-12)
+    for column, key in (("probability_1", "ece"), ("calibrated", "ece_calibrated")):
+        sure = np.array([float(row[column]) for row in rows])
+        bins = np.digitize(sure, np.linspace(0, 1, 16), right=True)
+        error = sum(abs(sum(sure[bins == b]) - sum(ranks[bins == b] == 1)) for b in range(1, 16)) / count
+        assert results[key] == pytest.approx(error, abs=1e-12)
+    assert results["temperature"] == pytest.approx(np.mean([float(t) for _, t in sorted({(row["fold"], row["temperature"]) for row in rows})]))
+    assert sum(float(rows[0][f"probability_{i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
+
+
+def test_sets_of_captions_are_compared_on_the_same_pictures(results):
+    results, _, _ = results
+    sets, single = results["template_sets"], results["single_templates"]
+    assert [(row["templates"].rpartition("/")[2], row["captions"]) for row in sets] == [("photo", 1), ("course", 1), ("mine.txt", 2)]
+    assert sets[0]["top1"] == results["top1"] and sets[0]["difference"] == 0 and sets[0]["mcnemar_p"] == 1
+    assert all(row["top1"] - results["top1"] == pytest.approx(row["difference"]) for row in sets)
+    assert single["captions"] == 4 and single["worst"]["top1"] <= single["mean"] <= single["best"]["top1"] and 0 <= single["chosen_on_other_half"] <= 1
+    assert results["templates"] == ["a photo of a {}"]
+
+
+def test_pictures_of_the_results(results):
+    _, _, folder = results
+    for name in ("examples", "confusion", "calibration", "retrieval"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 60 and len(image.convert("L").getcolors()) > 3
+
+
+def test_several_models_in_one_table(call, tiny_clip, data, tmp_path):
+    other = shutil.copytree(tiny_clip, tmp_path / "other")
+    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--model", other, "--output", tmp_path / "out")
+    assert code == 0, err
+    first, second = json.loads((tmp_path / "out" / "models.json").read_text())
+    assert first["model"] == tiny_clip.name and second["model"] == "other" and first["top1"] == second["top1"] and second["against_first"]["difference"] == 0
+    for folder in (tiny_clip.name, "other"):
+        assert json.loads((tmp_path / "out" / folder / "results.json").read_text())["top1"] == first["top1"]
+
+
+def test_what_was_read_once_is_not_read_again(call, tiny_clip, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    arguments = [MODULE, "--data", data, "--model", clip, "--output", tmp_path / "out"]
+
+    def read():
+        code, _, err = call(*arguments)
+        assert code == 0, err
+        content = json.loads((tmp_path / "out" / "results.json").read_text())
+        return content.pop("pictures_read"), {key: value for key, value in content.items() if "second" not in key}
+
+    assert read()[0] == 7
+    with monkeypatch.context() as patch:
+        patch.setattr("p3_clip_textual_inversion.clip.load_clip", lambda *_: pytest.fail("the model was loaded"))
+        again, first = read()
+    assert again == 0
+    Image.new("RGB", (40, 50), "red").save(data / "val" / "7_1.png")  # a changed picture, an added one
+    shutil.copyfile(data / "val" / "0_0.png", data / "val" / "0_9.png")
+    assert read()[0] == 1
+    state = load_file(clip / "open_clip_model.safetensors")
+    state["visual.proj"] *= -1
+    save_file(state, clip / "open_clip_model.safetensors")  # another model at the same path
+    read_again, other = read()
+    assert read_again == 7 and other["per_class"] != first["per_class"]
+    kept = sorted((tmp_path / "cache" / "p3_clip").glob("*.safetensors"))
+    assert len(kept) == 2
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:200])  # damaged
+    assert read() == (7, other)
+    arguments.append("--no-cache")  # then the copy counts, too
+    assert read() == (8, other)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(call, tiny_clip, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path / "out")
+    assert code == 0 and "note: features are not kept" in err
+
+
+def test_two_classes_of_one_name_stay_two(call, tiny_clip, data, tmp_path):
+    """No caption tells them apart: the first is taken, its pictures are right and the other's wrong, and nothing is merged."""
+    (data / "id2label.json").write_text('{"0": "dog", "7": "dog", "12": "bus"}')
+    code, out, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path)
+    assert code == 0 and "note: 2 classes are called 'dog'" in out, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["per_class"]) == ["dog (0)", "dog (7)", "bus"] and results["per_class"]["dog (7)"] == 0
+    assert all(pair["truth"] != pair["predicted"] for pair in results["confused"])
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["rank"] == "1" for row in rows) / len(rows) == results["top1"]
+    both = [row for row in rows if row["predicted_1"] == "dog (0)"]
+    assert all(row["predicted_2"] == "dog (7)" and row["probability_1"] == row["probability_2"] for row in both)
+
+
+def test_pictures_of_every_type_count_and_what_is_none_is_named(call, tiny_clip, data, tmp_path):
+    picture = Image.open(data / "val" / "0_0.png")
+    for name in ("0_7.jpg", "0_8.WEBP", "12_5.bmp"):
+        picture.save(data / "val" / name)
+    (data / "val" / "Thumbs.db").write_bytes(b"\0")
+    (data / "val" / ".DS_Store").write_bytes(b"\0")
+    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path)
+    assert code == 0 and "left out what is no picture in" in err and "Thumbs.db" in err and "DS_Store" not in err
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 10
+
+
+def test_examples_are_chosen_by_how_sure_they_are():
+    """Three surest, two least sure, no class twice."""
+    confidence, truth = torch.tensor([0.9, 0.95, 0.1, 0.5, 0.6, 0.7, 0.2]), torch.tensor([0, 0, 1, 2, 3, 4, 2])
+    assert choose(confidence, truth, range(7)) == [(1, "surest"), (5, "surest"), (4, "surest"), (2, "least sure"), (6, "least sure")]
+    assert choose(confidence, truth, [3]) == [(3, "surest")] and choose(confidence, truth, []) == []
+
+
+def test_similar_classes_stand_beside_each_other():
+    angles = torch.tensor([0.0, 2.0, 0.1, 2.1, 1.0, 0.2])
+    order = similarity_order(torch.stack([angles.cos(), angles.sin()], dim=1))
+    assert [angles[k].item() for k in order] in (sorted(angles.tolist()), sorted(angles.tolist())[::-1])
+    assert similarity_order(torch.ones(1, 2)) == [0] and sorted(similarity_order(torch.ones(3, 2))) == [0, 1, 2]
 
 
 def test_the_miniature_is_known_by_any_path(call, data, tmp_path, monkeypatch):
@@ -86,7 +222,7 @@ def test_bad_data_ends_in_one_line(data):
         list(load_pictures(read_data(data)[0], lambda image: torch.zeros(1), 4))
     for path in (data / "val").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"has no \.png files"):
+    with pytest.raises(UserError, match="has no pictures"):
         read_data(data)
 
 
@@ -94,7 +230,10 @@ def test_bad_data_ends_in_one_line(data):
     (["--model", "ViT-Z-99"], "ViT-Z-99"),
     (["--model", "ViT-B-32", "--pretrained", "no-such-tag"], "no-such-tag"),
     (["--model", "ViT-B-32"], "--pretrained"),
-    (["--template", "a picture"], "must have {} once"),
+    (["--template", "a picture"], "must have {} once"), (["--template", "a {} {x}"], "must have {} once"),
+    (["--templates", "imagenet8"], "--templates imagenet8 is neither plain, photo, course"),
+    (["--templates", "plain", "--template", "a {}"], "not both"),
+    (["--pretrained", "a", "--pretrained", "b"], "1 models and 2 --pretrained"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--output", "/dev/null/out"], "/dev/null/out"),
 ])  # fmt: skip
