@@ -113,11 +113,12 @@ class Guided:
     """A network with its condition and its guidance: callable as `guided(x, t)` -> (x0, eps), for any sampler.
 
     digit, domain: int [B]. w: the guidance weight. `interval` (low, high): guide only where low <= t/T <= high
-    (Kynkaanniemi et al. 2024); outside, the unconditional half is not computed. `clip`: clamp x0 to [-1, 1]
+    (Kynkaanniemi et al. 2024); outside, the unconditional half is not computed. `guide`: a weaker network, told the same condition, in place of the
+    unconditional half (autoguidance, Karras et al. 2024): away from its mistakes, not from what other digits look like. `clip`: clamp x0 to [-1, 1]
     and take the eps that belongs to it: with strong guidance the network's own no longer fits, and DDIM, which uses both, goes astray."""
 
-    def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), clip=True):
-        self.model, self.diffusion, self.w, self.interval, self.clip = model, diffusion, w, interval, clip
+    def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), guide=None, clip=True):
+        self.model, self.diffusion, self.w, self.interval, self.guide, self.clip = model, diffusion, w, interval, guide, clip
         self.digit, self.domain = digit, domain
 
     def output(self, x, t):
@@ -126,6 +127,9 @@ class Guided:
         x = x.to(next(model.parameters()).dtype)
         if self.w == 0 or not low <= t / self.diffusion.config.num_timesteps <= high:
             return model(x, torch.full_like(self.digit, t), self.digit, self.domain).float()
+        if self.guide is not None:
+            steps = torch.full_like(self.digit, t)
+            return (1 + self.w) * model(x, steps, self.digit, self.domain).float() - self.w * self.guide(x, steps, self.digit, self.domain).float()
         digit = torch.cat([self.digit, torch.full_like(self.digit, model.null_digit)])
         domain = torch.cat([self.domain, torch.full_like(self.domain, model.null_domain)])
         cond, uncond = model(torch.cat([x, x]), torch.full_like(digit, t), digit, domain).float().chunk(2)

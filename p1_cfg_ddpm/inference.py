@@ -93,13 +93,13 @@ def install(path):
     return INSTALLED
 
 
-def states(model, diffusion, jobs, sampling):
+def states(model, diffusion, jobs, sampling, guide=None):
     """Yields a `State` per step for a batch of jobs; the last one's `x` is the finished images, float [B, 3, 28, 28]."""
     device = next(model.parameters()).device
     digit = torch.tensor([job.digit for job in jobs], device=device)
     domain = torch.tensor([DOMAINS.index(job.domain) for job in jobs], device=device)
     noise = ImageNoise(sampling.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
-    predict = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval)
+    predict = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval, guide)
     if sampling.spacing == "logsnr":
         timesteps = logsnr_timesteps(sampling.steps, diffusion.alpha_bar)
     else:
@@ -108,7 +108,7 @@ def states(model, diffusion, jobs, sampling):
 
 
 @torch.inference_mode()
-def generate(model, diffusion, jobs, sampling, batch_size, progress=True):
+def generate(model, diffusion, jobs, sampling, batch_size, progress=True, guide=None):
     """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that a GPU has no memory for is halved."""
     with tqdm(total=len(jobs) * sampling.steps, unit="step", desc="drawing digits", unit_scale=1 / sampling.steps, disable=not progress,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
@@ -116,7 +116,7 @@ def generate(model, diffusion, jobs, sampling, batch_size, progress=True):
         while start < len(jobs):
             batch = jobs[start:start + batch_size]
             try:
-                for state in states(model, diffusion, batch, sampling):
+                for state in states(model, diffusion, batch, sampling, guide):
                     bar.update(len(batch))
                     last = state
             except torch.cuda.OutOfMemoryError:
