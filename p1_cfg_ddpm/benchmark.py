@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import to_model
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from .model import DOMAINS
+from .pictures import to_model
 
 RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
 LADDER = [("ddpm", 50, "trailing"), ("ddim", 50, "trailing"), ("ddim", 20, "trailing"), ("dpmpp_2m", 20, "trailing"), ("dpmpp_2m", 10, "trailing"),

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .data import load_digits, to_model
+from .data import load_digits
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, ROOT, UserError, check_flags, fill, is_plain, load_pickle_safely, load_weights, run, save_weights, writable_file
-from .model import DOMAINS, NUM_DIGITS
+from .files import ROOT, UserError, check_flags, run, writable_file
+from .model import BUNDLED, DOMAINS, NUM_DIGITS
+from .pictures import to_model
+from .tensors import fill, is_plain, load_weights, read_tensors, save_weights
 
 WEIGHTS = ROOT / "hw2_data" / "weights"  # where scripts/download_weights.sh puts what it fetches, the course's own classifiers under these names
 COURSE_FILES = {"mnistm": "Classifier.pth", "svhn": "resnet34_svhn.bin"}
@@ -155,14 +157,12 @@ def load_classifier(path, device="cpu"):
         architecture = facts.get("architecture", "residual") if isinstance(facts, dict) else None
         if architecture not in ARCHITECTURES:
             raise UserError(f"{path} is a classifier of an unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
-        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         model = fill(ARCHITECTURES[architecture](), tensors, path)
     else:
-        content = load_pickle_safely(path, "classifier")
+        content = read_tensors(path, "classifier")
         state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
         if not isinstance(state_dict, dict) or not state_dict or not all(map(is_plain, state_dict.values())):
             raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier")
-        state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
         model = CourseResNet() if "layer1.0.conv1.weight" in state_dict else CourseClassifier()
         fill(model.net if isinstance(model, CourseResNet) else model, state_dict, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

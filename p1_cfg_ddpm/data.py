@@ -3,20 +3,18 @@
 import csv
 import hashlib
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from tqdm import tqdm
 
-from .files import ROOT, UserError, atomic_path
+from .files import MINI, ROOT, UserError, atomic_path, first_line
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+from .pictures import decode, read_picture
 
 COURSE_DATA = ROOT / "hw2_data" / "digits"
-MINI_DATA = ROOT / "hw2_data" / "mini" / "digits"
+MINI_DATA = MINI / "digits"
 
 
 @dataclass
@@ -80,7 +78,9 @@ def load_domain(folder, split, domain, cache):
     try:
         images = np.load(cached, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        images = decode(paths, f"{folder.name} {split}")
+        images = np.empty(0)
+    if images.dtype != np.uint8 or images.shape != (len(paths), IMAGE_SIZE, IMAGE_SIZE, 3):  # not there, or damaged
+        images = np.stack(decode(paths, read_image, f"{folder.name} {split}"))
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with atomic_path(cached) as temporary:
@@ -96,8 +96,8 @@ def read_csv(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. Expected digits/{{mnistm,svhn}}/{{data/*.png,train.csv,val.csv}}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}. Expected digits/{{mnistm,svhn}}/{{data/*.png,train.csv,val.csv}}") from None
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     if not rows or [column.strip() for column in rows[0]] != ["image_name", "label"]:
         raise UserError(f"{path} line 1: expected the columns image_name,label")
@@ -116,29 +116,9 @@ def read_csv(path):
 
 def read_image(path, resize=True):
     """uint8 [28, 28, 3]; other sizes (SVHN is also handed out at 32x32) are resized or, without `resize`, refused."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except Exception as error:  # a decoder of a damaged file raises anything
-        raise UserError(f"cannot read the image {path}: {error}") from None
+    image = read_picture(path)
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         if not resize:
             raise UserError(f"{path} is {image.width}x{image.height}, expected {IMAGE_SIZE}x{IMAGE_SIZE}")
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     return np.asarray(image)
-
-
-def decode(paths, title):
-    with ThreadPoolExecutor() as pool:
-        images = tqdm(pool.map(read_image, paths), total=len(paths), desc=f"decoding {title}", unit="img", leave=False, disable=len(paths) < 1000)
-        return np.stack(list(images))
-
-
-def to_model(images, device=None):
-    """uint8 [B, H, W, 3] (numpy or tensor) -> float32 [B, 3, H, W] in [-1, 1], channels-last in memory; on `device`, or where a tensor lies."""
-    return torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """float [B, 3, H, W] in [-1, 1] -> uint8 numpy [B, H, W, 3]."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -17,9 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from .classifier import augment
-from .data import load_digits, to_model
+from .data import load_digits
 from .device import DTYPES, pick_device, pick_dtype
-from .files import BUNDLED, UserError, check_flags, fill, load_weights, run, save_weights, writable_file
+from .files import UserError, check_flags, run, writable_file
+from .model import BUNDLED
+from .pictures import to_model
+from .tensors import fill, load_weights, save_weights
 
 
 def convolution(in_channels, out_channels, stride=1):

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from .classifier import bundled_classifier, classify, course_classifier, load_classifier
 from .data import COURSE_DATA, load_digits, read_image
 from .device import pick_device
-from .files import UserError, run, save_image, writable_folder, write_json
+from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
+from .pictures import save_image
 from .reference import frechet_distance, load_reference, statistics
 
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .benchmark import RESULTS
-from .data import to_uint8
 from .diffusion import ImageNoise
-from .files import ROOT, UserError, atomic_path, run, save_image, writable_folder
+from .files import ROOT, UserError, atomic_path, run, writable_folder
 from .inference import Job, add_arguments, all_jobs, generate, load_generator, settings_of, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+from .pictures import save_image, to_uint8
 
 ZOOM, MARGIN = 2, 22
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .data import to_uint8
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Guided, ImageNoise, logsnr_timesteps, sample, spaced_timesteps
-from .files import BUNDLED, UserError, atomic_path, run, save_image, writable_folder
-from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
+from .files import UserError, atomic_path, run, writable_folder
+from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
+from .pictures import save_image, to_uint8
 
 CHECKPOINT = BUNDLED / "small.safetensors"
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place

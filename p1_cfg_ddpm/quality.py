@@ -15,8 +15,9 @@ import torch
 from .classifier import bundled_classifier, classify, load_classifier
 from .data import load_digits
 from .embedding import bundled_embedding, embed
-from .files import BUNDLED, UserError, load_weights, run, save_weights, writable_file
-from .model import DOMAINS, NUM_DIGITS
+from .files import UserError, run, writable_file
+from .model import BUNDLED, DOMAINS, NUM_DIGITS
+from .tensors import load_weights, save_weights
 
 REFERENCE = BUNDLED / "reference.safetensors"
 PER_DIGIT = 50  # real images of each digit that take the place of generated ones, as many as the grader's files

@@ -12,8 +12,9 @@ import torch
 
 from .classifier import bundled_classifier, classify, load_classifier
 from .data import load_digits
-from .files import BUNDLED, UserError, load_weights, run, save_weights, writable_file
-from .model import DOMAINS, NUM_DIGITS
+from .files import UserError, run, writable_file
+from .model import BUNDLED, DOMAINS, NUM_DIGITS
+from .tensors import load_weights, save_weights
 
 REFERENCE = BUNDLED / "reference.safetensors"
 

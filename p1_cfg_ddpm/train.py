@@ -18,11 +18,13 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from .data import default_data, load_digits, to_model, to_uint8
+from .data import default_data, load_digits
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import Diffusion, DiffusionConfig, Guided, ImageNoise, dpmpp_2m, moment_density, spaced_timesteps
-from .files import UserError, atomic_path, check_flags, load_pickle_safely, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
+from .pictures import save_image, to_model, to_uint8
+from .tensors import read_tensors
 
 LOG_EVERY = 50
 BANDS = ((0, 50), (50, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of t, in thousandths of the schedule
@@ -334,7 +336,7 @@ def write_log(path, rows):
 
 def load_state(path, settings):
     """The state that a run of these settings saved; another run's is refused."""
-    state = load_pickle_safely(path, "training state")
+    state = read_tensors(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .ddim import DDIMConfig, ddim
 from .device import DTYPES, pick_device
-from .evaluate import mse, read_picture
+from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import MINI, check_size, generate, predictor, read_noises, to_pictures
 from .model import UNet, UNetConfig, load_unet
@@ -70,7 +70,7 @@ def miniature_mse(device):
     results = {}
     for name in ("fp32", "bf16"):
         pictures = {k: to_pictures(x[None])[0] for k, x in generate(predictor(model, DTYPES[name]), noises, DDIMConfig(), 5, device=device, progress=False)}
-        results[name] = float(np.mean([mse(picture, read_picture(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
+        results[name] = float(np.mean([mse(picture, read_pixels(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
     return results
 
 

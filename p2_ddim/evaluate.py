@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import UserError, run, save_image, writable_folder, write_json
+from .files import UserError, run, writable_folder, write_json
+from .pictures import read_picture, save_image
 
 LIMIT = 20.0  # the course's: an image passes below this
 GAIN = 8  # of the differences that are shown
 
 
-def read_picture(path):
+def read_pixels(path):
     """uint8 [H, W, 3]"""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # a decoder of a damaged file raises anything
-        raise UserError(f"cannot read the picture {path}: {error}") from None
+    return np.asarray(read_picture(path))
 
 
 def read_pairs(output, truth):
@@ -37,7 +34,7 @@ def read_pairs(output, truth):
     for name in names:
         if not (output / name).is_file():
             raise UserError(f"{output / name} is missing; {truth} has {name}")
-        pairs[name] = read_picture(output / name), read_picture(truth / name)
+        pairs[name] = read_pixels(output / name), read_pixels(truth / name)
         if pairs[name][0].shape != pairs[name][1].shape:
             ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
             raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")

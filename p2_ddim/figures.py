@@ -16,10 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .ddim import ddim, invert
 from .evaluate import GAIN, difference, mse, psnr
-from .files import ROOT, UserError, atomic_path, check_flags, run, save_image, writable_file, writable_folder, write_json
+from .files import ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
 from .interpolation import lerp, slerp
 from .model import load_unet
+from .pictures import save_image
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHAS = tuple(i / 10 for i in range(11))

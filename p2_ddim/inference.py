@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from .ddim import DDIMConfig, ImageNoise, ddim
 from .device import DTYPES, pick_device, pick_dtype
-from .files import ROOT, UserError, is_plain, load_pickle_safely, run, save_image, writable_folder
+from .files import ROOT, UserError, run, writable_folder
 from .model import load_unet
+from .pictures import save_image
+from .tensors import is_plain, read_tensors
 
 MINI = ROOT / "hw2_data" / "mini" / "face"
 
 
 def read_noise(path):
     """A noise file, [1, 3, H, W] or [3, H, W] -> float32 [3, H, W]. Tensors saved on a GPU load on a CPU."""
-    noise = load_pickle_safely(path, "noise tensor")
+    noise = read_tensors(path, "noise tensor")
     if not is_plain(noise):
         raise UserError(f"{path} holds a {type(noise).__name__}, expected a plain (dense) float tensor [1, 3, H, W]")
     if tuple(noise.shape[:-2]) not in ((1, 3), (3,)) or not noise.is_floating_point():

@@ -21,9 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .ddim import ImageNoise
-from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
+from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import MINI, to_pictures
 from .model import load_unet
+from .pictures import save_image
 
 PACKAGES = ["@dicebear/core@9.4.3", "@dicebear/personas@9.4.3"]
 SIDE = 64

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import UserError, is_plain, load_pickle_safely
+from .files import UserError
+from .tensors import fill, is_plain, read_tensors
 
 
 @dataclass(frozen=True)
@@ -177,18 +178,11 @@ def config_of(state_dict, path="the state dict"):
 
 def load_unet(path, device="cpu"):
     """Reads a state dict in the course's format strictly. Returns the UNet in eval mode, channels-last."""
-    state_dict = load_pickle_safely(path, "UNet checkpoint")
+    state_dict = read_tensors(path, "UNet checkpoint")
     if not isinstance(state_dict, dict) or not all(map(is_plain, state_dict.values())):
         raise UserError(f"{path} is not a state dict of tensors; expected the course's UNet.pt")
     config = config_of(state_dict, path)
     with torch.device("meta"):
         model = UNet(config)
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected {name}" for name in state_dict if name not in own]
-    problems += [f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"
-                 for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
-    if problems:
-        raise UserError(f"{path} does not fit the face UNet: {'; '.join(problems[:3])}" + (f" and {len(problems) - 3} more" if len(problems) > 3 else ""))
-    model.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, assign=True)
+    fill(model, state_dict, path)
     return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -5,7 +5,6 @@
 
 import argparse
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,10 @@ import torch
 from PIL import Image
 
 from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, ddim, make_alpha_bar
-from .device import progress
-from .evaluate import read_picture
-from .files import UserError, atomic_path, check_flags, run, save_image, writable_folder
+from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import predictor, to_pictures
 from .model import UNet, UNetConfig
+from .pictures import decode, left_out, note_left_out, picture_files, read_picture, save_image
 from .training import (
     WATCHING,
     Log,
@@ -182,20 +180,19 @@ def to_range(images):
 
 def read_pictures(folder, side):
     """Every picture in a folder, in name order, its largest centred square reduced to side x side: uint8 [N, side, side, 3]."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no such folder of pictures: {folder}")
-    paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    known = set(Image.registered_extensions())
+    paths = [path for path in picture_files(folder) if path.suffix.lower() in known]
     if not paths:
-        raise UserError(f"{folder} has no pictures (.png, .jpg, .webp)")
+        raise UserError(f"{folder} has no pictures (.png, .jpg, .webp, ...)")
+    note_left_out(folder, left_out(folder, paths))
 
     def read(path):
-        image = Image.fromarray(read_picture(path))
+        image = read_picture(path)
         square = min(image.size)
         left, top = (image.width - square) // 2, (image.height - square) // 2
         return np.asarray(image.resize((side, side), Image.Resampling.BOX, (left, top, left + square, top + square)))
 
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(progress(pool.map(read, paths), total=len(paths), desc="decoding", unit="img", leave=False, disable=len(paths) < 1000)))
+    return np.stack(decode(paths, read, "pictures"))
 
 
 def draw_batch(step, args, num_images, device):

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from .checkpoint import is_torchscript, read_checkpoint, read_torchscript
-from .data import read_picture
-from .files import UserError, first_line
+from .files import MINI, UserError, first_line
 from .hugging_face import HuggingFace, load_hugging_face_folder, model_of_state
-from .world import MINI
+from .pictures import read_picture
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}

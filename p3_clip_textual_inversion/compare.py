@@ -22,8 +22,9 @@ from tqdm import tqdm
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
-from .files import ROOT, check_flags, run, save_image, writable_file, writable_folder, write_json
+from .files import ROOT, check_flags, run, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
+from .pictures import save_image
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .files import UserError, read_json
+from .pictures import read_pictures
 
 CAPTIONS = "metadata.jsonl"
 
@@ -30,10 +31,7 @@ class Concept:
 def read_concepts(path):
     """The concepts of an input.json, in its order, every entry checked."""
     path = Path(path)
-    try:
-        content = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f'{path} must be an object of concepts, {{"0": {{"token_name": "<new1>", "prompt": ["..."], ...}}, ...}}')
     concepts = []
@@ -69,31 +67,6 @@ def read_concepts(path):
 def is_score(value):
     """A number that can be printed: JSON also has NaN, Infinity and whole numbers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def read_picture(path):
-    """A picture, RGB and upright by its EXIF orientation."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # a decoder of a damaged file raises anything
-        raise UserError(f"cannot read the picture {path}: {error}") from None
-
-
-def read_pictures(folder):
-    """({name: picture} in the order of their names; names of what was no picture)."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no such folder of pictures: {folder}")
-    pictures, skipped = {}, []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != CAPTIONS):
-        try:
-            pictures[path.name] = read_picture(path)
-        except UserError:
-            skipped.append(path.name)
-    if not pictures:
-        raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))
-    return pictures, skipped
 
 
 def example_pictures(folder):

@@ -15,11 +15,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .clip import Grader
-from .data import example_pictures, read_concepts, read_picture
+from .data import example_pictures, read_concepts
 from .defaults import ROWS, SD_V1, WEIGHTS, row_of
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, check_flags, run, save_image, writable_folder, write_json
+from .files import UserError, check_flags, run, writable_folder, write_json
 from .inference import picture_path
+from .pictures import read_picture, save_image
 
 TEXT_WEIGHT, BEST = 2.5, 5
 COURSE_IMAGES = 25

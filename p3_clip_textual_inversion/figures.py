@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
-from .files import ROOT, UserError, atomic_path, read_json, run, save_image, writable_folder
+from .files import ROOT, UserError, atomic_path, read_json, run, writable_folder
 from .inference import add_arguments, draw, settings_of
+from .pictures import save_image
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 
 

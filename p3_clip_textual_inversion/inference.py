@@ -19,10 +19,10 @@ from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings
-from .files import UserError, check_flags, run, save_image, writable_folder
+from .files import UserError, check_flags, run, writable_folder
 from .identity import identify
+from .pictures import save_image, to_uint8
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .world import to_uint8
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import CAPTIONS
-from .files import UserError, atomic_path, run, save_image, writable_folder, write_json
-from .world import COLOURS, KEPT_OUT, MINI, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, drawing_of, to_uint8, words
+from .files import MINI, UserError, atomic_path, run, writable_folder, write_json
+from .pictures import save_image, to_uint8
+from .world import COLOURS, KEPT_OUT, SIDE, SILHOUETTES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, drawing_of, words
 
 PACKAGES = {"twemoji": "1.2.5", "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji-high-contrast": "1.2.6",
             "emojione": "1.2.3", "noto-v1": "1.2.5"}

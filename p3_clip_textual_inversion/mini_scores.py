@@ -21,26 +21,10 @@ from .compare import rest_of
 from .data import example_pictures, read_concepts, read_data
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import clip_scores
-from .files import ROOT, check_flags, run, save_image, writable_folder, write_json
+from .files import MINI, ROOT, check_flags, run, writable_folder, write_json
 from .make_mini import SUBJECT
-from .world import (
-    CLIP_STYLES,
-    COLOURS,
-    KEPT_OUT,
-    MINI,
-    SIDE,
-    SILHOUETTES,
-    STYLES,
-    SUBJECTS,
-    UNSEEN_STYLE,
-    Drawings,
-    Scene,
-    compose,
-    drawing_of,
-    random_scene,
-    to_uint8,
-    words,
-)
+from .pictures import save_image, to_uint8
+from .world import CLIP_STYLES, COLOURS, KEPT_OUT, SIDE, SILHOUETTES, STYLES, SUBJECTS, UNSEEN_STYLE, Drawings, Scene, compose, drawing_of, random_scene, words
 
 COUNT = 1000
 

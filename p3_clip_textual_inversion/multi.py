@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import example_pictures, read_concepts, read_data, read_picture
+from .data import example_pictures, read_concepts, read_data
 from .defaults import ROWS, add_argument, fill_in
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of, sheet
-from .files import ROOT, UserError, check_flags, run, save_image, writable_folder, write_json
+from .files import ROOT, UserError, check_flags, run, writable_folder, write_json
 from .inference import add_arguments, draw, settings_of
 from .measures import wilson
+from .pictures import read_picture, save_image
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .train import kind_of
 

@@ -19,9 +19,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
+from .pictures import save_image, to_uint8
 from .tasks import TASKS
-from .world import Drawings, to_uint8
+from .training import load_state
+from .world import Drawings
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "save_every", "sample_every", "device", "clip", "vae")  # between a run and its continuation

@@ -12,9 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .checkpoint import read_checkpoint
 from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
-from .files import UserError, first_line
+from .files import MINI, UserError, first_line
 from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint
-from .world import MINI
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
 transformers.logging.disable_progress_bar()  # for files that load in a blink

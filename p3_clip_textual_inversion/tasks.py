@@ -12,8 +12,9 @@ from tqdm import tqdm
 from . import diffusion
 from .clip import BPE_FILE, load_clip, make_clip_tokenizer, read_merges
 from .device import pick_dtype
-from .files import UserError, atomic_path, first_line, load_pickle_safely, write_json
+from .files import UserError, atomic_path, first_line, write_json
 from .model import to_text_encoder, write_merges
+from .tensors import read_tensors
 from .world import CLIP_STYLES, RENDERINGS, SIDE, STYLES, SUBJECTS, compose, random_scene, vocabulary_of
 
 MOST_FREQUENT, CONTEXT = 8000, 32  # merges: rarer words are spelled in parts that others share
@@ -146,7 +147,7 @@ class UnetTask:
         """The latents (mean and deviation, fp16 [N, 2, 4, 16, 16]) and captions of composed pictures, encoded once and kept beside the run."""
         path = self.folder / "latents.pt"
         if path.exists():
-            content = load_pickle_safely(path, "file of latents")
+            content = read_tensors(path, "file of latents")
             return content["latents"], content["captions"]
         rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
         latents, captions = [], []

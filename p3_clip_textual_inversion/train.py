@@ -25,14 +25,16 @@ from tqdm import tqdm
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import read_captions, read_concepts, read_pictures, side_by_side, varied
+from .data import read_captions, read_concepts, side_by_side, varied
 from .defaults import ROWS, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
-from .files import UserError, atomic_path, check_flags, load_state, run, save_image, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .identity import identify
 from .inference import DrawConfig, draw
+from .pictures import read_pictures, save_image
 from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .training import load_state
 
 LOG_EVERY = 20
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pick_device, pick_dtype, progress, use_tf32
-from .files import UserError, atomic_path, load_pickle_safely
+from .files import UserError, atomic_path
+from .tensors import read_tensors
 
 WATCHING = ("device", "validate_every", "stop_when_flat", "report_to")  # flags that a run may change and still be the same run
 LEAST_GAIN = 1e-3  # of the validation loss: less is flat
@@ -153,7 +154,7 @@ def ema_update(averaged, net, step, decay):
 
 def load_state(path, settings, needed=("step", "history", "recent")):
     """The state that a run of these settings saved; another run's, or half a one, is refused."""
-    state = load_pickle_safely(path, "training state")
+    state = read_tensors(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]

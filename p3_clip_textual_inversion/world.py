@@ -9,9 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import ROOT, UserError
+from .files import UserError
 
-MINI = ROOT / "hw2_data" / "mini"
 SIDE = 64
 STYLES = ("twemoji", "openmoji", "fluent-emoji-flat", "emojione", "noto-v1")  # what the miniature of Stable Diffusion sees
 SILHOUETTES = "fluent-emoji-high-contrast"  # Stable Diffusion learns it by textual inversion only
@@ -150,11 +149,6 @@ def compose(drawings, scenes, generator, shift=0.08, scales=(0.75, 1.0), jitter=
                 moved = place_drawing(premultiplied, scale[where], angle[where], x[where], y[where])
             picture[where] = moved[:, :3] + (1 - moved[:, 3:]) * picture[where]
     return picture / 127.5 - 1
-
-
-def to_uint8(pictures):
-    """Pictures [N, 3, H, W] in -1..1 -> uint8 numpy [N, H, W, 3]."""
-    return ((pictures + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def place_drawing(images, scale, angle, x, y):

@@ -22,9 +22,8 @@ from .cache import make_grader
 from .clip import check_clip, ensemble
 from .data import read_data
 from .device import DTYPES, pick_device, pick_dtype
-from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
+from .files import MINI, UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .measures import cross_fit_temperature, expected_calibration_error, mean_recall_interval, paired, ranking, ranks, recalls, wilson
-from .world import MINI
 from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
 
 TEMPLATES = {  # sets of captions; those of a set are averaged

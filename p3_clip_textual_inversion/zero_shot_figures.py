@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .data import read_picture
-from .files import atomic_path, save_image
+from .files import atomic_path
 from .measures import expected_calibration_error, reliability
+from .pictures import read_picture, save_image
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 GREEN, RED, GRAY, LIGHT = (46, 125, 50), (198, 40, 40), (190, 198, 206), (240, 242, 244)

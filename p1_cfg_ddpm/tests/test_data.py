@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from p1_cfg_ddpm.data import MINI_DATA, load_digits, to_model, to_uint8
+from p1_cfg_ddpm.data import MINI_DATA, load_digits
 from p1_cfg_ddpm.files import UserError
+from p1_cfg_ddpm.pictures import to_model, to_uint8
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_bad_csv_is_named(folder, csv, message):
 def test_an_unreadable_image_is_named(folder, content):
     path = folder / "mnistm" / "data" / "1.png"
     path.write_bytes(path.read_bytes()[:60] if content is None else content)  # None: truncated
-    with pytest.raises(UserError, match=r"cannot read the image .*mnistm.data.1\.png"):
+    with pytest.raises(UserError, match=r"cannot read the picture .*mnistm.data.1\.png"):
         load_digits(folder, "train")
 
 

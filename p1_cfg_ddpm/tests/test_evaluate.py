@@ -170,7 +170,7 @@ def test_downloaded_classifiers_of_the_course_judge_unasked(drawn, tmp_path, mon
     (lambda out: shutil.rmtree(out / "svhn"), "svhn does not exist"),
     (lambda out: [path.unlink() for path in (out / "svhn").iterdir()], "has no .png files"),
     (lambda out: (out / "svhn" / "3_001.png").rename(out / "svhn" / "x_001.png"), "the name must begin with the digit"),
-    (lambda out: (out / "svhn" / "3_001.png").write_bytes(b"no picture"), "cannot read the image"),
+    (lambda out: (out / "svhn" / "3_001.png").write_bytes(b"no picture"), "cannot read the picture"),
     (lambda out: Image.new("RGB", (32, 32)).save(out / "svhn" / "3_001.png"), "is 32x32, expected 28x28"),
 ])  # fmt: skip
 def test_bad_folders_end_in_one_line(drawn, tmp_path, spoil, message):

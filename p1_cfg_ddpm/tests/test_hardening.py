@@ -83,7 +83,7 @@ def places(tmp_path):
     ("inference", ["{t}/out", "--device=meta"], "the device 'meta' cannot be used"),
     ("inference", ["{t}/out", "--device=hpu"], "the device 'hpu' cannot be used"),
     ("inference", ["/proc/out"], "cannot write into folder /proc/out/mnistm"),
-    ("inference", ["{t}/out", "--checkpoint={t}"], "no such checkpoint: {t}"),
+    ("inference", ["{t}/out", "--checkpoint={t}"], "cannot read the checkpoint {t}: it is a folder"),
     ("evaluate", ["/"], "/mnistm does not exist"),
     ("evaluate", ["{t}/file"], "{t}/file/mnistm does not exist"),
     ("evaluate", ["{t}/drawn", "--report={t}/file"], "cannot write into folder {t}/file"),
@@ -231,7 +231,7 @@ def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch, erro
 
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(UserError, match=r"cannot read the image .*a\.png"):
+    with pytest.raises(UserError, match=r"cannot read the picture .*a\.png"):
         read_image(tmp_path / "a.png")
 
 

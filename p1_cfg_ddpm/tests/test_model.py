@@ -4,8 +4,9 @@ from torch import nn
 
 from p1_cfg_ddpm.device import cpu_has_bf16, pick_device, pick_dtype
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.files import UserError, save_weights
+from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
+from p1_cfg_ddpm.tensors import save_weights
 
 
 def inputs(n=4):

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from p2_ddim.evaluate import read_pairs, read_picture
+from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import ROOT, UserError, run
 from p2_ddim.inference import read_noise, read_noises
 from p2_ddim.model import UNet, UNetConfig, load_unet
+from p2_ddim.pictures import read_picture
 from p2_ddim.train import load_state, read_pictures
 
 # Runs a module, but its third picture is half written when the process is killed, as by kill -9.
@@ -159,7 +160,7 @@ def test_damaged_pictures_are_read_or_named(tmp_path, kind, length, changes):
     (tmp_path / "damaged" / "a.png").write_bytes(content)
     for read in (lambda: read_picture(tmp_path / "damaged" / "a.png"), lambda: read_pictures(tmp_path / "damaged", 8)[0]):
         try:
-            assert read().shape[2] == 3
+            assert np.asarray(read()).shape[2] == 3
         except UserError as error:
             assert "a.png" in str(error) and "\n" not in str(error)
 

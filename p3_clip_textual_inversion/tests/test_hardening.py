@@ -19,12 +19,14 @@ from safetensors.torch import save, save_file
 from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.clip import load_pictures
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
-from p3_clip_textual_inversion.data import read_concepts, read_data, read_pictures
+from p3_clip_textual_inversion.data import read_concepts, read_data
 from p3_clip_textual_inversion.diffusion import SAMPLERS, leading_timesteps, make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run
-from p3_clip_textual_inversion.files import ROOT, UserError, load_state
+from p3_clip_textual_inversion.files import ROOT, UserError
+from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.training import load_state
 
 PACKAGE = "p3_clip_textual_inversion"
 # Runs a module, but its second picture is half written when the process is killed, as by kill -9.

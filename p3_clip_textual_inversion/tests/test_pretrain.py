@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from p3_clip_textual_inversion import pretrain
-from p3_clip_textual_inversion.world import MINI, SIDE, STYLES
+from p3_clip_textual_inversion.files import MINI
+from p3_clip_textual_inversion.world import SIDE, STYLES
 
 MODULE = "p3_clip_textual_inversion.pretrain"
 

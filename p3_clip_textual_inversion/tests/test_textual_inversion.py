@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion.clip import Grader
-from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, read_pictures, varied
+from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
@@ -21,6 +21,7 @@ from p3_clip_textual_inversion.evaluate import best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.train import Loss, Source, draw_batch, make_sources
 

@@ -1,0 +1,89 @@
+"""What holds before anything else is imported: nothing comes from the folder one stands in, and Ctrl-C, closed streams and plain terminals are no tracebacks.
+
+`python -m PACKAGE.MODULE` and scripts/run.py import the package first, and with it this file, which needs only what Python itself has loaded.
+"""
+
+import os
+import sys
+
+
+def begin():
+    """Called by each package's __init__.py. Does nothing where the package is not run, but imported by other code."""
+    if sys.argv[:1] == ["-m"]:  # what Python puts there while it imports the package of a module that it will run
+        keep_out_the_working_folder()
+        open_streams()
+        quiet_interrupts()
+
+
+def keep_out_the_working_folder():
+    """Python puts the folder one stands in before everything else: a torch.py there, perhaps downloaded, would be run in place of torch.
+    The project's own folder goes to the end (Python 3.11 has -P for this, 3.10 has not)."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        here = os.getcwd()
+    except OSError:  # the folder is gone
+        here = ""
+    if sys.path and sys.path[0] in ("", here, root) and not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
+    if root not in sys.path:
+        sys.path.append(root)
+
+
+class Stream:
+    """A stream of text that never fails for a letter which the terminal lacks, and shows control characters, as names of files may hold them, as text.
+
+    forgiving: a failure to write is ignored, as progress and notes must not stop the work."""
+
+    def __init__(self, stream, forgiving):
+        self.stream, self.forgiving = stream, forgiving
+
+    def write(self, text):
+        try:
+            # progress bars below each other go up a line by this one sequence
+            self.stream.write("\x1b[A".join("".join(c if c.isprintable() or c in "\n\r\t" else escape(c) for c in part) for part in text.split("\x1b[A")))
+        except (OSError, ValueError):
+            if not self.forgiving:
+                raise
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            if not self.forgiving:
+                raise
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def escape(character):
+    """A character that is not printed as it is, in Python's spelling: \\x1b, \\n, \\udcff."""
+    return character.encode("unicode_escape").decode()
+
+
+def open_streams():
+    """Standard streams that were closed lead nowhere (else the next file to be opened takes their number, and messages go into it)."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name, forgiving in (("stdout", False), ("stderr", True)):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Stream(stream, forgiving))
+
+
+def stop(*_):
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+def quiet_interrupts():
+    """Until `files.run` takes over, while libraries are imported, Ctrl-C ends the process at once: nothing is half done yet."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may have to ignore it
+        signal.signal(signal.SIGINT, stop)
