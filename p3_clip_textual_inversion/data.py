@@ -136,10 +136,7 @@ def read_data(folder):
 
     What is no picture is left out, with a note that names it."""
     folder = Path(folder)
-    try:
-        labels = read_json(folder / "id2label.json")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {folder / 'id2label.json'}: {error}; expected {{\"class id\": \"label\"}}") from None
+    labels = read_json(folder / "id2label.json")
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
     paths, others = labelled_pictures(folder / "val")

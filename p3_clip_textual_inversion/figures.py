@@ -12,8 +12,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -22,10 +20,11 @@ import matplotlib.pyplot as plt
 from .data import example_pictures, read_concepts
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
-from .files import ROOT, UserError, atomic_path, read_json, run, writable_folder
+from .files import ROOT, UserError, atomic_path, first_line, read_json, run, writable_folder
 from .inference import add_arguments, draw, settings_of
 from .pictures import save_image
 from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .tensors import read_tensors
 
 
 def read_run(folder):
@@ -34,9 +33,9 @@ def read_run(folder):
         history = read_json(folder / "history.json")
         for point in history:
             point["step"], point["loss"], point["norm"]
-        snapshots = {int(step): rows for step, rows in load_file(folder / "snapshots.safetensors").items()}
-    except (OSError, ValueError, SafetensorError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder} is not a finished run of scripts/p3_train.sh: {type(error).__name__}: {error}") from None
+        snapshots = {int(step): rows for step, rows in read_tensors(folder / "snapshots.safetensors", "run").items()}
+    except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is not a finished run of scripts/p3_train.sh: {first_line(error)}") from None
     return history, dict(sorted(snapshots.items()))
 
 

@@ -162,7 +162,7 @@ def test_styles_alone_are_refused_before_anything_is_trained(call, places, tiny_
     ({"token_name": "two words", "prompt": ["two words"]}, "must be one word without spaces"),
     ({"token_name": "<a>\n<b>", "prompt": ["<a>\n<b>"]}, "must be one word without spaces"),
     ({"prompt": ["a <new1> \ud800"]}, "cannot read"), ({"src_image": "\udfff"}, "cannot read"),
-    ({"baseline": [[10**400, 1]]}, "baseline must be a pair"), ({"baseline": [[float("nan"), 1]]}, "baseline must be a pair")])
+    ({"baseline": [[10**400, 1]]}, "baseline must be a pair"), ({"baseline": [[float("nan"), 1]]}, "NaN is no number of JSON")])
 def test_wrong_concepts(tmp_path, changed, said):
     entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"]} | changed
     (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
