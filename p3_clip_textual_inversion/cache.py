@@ -7,17 +7,15 @@ file, so a changed one is read again; a CLIP by that of its files, which are has
 import hashlib
 import json
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from .clip import Grader
-from .files import UserError, atomic_path, first_line, read_json, write_json
+from .files import UserError, atomic_path, first_line, note, read_json, write_json
 
 LAYOUT = 1  # of what is kept and of how pictures are decoded: with another number everything is computed again
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".gz", ".model")
@@ -47,7 +45,7 @@ def make_grader(model, pretrained, device, dtype, cache=True):
         try:
             return CachedGrader(model, pretrained, device, dtype)
         except (OSError, RuntimeError, UserError) as error:  # no home, no place
-            tqdm.write(f"note: features are not kept: {first_line(error)}", file=sys.stderr)
+            note(f"features are not kept: {first_line(error)}")
     return Grader(model, pretrained, device, dtype)
 
 
@@ -58,7 +56,7 @@ class Hashes:
         self.path = path
         try:
             self.known = {name: entry for name, entry in read_json(path).items() if isinstance(entry, list) and len(entry) == 3}
-        except (OSError, ValueError, RecursionError, AttributeError):
+        except (UserError, AttributeError):  # there is none yet, or it is damaged
             self.known = {}
 
     def of(self, path):
@@ -148,4 +146,4 @@ class CachedGrader:
             with atomic_path(self.path) as temporary:
                 save_file(tensors, temporary, metadata={"logits": json.dumps([self.scale, self.bias])})
         except UserError as error:  # a full disk takes the time of the next command, not this one's results
-            tqdm.write(f"note: features are not kept: {error}", file=sys.stderr)
+            note(f"features are not kept: {error}")

@@ -65,17 +65,9 @@ class ArchiveReader(pickle.Unpickler):
         return torch.as_strided(storage, size, stride, offset)
 
 
-def is_torchscript(path):
-    """Whether a file is what torch.jit.save writes, OpenAI's CLIPs for instance."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def read_torchscript(path):
-    """({name: tensor}, {name: class of a module}) of a TorchScript archive, whose code is neither compiled nor run."""
+    """({name: tensor}, {name: class of a module}) of a TorchScript archive (what torch.jit.save writes, OpenAI's CLIPs for instance), whose code
+    is neither compiled nor run."""
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).rsplit("/", 1)[0]

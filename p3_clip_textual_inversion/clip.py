@@ -15,10 +15,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from .checkpoint import is_torchscript, read_checkpoint, read_torchscript
+from .checkpoint import read_checkpoint, read_torchscript
 from .files import MINI, UserError, first_line
 from .hugging_face import HuggingFace, load_hugging_face_folder, model_of_state
 from .pictures import read_picture
+from .tensors import fill, is_finite, what_is
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
@@ -68,7 +69,7 @@ def load_clip(name, pretrained=None, device="cpu"):
     except Exception as error:  # the hub's and the loaders' libraries raise many kinds
         hint = "" if folder.is_dir() or file.is_file() else "; without internet, give a local file or folder"
         raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}{hint}") from None
-    wrong = next((n for n, tensor in clip.state_dict().items() if not tensor.isfinite().all()), None)
+    wrong = next((n for n, tensor in clip.state_dict().items() if not is_finite(tensor)), None)
     if wrong:
         raise UserError(f"the CLIP {name} {pretrained or ''} is damaged: {wrong} has values that are not finite")
     return clip.to(device).eval().requires_grad_(False), transform, tokenizer
@@ -133,7 +134,7 @@ def load_weights(path, name=None):
         raise UserError(f"{path} does not tell whether it was trained with QuickGELU: give the model of open_clip that it is by --model and the file by "
                         "--pretrained, or a folder with its config.json")
     if any(key.startswith("vision_model.") for key in state):
-        clip = HuggingFace(model_of_state(state, quick))
+        clip = HuggingFace(model_of_state(state, quick, path))
         return clip, image_transform_v2(PreprocessCfg(size=clip.visual.image_size), is_train=False), open_clip.SimpleTokenizer(context_length=77)
     if name:
         clip = open_clip.create_model(name, force_quick_gelu=quick)
@@ -142,10 +143,7 @@ def load_weights(path, name=None):
         for key in ("logit_scale", "logit_bias"):  # a number, or a list of one
             if key in state and getattr(clip, key) is not None:
                 state[key] = state[key].reshape(getattr(clip, key).shape)
-        try:
-            clip.load_state_dict({key: tensor.float() for key, tensor in state.items()})
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from None
+        fill(clip, state, path)
         return clip, image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False), open_clip.get_tokenizer(name)
     clip = build_model_from_openai_state_dict(state, quick_gelu=quick, cast_dtype=torch.float32).float()
     transform = image_transform_v2(PreprocessCfg(size=clip.visual.image_size), is_train=False)
@@ -154,7 +152,7 @@ def load_weights(path, name=None):
 
 def read_weights(path):
     """({name: tensor} in open_clip's or Hugging Face's names, whether they were trained with QuickGELU or None where the file does not tell)."""
-    if is_torchscript(path):
+    if what_is(path)[0] == "torchscript":
         state, classes = read_torchscript(path)
         activations = {kind for module, kind in classes.items() if module.endswith(".gelu")}
         quick = "QuickGELU" in activations or None if len(activations) != 1 else activations == {"QuickGELU"}

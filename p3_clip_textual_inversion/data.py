@@ -1,7 +1,6 @@
 """The course's layouts: input.json and the folders of example pictures beside it; labelled pictures for zero-shot classification."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from .files import UserError, read_json
-from .pictures import read_pictures
+from .files import UserError, existing_folder, read_json
+from .pictures import note_left_out, read_pictures
 
 CAPTIONS = "metadata.jsonl"
 
@@ -122,11 +120,8 @@ def side_by_side(left, right):
 
 def labelled_pictures(folder):
     """(paths of pictures of any type that Pillow opens, in order of their names; names of what else lies there). Hidden files are nobody's business."""
+    entries = sorted(path for path in existing_folder(folder, "folder of pictures").iterdir() if not path.name.startswith("."))
     types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    try:
-        entries = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     pictures = [path for path in entries if path.suffix.lower() in types and path.is_file()]
     return pictures, [path.name for path in entries if path not in set(pictures)]
 
@@ -140,8 +135,7 @@ def read_data(folder):
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")
     paths, others = labelled_pictures(folder / "val")
-    if others:
-        tqdm.write(f"note: left out what is no picture in {folder / 'val'}: {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}", file=sys.stderr)
+    note_left_out(folder / "val", others)
     if not paths:
         raise UserError(f"{folder / 'val'} has no pictures; expected {{class id}}_{{number}}.png, or .jpg, .webp, ...")
     classes = [path.stem.split("_")[0] for path in paths]

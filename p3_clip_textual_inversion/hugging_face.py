@@ -9,6 +9,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from .files import UserError, read_json
+from .tensors import fill
 
 CLIP_VOCABULARY = 49408  # tokens of OpenAI's CLIP, which open_clip's own tokenizer knows
 HEAD_WIDTH = 64  # in every CLIP of OpenAI's shape
@@ -71,8 +72,8 @@ def tokenize(tokenizer, context_length, texts):
     return tokenizer(texts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt").input_ids
 
 
-def model_of_state(state, quick_gelu):
-    """A CLIPModel for a bare state_dict, its shape read off the tensors."""
+def model_of_state(state, quick_gelu, path):
+    """A CLIPModel for the bare state_dict of a file, its shape read off the tensors."""
     def layers(tower):
         return len({name.split(".")[3] for name in state if name.startswith(f"{tower}.encoder.layers.")})
 
@@ -86,5 +87,4 @@ def model_of_state(state, quick_gelu):
     vocabulary, context = (len(state[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position"))
     model = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=sizes("vision_model", activation) | {"patch_size": patch, "image_size": side},
                                  text_config=sizes("text_model", activation) | {"vocab_size": vocabulary, "max_position_embeddings": context}))
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return model
+    return fill(model, state, path)

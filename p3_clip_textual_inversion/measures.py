@@ -50,7 +50,7 @@ def paired(right, other, seed=0):
     McNemar's exact test: how likely so uneven a split of the pictures on which they differ is, if both were equally good."""
     count, more, fewer = len(right), int((right & ~other).sum()), int((~right & other).sum())
     draws = np.random.default_rng(seed).multinomial(count, np.array([more, fewer, count - more - fewer]) / count, DRAWS)
-    return {"difference": (more - fewer) / count, "interval": percentiles((draws[:, 0] - draws[:, 1]) / count), "mcnemar_p": mcnemar(more, fewer)}
+    return {"difference": (more - fewer) / count, "difference_interval": percentiles((draws[:, 0] - draws[:, 1]) / count), "mcnemar_p": mcnemar(more, fewer)}
 
 
 def mcnemar(more, fewer):

@@ -8,22 +8,20 @@ Captions come in named sets, the first of which is the answer; all are compared 
 """
 
 import argparse
-import csv
 import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 
+from .adapters import another_way, few_shot, transduce
 from .cache import make_grader
 from .clip import check_clip, ensemble
-from .data import read_data
 from .device import DTYPES, pick_device, pick_dtype
-from .files import MINI, UserError, atomic_path, check_flags, run, writable_folder, write_json
-from .measures import cross_fit_temperature, expected_calibration_error, mean_recall_interval, paired, ranking, ranks, recalls, wilson
+from .files import MINI, UserError, check_flags, run, writable_folder, write_json
+from .measures import paired, ranking, wilson
+from .outcome import cosines_of, load_data, outcome_of, score, write_predictions
 from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
 
 TEMPLATES = {  # sets of captions; those of a set are averaged
@@ -33,32 +31,7 @@ TEMPLATES = {  # sets of captions; those of a set are averaged
     "drawing": ("a drawing of a {}",),  # what the miniature has seen
     "drawing7": ("a {}", "a drawing of a {}", *(f"a drawing of a {{}} on a {colour} background" for colour in ("white", "blue", "green", "pink", "yellow"))),
 }
-TOP = 5
-DIGITS = 6  # of a probability, in the CSV and so in everything that is computed of it
 SPLITS = 20  # of the pictures in halves: on one a caption is chosen, on the other tried
-
-
-@dataclass
-class Data:
-    """Labelled pictures. numbers, names: of the classes, no two alike; label: a class's row in `texts`, int [classes]; truth: a picture's class, int [N]."""
-    paths: list
-    numbers: list
-    names: list
-    texts: list
-    label: torch.Tensor
-    truth: torch.Tensor
-
-
-def load_data(folder):
-    """The `Data` of a folder in the course's layout. Classes of one name stay two; their captions cannot tell them apart, which is said."""
-    paths, classes, labels = read_data(folder)
-    numbers, count = list(labels), Counter(labels.values())
-    names = [label if count[label] == 1 else f"{label} ({number})" for number, label in labels.items()]
-    texts = list(count)
-    for text in (text for text in texts if count[text] > 1):
-        print(f"note: {count[text]} classes are called {text!r}; no caption tells them apart, and the first of them is taken")
-    return Data(paths, numbers, names, texts, torch.tensor([texts.index(label) for label in labels.values()]),
-                torch.tensor([numbers.index(number) for number in classes]))
 
 
 def read_templates(name):
@@ -79,56 +52,6 @@ def read_templates(name):
 def check_template(template, where=""):
     if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
         raise UserError(f"{where}the caption {template!r} must have {{}} once, in the label's place, and no other braces")
-
-
-def cosines_of(features, texts, label):
-    """Cosines float64 [N, classes] of pictures and classes. texts: directions [texts, dim]; classes of one text have the same to the last bit."""
-    return (features @ texts.T).double()[:, label]
-
-
-@dataclass
-class Outcome:
-    """What a classifier says of N pictures. order: classes by rank, int [N, classes]; rank: of the true one, int [N], from 1; probability float64 [N, classes];
-    fold and temperature: of each picture's calibration; calibrated: the first guess's probability at that temperature, float64 [N]."""
-    order: torch.Tensor
-    rank: torch.Tensor
-    probability: torch.Tensor
-    fold: torch.Tensor
-    temperature: torch.Tensor
-    calibrated: torch.Tensor
-
-    @property
-    def right(self):
-        return self.rank == 1
-
-    @property
-    def confidence(self):
-        return self.probability.gather(1, self.order[:, :1])[:, 0]
-
-
-def outcome_of(logits, truth, sigmoid=False):
-    """The `Outcome` of logits float64 [N, classes]: probabilities by softmax, or each class's own sigmoid, as SigLIP learns; calibrated ones by softmax."""
-    order = ranking(logits)
-    fold, temperature = cross_fit_temperature(logits, truth)
-    probability = (logits.sigmoid() if sigmoid else logits.softmax(1)).round(decimals=DIGITS)
-    calibrated = (logits / temperature[:, None]).softmax(1).gather(1, order[:, :1])[:, 0].round(decimals=DIGITS)
-    return Outcome(order, ranks(order, truth), probability, fold, temperature, calibrated)
-
-
-def score(outcome, truth, names):
-    """The measures of an `Outcome`, each of which follows from what `write_predictions` writes."""
-    right, count = outcome.right, len(truth)
-    per_class, top = recalls(right, truth), (outcome.rank <= TOP)
-    confused = Counter((names[t], names[p]) for t, p in zip(truth.tolist(), outcome.order[:, 0].tolist()) if t != p)
-    hits, top_hits = int(right.sum()), int(top.sum())
-    return {
-        "top1": hits / count, "top5": top_hits / count, "mean_per_class_recall": float(np.mean([h / n for h, n in per_class.values()])),
-        "ece": expected_calibration_error(outcome.confidence, right), "ece_calibrated": expected_calibration_error(outcome.calibrated, right),
-        "temperature": float(np.mean([outcome.temperature[outcome.fold == f][0] for f in outcome.fold.unique()])),
-        "intervals": {"top1": wilson(hits, count), "top5": wilson(top_hits, count), "mean_per_class_recall": mean_recall_interval(per_class)},
-        "images": count, "classes": len(names), "per_class": {names[k]: h / n for k, (h, n) in per_class.items()},
-        "confused": [{"truth": t, "predicted": p, "count": n} for (t, p), n in confused.most_common(10)],
-    }
 
 
 def compare_templates(features, texts, sets, data):
@@ -154,21 +77,6 @@ def compare_templates(features, texts, sets, data):
                   "mean": shares.mean().item(), "deviation": shares.std(correction=0).item(), "chosen_on_other_half": float(np.mean(other))}
 
 
-def write_predictions(path, data, outcome):
-    """A CSV with a row per picture: file, class and its rank, the calibration of its first guess, and the five likeliest classes with their probabilities."""
-    top = outcome.order[:, :TOP]
-    chances = outcome.probability.gather(1, top)
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "class_id", "label", "rank", "fold", "temperature", "calibrated",
-                         *(f"{what}_{i + 1}" for i in range(top.shape[1]) for what in ("predicted", "probability"))])
-        for i, file_path in enumerate(data.paths):
-            guesses = [part for k, p in zip(top[i].tolist(), chances[i].tolist()) for part in (data.names[k], f"{p:.{DIGITS}f}")]
-            truth = data.truth[i]
-            writer.writerow([file_path.name, data.numbers[truth], data.names[truth], outcome.rank[i].item(), outcome.fold[i].item(),
-                             repr(outcome.temperature[i].item()), f"{outcome.calibrated[i].item():.{DIGITS}f}", *guesses])
-
-
 def classify(grader, data, sets, args, output):
     """One CLIP's results: written to `output` and returned, with which pictures it took rightly (bool [N]) and the features [N, dim]."""
     started = time.perf_counter()
@@ -187,6 +95,10 @@ def classify(grader, data, sets, args, output):
                 "pictures_per_second": grader.files_read / seconds}
     results["template_sets"], results["single_templates"] = compare_templates(features, texts, sets, data)
     results["nearest_picture_of_its_class"] = retrieval(features, data.truth)
+    if args.transductive:
+        results["transductive"] = another_way("transductive", transduce(features, logits).log(), data, outcome, output)
+    if args.shots:
+        results["few_shot"] = few_shot(grader, features, logits, classes, data, outcome, args.shots, output)
     write_json(output / "results.json", results)
     write_predictions(output / "predictions.csv", data, outcome)
     draw_examples(data, features, outcome, output / "examples.png")
@@ -212,12 +124,18 @@ def report(results, data):
     print(f"calibration: error {results['ece']:.1%}, {results['ece_calibrated']:.1%} at a temperature of {results['temperature']:.2f}")
     for row in results["template_sets"] if len(results["template_sets"]) > 1 else ():
         print(f"  captions {row['templates']:12} ({row['captions']:2}): top-1 {row['top1']:.2%}, {row['difference']:+.2%} "
-              f"({row['interval'][0]:+.1%} to {row['interval'][1]:+.1%}), p {row['mcnemar_p']:.2g}")
+              f"({row['difference_interval'][0]:+.1%} to {row['difference_interval'][1]:+.1%}), p {row['mcnemar_p']:.2g}")
     single = results["single_templates"]
     if single["captions"] > 1:
         best = single["best"]
         print(f"  single captions: {single['worst']['top1']:.2%} to {best['top1']:.2%} ({best['template']!r}), {single['mean']:.2%} on average; one chosen"
               f" on half of the pictures has {single['chosen_on_other_half']:.2%} on the others")
+    if "transductive" in results:
+        way = results["transductive"]
+        print(f"transductive: top-1 {way['top1']:.2%}, {way['difference']:+.2%} ({way['difference_interval'][0]:+.1%} to {way['difference_interval'][1]:+.1%})")
+    for row in results.get("few_shot", ()):
+        print(f"few-shot, {row['shots']} labelled pictures{'' if 'folder' in row else ' a class'}: top-1 {row['top1']:.2%}"
+              + (f", {row['difference']:+.2%}" if "folder" in row else f" (zero-shot on the same pictures {row['zero_shot']:.2%})"))
     worst = sorted(results["per_class"].items(), key=lambda item: item[1])[:5]
     print("worst classes: " + ", ".join(f"{name} {recall:.0%}" for name, recall in worst))
     if results["confused"]:
@@ -237,6 +155,10 @@ def main():
                         "with a caption in each line, {} for the label; the first is the answer, the others are compared with it (default: drawing for the "
                         "miniature, otherwise photo)")
     parser.add_argument("--template", action="append", default=None, metavar="TEXT", help="a caption with {} for the label; several are averaged")
+    parser.add_argument("--transductive", action="store_true", help="also classify all pictures together, by their own clusters (TransCLIP); only where "
+                        "every class has several pictures")
+    parser.add_argument("--shots", nargs="+", default=None, metavar="DIR", help="also classify with labelled pictures (Tip-Adapter): a folder of your own, "
+                        "named {class id}_{number}.png; or numbers of pictures a class, drawn from the data, five times, and judged on the rest")
     parser.add_argument("--no-cache", action="store_true", help="read every picture and caption again, and keep nothing")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; the result does not depend on it")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the image tower; auto: bf16 where it is native")
@@ -252,6 +174,8 @@ def main():
     pretrained = pretrained * len(models) if len(pretrained) == 1 else pretrained
     if args.template and args.templates:
         raise UserError("give --template or --templates, not both")
+    if args.shots and not all(shot.isdigit() and int(shot) > 0 for shot in args.shots) and not (len(args.shots) == 1 and Path(args.shots[0]).is_dir()):
+        raise UserError(f"--shots must be a folder of labelled pictures, or numbers from 1, not {' '.join(args.shots)}")
     for template in args.template or ():
         check_template(template, "--template: ")
     for model, weights in zip(models, pretrained):
@@ -287,9 +211,9 @@ def print_models(rows, rights):
     """A table of models, and how each differs from the first on the same pictures, which is also put into its row."""
     for row, right in zip(rows, rights):
         row |= {"against_first": paired(right, rights[0])}
-        against = row["against_first"]
+        against, (low, high) = row["against_first"], row["against_first"]["difference_interval"]
         print(f"{row['model']:24} top-1 {row['top1']:.2%} ({row['intervals']['top1'][0]:.1%} to {row['intervals']['top1'][1]:.1%})  top-5 {row['top5']:.2%}  "
-              f"{against['difference']:+.2%} ({against['interval'][0]:+.1%} to {against['interval'][1]:+.1%}), p {against['mcnemar_p']:.2g}")
+              f"{against['difference']:+.2%} ({low:+.1%} to {high:+.1%}), p {against['mcnemar_p']:.2g}")
 
 
 if __name__ == "__main__":

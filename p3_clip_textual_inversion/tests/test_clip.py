@@ -88,7 +88,7 @@ def test_a_state_dict_is_what_its_name_says(tmp_path, names, quick):
     assert torch.allclose(features_of(loaded, tokenizer(TEXTS)), features_of(clip, open_clip.tokenize(TEXTS)), atol=1e-5)
     with pytest.raises(UserError, match="does not tell whether it was trained with QuickGELU: give the model"):
         load_clip(tmp_path / "epoch_1.pt")
-    with pytest.raises(UserError, match=r"epoch_1\.pt does not fit wide: .*size mismatch") as error:
+    with pytest.raises(UserError, match=r"epoch_1\.pt does not fit the network: .* is \(64, 16\), expected \(64, 32\)") as error:
         load_clip("wide", tmp_path / "epoch_1.pt")
     assert "\n" not in str(error.value)
 

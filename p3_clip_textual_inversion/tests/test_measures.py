@@ -38,10 +38,10 @@ def test_two_classifiers_on_the_same_pictures():
     result = measures.paired(right, other)
     deviation = math.sqrt(150 + 86 - (150 - 86) ** 2 / 1600) / 1600
     assert result["difference"] == 64 / 1600
-    assert result["interval"] == pytest.approx([0.04 - 1.96 * deviation, 0.04 + 1.96 * deviation], abs=1e-3)
+    assert result["difference_interval"] == pytest.approx([0.04 - 1.96 * deviation, 0.04 + 1.96 * deviation], abs=1e-3)
     assert measures.mcnemar(150, 86) == pytest.approx(3.7e-5, rel=0.05)
     assert measures.mcnemar(5, 0) == pytest.approx(2 / 32) and measures.mcnemar(3, 3) == measures.mcnemar(0, 0) == 1
-    assert measures.paired(right, right)["interval"] == [0, 0]
+    assert measures.paired(right, right)["difference_interval"] == [0, 0]
 
 
 def test_calibration_error():

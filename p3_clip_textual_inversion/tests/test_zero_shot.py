@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
-from p3_clip_textual_inversion.zero_shot import outcome_of, score
+from p3_clip_textual_inversion.outcome import outcome_of, score
 from p3_clip_textual_inversion.zero_shot_figures import choose, similarity_order
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
@@ -150,8 +150,8 @@ def test_a_cache_that_cannot_be_written_stops_nothing(call, tiny_clip, data, tmp
 def test_two_classes_of_one_name_stay_two(call, tiny_clip, data, tmp_path):
     """No caption tells them apart: the first is taken, its pictures are right and the other's wrong, and nothing is merged."""
     (data / "id2label.json").write_text('{"0": "dog", "7": "dog", "12": "bus"}')
-    code, out, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path)
-    assert code == 0 and "note: 2 classes are called 'dog'" in out, err
+    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path)
+    assert code == 0 and "note: 2 classes are called 'dog'" in err, err
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["per_class"]) == ["dog (0)", "dog (7)", "bus"] and results["per_class"]["dog (7)"] == 0
     assert all(pair["truth"] != pair["predicted"] for pair in results["confused"])
@@ -169,7 +169,7 @@ def test_pictures_of_every_type_count_and_what_is_none_is_named(call, tiny_clip,
     (data / "val" / "Thumbs.db").write_bytes(b"\0")
     (data / "val" / ".DS_Store").write_bytes(b"\0")
     code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--output", tmp_path)
-    assert code == 0 and "left out what is no picture in" in err and "Thumbs.db" in err and "DS_Store" not in err
+    assert code == 0 and f"note: left out of {data / 'val'}: Thumbs.db" in err and "DS_Store" not in err
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 10
 
 
