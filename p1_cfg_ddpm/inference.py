@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Guided, ImageNoise, logsnr_timesteps, sample, spaced_timesteps
+from .estimate import announce
 from .files import UserError, atomic_path, run, writable_folder
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
@@ -178,6 +179,8 @@ def main():
     model, diffusion = load_generator(args.checkpoint, device, dtype)
     print(f"drawing with {args.checkpoint}", flush=True)
     jobs = all_jobs(args.images_per_digit, args.domains, args.digits)
+    calls = sampling.steps * math.ceil(len(jobs) / batch_size)
+    announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, device, started, sampling.steps)
     for job, image in generate(model, diffusion, jobs, sampling, batch_size):
         save_image(Image.fromarray(image), args.output / f"{job.name}.png")
     settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items())

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from .ddim import DDIMConfig, ImageNoise, ddim
 from .device import DTYPES, pick_device, pick_dtype
+from .estimate import announce
 from .files import ROOT, UserError, run, writable_folder
 from .model import load_unet
 from .pictures import save_image
@@ -145,6 +147,10 @@ def main():
     model = load_unet(args.checkpoint, device)
     check_size(model.config, next(iter(noises.values())).shape)
     print(f"drawing with {args.checkpoint}", flush=True)
+    first = torch.stack(list(noises.values())[:batch_size]).to(device)
+    calls = config.num_steps * math.ceil(len(noises) / batch_size)
+    announce([(calls, lambda: next(ddim(predictor(model, dtype), first, config, ImageNoise(args.seed, list(noises)[:batch_size], first.shape[1:], device))))],
+             model, device, started)
     predict = predictor(torch.compile(model) if args.compile else model, dtype)
     for name, x in generate(predict, noises, config, batch_size, args.seed, device):
         if not np.isfinite(x.sum().item()):

@@ -19,6 +19,7 @@ from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings
+from .estimate import announce
 from .files import UserError, check_flags, run, writable_folder
 from .identity import identify
 from .pictures import save_image, to_uint8
@@ -73,6 +74,16 @@ def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
         yield from pictures
 
 
+@torch.inference_mode()
+def work_of(parts, prompts, names, config):
+    """[(how often, work)] of a drawing, for `announce`: a step of the sampler for the first batch, and the decoding of a batch."""
+    cond = parts.encode_text(prompts[:config.batch_size])
+    x = image_noise(config.seed, names[:config.batch_size], parts.latent_shape(config.side), parts.device)
+    predict = Guided(parts.unet, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
+    sampler, batches = SAMPLERS[config.sampler], math.ceil(len(prompts) / config.batch_size)
+    return [(config.num_steps * batches, lambda: next(sampler(predict, parts.alpha_bar, x, config.num_steps))), (batches, lambda: parts.decode(x))]
+
+
 def picture_path(output, number, prompt, i):
     """The contract's name of picture i of a concept's prompt."""
     return Path(output) / number / str(prompt) / f"source{number}_prompt{prompt}_{i}.png"
@@ -117,7 +128,7 @@ def main():
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--overwrite", action="store_true", help="draw again what is already there")
     add_arguments(parser)
-    args = parser.parse_args()
+    args, started = parser.parse_args(), time.perf_counter()
     config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
@@ -131,9 +142,10 @@ def main():
             writable_folder(args.output / concept.number / str(k))
     if not args.overwrite:
         jobs = [(c, k, i) for c, k, i in jobs if not picture_path(args.output, c.number, k, i).exists()]
-    started = time.perf_counter()
     if jobs:
         parts = load_stable_diffusion(args.checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
+        if device.type == "cuda" and config.dtype != torch.float32:
+            parts.vae.half()  # of bf16's few digits bands are seen
         add_words(parts, vectors)
         if args.projections:
             set_weights(parts.unet, read_weights(args.projections, parts.unet))
@@ -144,6 +156,7 @@ def main():
             if length > parts.tokenizer.model_max_length:
                 tqdm.write(f"note: a prompt has {length} tokens, the model reads {parts.tokenizer.model_max_length}: the end of {prompt!r} is lost")
         names = [f"{concept.token}/{concept.prompts[k]}/{i}" for concept, k, i in jobs]
+        announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
         with tqdm(total=len(jobs), unit="picture", desc="drawing") as bar:
             for (concept, k, i), picture in zip(jobs, draw(parts, prompts, names, config, progress=bar)):
                 save_image(Image.fromarray(picture), picture_path(args.output, concept.number, k, i))

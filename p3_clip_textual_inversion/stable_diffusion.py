@@ -59,9 +59,15 @@ class StableDiffusion:
         return self.text_encoder(self.tokens(prompts).to(self.device)).last_hidden_state
 
     def decode(self, latents):
-        """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1."""
+        """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1.
+
+        The autoencoder of Stable Diffusion v1 is published in half precision too; one that overflows in it (as that of SDXL does) goes on in float32."""
         latents = latents / self.vae.config.scaling_factor
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        pictures = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if self.vae.dtype == torch.float16 and latents.isfinite().all() and not pictures.isfinite().all():
+            print("note: the autoencoder is not finite in fp16; it goes on in fp32", flush=True)
+            pictures = self.vae.float().decode(latents.float()).sample
+        return pictures.clamp(-1, 1)
 
 
 def load_stable_diffusion(source=MINI_SD, device="cpu", dtype=torch.float32):

@@ -129,6 +129,16 @@ def test_files_that_are_no_checkpoints(tmp_path, layout):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_goes_on_in_float32(tiny_sd, capsys):
+    exact, half = load_stable_diffusion(tiny_sd), load_stable_diffusion(tiny_sd)
+    half.vae.half()
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(half.decode(x), exact.decode(x), atol=0.02) and half.vae.dtype == torch.float16 and not capsys.readouterr().out
+        assert torch.allclose(half.decode(1e5 * x), exact.decode(1e5 * x), atol=0.02) and half.vae.dtype == torch.float32
+    assert "the autoencoder is not finite in fp16" in capsys.readouterr().out
+
+
 def test_sources_that_are_not_there(tmp_path):
     for source, said in ((tmp_path / "nothing.ckpt", "no such checkpoint"), ("sd-v1-4.ckpt", "no such checkpoint"), (tmp_path, "no model_index.json")):
         with pytest.raises(UserError, match=said):
