@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from .checkpoint import read_checkpoint, read_torchscript
-from .files import MINI, UserError, first_line
+from .files import MINI, UserError, first_line, read_json
 from .hugging_face import HuggingFace, load_hugging_face_folder, model_of_state
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
@@ -101,6 +101,14 @@ def check_clip(name, pretrained=None):
         raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
     if not Path(pretrained).is_file() and pretrained not in tags:
         raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
+
+
+def reads_thumbnails(name):
+    """Whether a CLIP is a miniature, by what its folder tells of it, wherever that lies: it reads pictures of less than 128 pixels. Such know drawings only."""
+    try:
+        return read_json(Path(name) / "open_clip_config.json")["model_cfg"]["vision_cfg"]["image_size"] < 128
+    except (UserError, OSError, LookupError, TypeError):
+        return False
 
 
 def open_clip_name(name):

@@ -17,7 +17,7 @@ import torch
 
 from .adapters import another_way, few_shot, transduce
 from .cache import make_grader
-from .clip import check_clip, ensemble
+from .clip import check_clip, ensemble, reads_thumbnails
 from .device import DTYPES, pick_device, pick_dtype
 from .files import MINI, UserError, check_flags, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
@@ -184,8 +184,8 @@ def main():
     writable_folder(args.output)
     rows, rights = [], []
     for name, model, weights in zip(names_of(models, pretrained), models, pretrained):
-        mini = Path(model).resolve() == (MINI / "clip").resolve()
-        sets = {"own": tuple(args.template)} if args.template else {s: read_templates(s) for s in args.templates or ["drawing" if mini else "photo"]}
+        usual = ["drawing" if reads_thumbnails(model) else "photo"]
+        sets = {"own": tuple(args.template)} if args.template else {s: read_templates(s) for s in args.templates or usual}
         output = args.output if len(models) == 1 else writable_folder(args.output / name)
         results, right, _ = classify(make_grader(model, weights, device, dtype, not args.no_cache), data, sets, args, output)
         print(f"== {name} {weights or ''}" if len(models) > 1 else "", end="\n" if len(models) > 1 else "")
