@@ -30,8 +30,9 @@ from .device import DTYPES, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import DrawConfig, draw
+from .sources import draw_batch, draw_noise, encode, pick
 from .stable_diffusion import load_stable_diffusion
-from .train import Loss, draw_batch, draw_noise, encode, pick
+from .train import Loss
 
 RESULTS = ROOT / "report" / "results" / "p3_benchmark.json"
 ROUNDS = 3  # of the ways to learn, in turn; the best of each counts, since whatever else a machine does only slows it

@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import CAPTIONS
-from ..files import ROOT, UserError, atomic_path, run, save_image, writable_folder, write_json
+from ..files import MINI, UserError, atomic_path, run, writable_folder, write_json
+from ..pictures import save_image, to_uint8
 from .painting import compose
 from .world import GROUNDS, KEPT_OUT, SIDE, SILHOUETTES, Drawings, captions, make_scenes, words
 
@@ -136,9 +137,8 @@ def make_concepts(drawings, output, seed):
 
 
 def save_pictures(pictures, folder):
-    for i, picture in enumerate(pictures):
-        pixels = ((picture + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-        save_image(Image.fromarray(pixels), folder / f"{i:02d}.png")
+    for i, picture in enumerate(to_uint8(pictures)):
+        save_image(Image.fromarray(picture), folder / f"{i:02d}.png")
 
 
 def main():
@@ -148,7 +148,7 @@ def main():
     rendering.add_argument("path", type=Path, metavar="NPZ", help="file to write")
     concepts = commands.add_parser("concepts", help="make hw2_data/mini/textual_inversion", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     concepts.add_argument("path", type=Path, metavar="NPZ", help="file that `render` wrote")
-    concepts.add_argument("--output", type=Path, default=ROOT / "hw2_data" / "mini" / "textual_inversion", help="folder to write into")
+    concepts.add_argument("--output", type=Path, default=MINI / "textual_inversion", help="folder to write into")
     concepts.add_argument("--seed", type=int, default=0, help="of the examples")
     args = parser.parse_args()
     if args.command == "concepts" and args.seed < 0:
