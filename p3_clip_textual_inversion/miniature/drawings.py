@@ -119,7 +119,17 @@ def examples(look, rng, drawings):
 
 def make_concepts(drawings, output, seed):
     """textual_inversion/ in the course's layout: a folder of examples with captions for each concept, and the lists that name them."""
-    for look in CONCEPTS:
+    write_examples(drawings, CONCEPTS, output, seed)
+    subject, style = CONCEPTS[:2]
+    both = [{"names": [subject.name], "style": style.style, "patterns": [subject.pattern], "ground": list(GROUNDS)[i % len(GROUNDS)]} for i in range(24)]
+    save_pictures(compose(drawings, make_scenes(drawings, both), torch.Generator().manual_seed(seed), shift=0.05), writable_folder(output / "0+1"))
+    for name, looks in (("input", TO_LEARN), ("several", SEVERAL), ("unknown", UNKNOWN)):
+        write_concepts(looks, output / f"{name}.json")
+
+
+def write_examples(drawings, looks, output, seed):
+    """A folder of five examples with captions for each concept."""
+    for look in looks:
         rng, generator = np.random.default_rng([seed, *look.number.encode()]), torch.Generator().manual_seed(seed)
         folder = writable_folder(output / look.number)
         entries, texts = examples(look, rng, drawings)
@@ -127,13 +137,13 @@ def make_concepts(drawings, output, seed):
         with atomic_path(folder / CAPTIONS) as temporary:
             lines = [json.dumps({"file_name": f"{i:02d}.png", "text": text}) for i, text in enumerate(texts)]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    subject, style = CONCEPTS[:2]
-    both = [{"names": [subject.name], "style": style.style, "patterns": [subject.pattern], "ground": list(GROUNDS)[i % len(GROUNDS)]} for i in range(24)]
-    save_pictures(compose(drawings, make_scenes(drawings, both), torch.Generator().manual_seed(seed), shift=0.05), writable_folder(output / "0+1"))
-    for name, looks in (("input", TO_LEARN), ("several", SEVERAL), ("unknown", UNKNOWN)):
-        write_json(output / f"{name}.json", {look.number: {
-            "src_image": look.start, "token_name": look.token, "prompt": [prompt.format(look.token) for prompt in look.prompts],
-            "prompt_4_clip_eval": [prompt.format(look.start) for prompt in look.prompts]} for look in looks})
+
+
+def write_concepts(looks, path):
+    """A list of concepts as in the course."""
+    write_json(path, {look.number: {
+        "src_image": look.start, "token_name": look.token, "prompt": [prompt.format(look.token) for prompt in look.prompts],
+        "prompt_4_clip_eval": [prompt.format(look.start) for prompt in look.prompts]} for look in looks})
 
 
 def save_pictures(pictures, folder):
