@@ -126,7 +126,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
-    state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
+    state = load_state(folder / "state.pt", settings, ("step", "history", "recent", "trained", "best")) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
