@@ -224,7 +224,7 @@ def main():
     args = parse_args()
     output = writable_file(args.output or Path("runs") / f"classifier_{args.domain}.safetensors")
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, among=("bf16",))
     if dtype == torch.float16:
         raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
     train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))

@@ -69,7 +69,7 @@ def miniature_mse(device):
     noises, model = read_noises(MINI / "noise"), load_unet(MINI / "UNet.pt", device)
     results = {}
     for name in ("fp32", "bf16"):
-        pictures = {k: to_pictures(x[None])[0] for k, x in generate(predictor(model, DTYPES[name]), noises, DDIMConfig(), 5, device=device, progress=False)}
+        pictures = {k: to_pictures(x[None])[0] for k, x in generate(predictor(model, DTYPES[name]), noises, DDIMConfig(), 5, device=device, shown=False)}
         results[name] = float(np.mean([mse(picture, read_pixels(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
     return results
 

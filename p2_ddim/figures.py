@@ -66,7 +66,7 @@ def norm_chart(a, b, path):
 
 
 @torch.inference_mode()
-def round_trips(predict, noise, config, iterations, numbers_of_steps=ROUND_TRIP_STEPS):
+def round_trips(predict, noise, config, iterations, numbers_of_steps):
     """Noise [B, 3, H, W] to images, back to noise, to images again, for several numbers of steps: {steps: (images, images again, PSNRs in dB)}.
 
     The clamp of x0 has no inverse: the way back to noise, and from there to the image again, goes without it."""
@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "p2_figures.json", help="where the numbers go")
     parser.add_argument("--iterations", type=int, default=3, help="fixed-point iterations per step of the inversion; 1 is the usual inversion")
+    parser.add_argument("--round-trips", type=int, nargs="+", default=ROUND_TRIP_STEPS, metavar="STEPS", help="steps of the inversion's round trips")
     add_arguments(parser)
     args = parser.parse_args()
     config, device, dtype, batch_size = settings_of(args)
@@ -115,7 +116,7 @@ def main():
     rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
     save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), args.output / "p2_steps.png")
     four = torch.stack([noises[name] for name in names]).to(device)
-    trips, usual = (round_trips(predict, four, config, iterations) for iterations in (args.iterations, 1))
+    trips, usual = (round_trips(predict, four, config, iterations, args.round_trips) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
     save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), args.output / "p2_inversion.png")

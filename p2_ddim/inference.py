@@ -6,16 +6,14 @@
 import argparse
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from .ddim import DDIMConfig, ImageNoise, ddim
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, autocast, describe, in_batches, pick_device, pick_dtype, progress, use_tf32
 from .estimate import announce
 from .files import ROOT, UserError, run, writable_folder
 from .model import load_unet
@@ -68,7 +66,7 @@ def predictor(model, dtype=torch.float32):
     device = next(model.parameters()).device
 
     def predict(x, t):
-        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
+        with autocast(device, dtype):
             steps = torch.full((len(x),), t, dtype=torch.long, device=device)
             return model(x.contiguous(memory_format=torch.channels_last), steps).float()
     return predict
@@ -81,26 +79,18 @@ def to_pictures(x):
 
 
 @torch.inference_mode()
-def generate(predict, noises, config, batch_size, seed=0, device="cpu", progress=True):
-    """noises: {name: [3, H, W]}. Yields (name, final x [3, H, W] on the CPU). A batch that a GPU has no memory for is halved."""
-    names = list(noises)
-    with tqdm(total=len(names) * config.num_steps, unit="step", desc="drawing faces", disable=not progress) as bar:
-        start = 0
-        while start < len(names):
-            batch = names[start:start + batch_size]
-            x = torch.stack([noises[name] for name in batch]).to(device)
-            try:
-                for state in ddim(predict, x, config, ImageNoise(seed, batch, x.shape[1:], device)):
-                    bar.update(len(batch))
-                    x = state.x
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
-                    raise UserError("the GPU has no memory for even one image; try --dtype fp16 or --device cpu") from None
-                batch_size //= 2
-                torch.cuda.empty_cache()
-                continue
-            yield from zip(batch, x.cpu())
-            start += len(batch)
+def generate(predict, noises, config, batch_size, seed=0, device="cpu", shown=True):
+    """noises: {name: [3, H, W]}. Yields (name, final x [3, H, W] on the CPU). A batch that memory cannot hold is halved."""
+    def draw(batch):
+        x = torch.stack([noises[name] for name in batch]).to(device)
+        for state in ddim(predict, x, config, ImageNoise(seed, batch, x.shape[1:], device)):
+            bar.update(len(batch))
+            x = state.x
+        return x.cpu()
+
+    with progress(total=len(noises) * config.num_steps, unit="step", desc="drawing faces", disable=not shown) as bar:
+        for batch, x in in_batches(list(noises), batch_size, draw, "face", "--dtype bf16 or --device cpu"):
+            yield from zip(batch, x)
 
 
 def add_arguments(parser):
@@ -115,7 +105,8 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="seed of the fresh noise, where eta is above 0")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 2 on a CPU, 10 on a GPU)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU compute fp32 with ten bits of mantissa: faster, no longer exact")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster afterwards")
 
 
@@ -125,6 +116,7 @@ def settings_of(args, eta=0.0):
         config = DDIMConfig(args.steps, args.spacing, args.last_alpha_bar, not args.no_clip, eta)
     except ValueError as error:
         raise UserError(f"--{error}") from None
+    use_tf32(args.tf32)
     device = pick_device(args.device)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10
     if batch_size < 1:
@@ -146,7 +138,8 @@ def main():
     started = time.perf_counter()
     model = load_unet(args.checkpoint, device)
     check_size(model.config, next(iter(noises.values())).shape)
-    print(f"drawing with {args.checkpoint}", flush=True)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"drawing {len(noises)} faces with {args.checkpoint}, {size:.2f} M parameters, on {describe(device, dtype)}", flush=True)
     first = torch.stack(list(noises.values())[:batch_size]).to(device)
     calls = config.num_steps * math.ceil(len(noises) / batch_size)
     announce([(calls, lambda: next(ddim(predictor(model, dtype), first, config, ImageNoise(args.seed, list(noises)[:batch_size], first.shape[1:], device))))],

@@ -36,9 +36,9 @@ def files(network, tmp_path):
 def test_an_image_does_not_depend_on_the_others(network, eta):
     noises = {f"{i:02d}": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)}
     config = DDIMConfig(4, eta=eta)
-    whole = {name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, 5, progress=False)}
+    whole = {name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, 5, shown=False)}
     for batch_size, some in ((1, list(noises)), (2, list(noises)[::-2])):
-        for name, x in generate(predictor(network), {name: noises[name] for name in some}, config, batch_size, progress=False):
+        for name, x in generate(predictor(network), {name: noises[name] for name in some}, config, batch_size, shown=False):
             assert np.abs(to_pictures(x[None])[0] - whole[name]).max() <= 1
 
 

@@ -48,7 +48,7 @@ def test_forward_agrees_with_diffusers(network):
 def test_any_batch_size_gives_the_same_pictures(network, eta):
     noises = dict(list(read_noises(MINI / "noise").items())[:4])
     config = DDIMConfig(20, eta=eta)
-    one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, n, progress=False)} for n in (1, 3))
+    one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, n, shown=False)} for n in (1, 3))
     assert max(np.abs(one[name] - three[name]).max() for name in noises) <= 1
 
 

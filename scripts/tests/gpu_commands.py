@@ -1,0 +1,168 @@
+"""Runs every entry point of the three problems for two steps on a GPU, a real one where there is one, otherwise the simulated one.
+
+    python scripts/tests/gpu_commands.py FOLDER ampere|turing      # with native bf16, or as a card without; writes FOLDER/results.json
+
+All in one process, on inputs that it makes itself: random pictures, untrained models of the real ones' shape, but narrow."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import simulated_gpu
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_pictures(folder, names, side):
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / name)
+
+
+def make_inputs(folder):
+    """Digits in the course's layout, faces, noises, a class folder, two concepts, and an untrained CLIP and Stable Diffusion."""
+    import open_clip
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from p3_clip_textual_inversion.clip import make_clip_tokenizer, read_merges
+
+    for domain in ("mnistm", "svhn"):
+        write_pictures(folder / "digits" / domain / "data", [f"{i:03d}.png" for i in range(30)], 28)
+        for split, rows in (("train", range(20)), ("val", range(20, 30))):
+            (folder / "digits" / domain / f"{split}.csv").write_text("image_name,label\n" + "".join(f"{i:03d}.png,{i % 10}\n" for i in rows))
+    write_pictures(folder / "faces", [f"{i}.png" for i in range(8)], 32)
+    (folder / "noise").mkdir()
+    for i in range(4):
+        torch.save(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)), folder / "noise" / f"{i:02d}.pt")
+    write_pictures(folder / "classes" / "val", [f"{c}_{i}.png" for c in range(4) for i in range(3)], 40)
+    (folder / "classes" / "id2label.json").write_text(json.dumps({str(c): name for c, name in enumerate(("cat", "red apple", "bus", "tree"))}))
+    for number in "01":
+        write_pictures(folder / "concepts" / number, ["0.png", "1.png", "2.png"], 70)
+    content = {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1> on a hill"], "prompt_4_clip_eval": ["a dog on a hill"]},
+               "1": {"src_image": "red car", "token_name": "<new2>", "prompt": ["a house in the style of <new2>"], "prompt_4_clip_eval": ["a house"]}}
+    (folder / "concepts" / "input.json").write_text(json.dumps(content))
+
+    torch.manual_seed(0)
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
+    (folder / "clip").mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in open_clip.CLIP(**config).state_dict().items()}, folder / "clip" / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 48, 64, 64), cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8)
+    vae = AutoencoderKL(block_out_channels=(16, 16, 32, 32), layers_per_block=2, latent_channels=4, sample_size=64, norm_num_groups=8,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    StableDiffusionPipeline(vae=vae, text_encoder=encoder, tokenizer=make_clip_tokenizer(read_merges()), unet=unet, scheduler=scheduler, safety_checker=None,
+                            feature_extractor=None, requires_safety_checker=False).save_pretrained(folder / "sd")
+
+
+def commands(folder):
+    """{name: (module, arguments)}; the first ones make what later ones read."""
+    out, digits, concepts, sd, clip = (folder / name for name in ("out", "digits", "concepts/input.json", "sd", "clip"))
+    p1, p2, p3 = "p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"
+    tiny = ["--size", "tiny", "--batch-size", 8, "--data", digits]
+    faces = ["--image-size", 32, "--widths", 32, 32, "--attention", 1, "--batch-size", 4, "--data", folder / "faces"]
+    words = [concepts, "--checkpoint", sd, "--batch-size", 4, "--crops", 1, "--vectors", 2]
+    one_word = [*words, "--concepts", 0, "--sample-every", 0]
+    draw = ["--num-images", 2, "--steps", 2, "--batch-size", 2]
+    return {
+        "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),
+        "P1 train, six": (f"{p1}.train", [*tiny, "--steps", 6, "--sample-every", 0, "--output", out / "p1six"]),
+        "P1 train, two": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 0, "--output", out / "p1two"]),
+        "P1 classifier": (f"{p1}.classifier", ["--domain", "mnistm", "--epochs", 1, "--batch-size", 10, "--data", digits, "--output",
+                                               out / "judge.safetensors"]),
+        "P1 inference": (f"{p1}.inference", [out / "digits", "--steps", 2, "--images-per-digit", 2, "--checkpoint", out / "p1/model.safetensors"]),
+        "P1 evaluate": (f"{p1}.evaluate", [out / "digits"]),
+        "P1 figures": (f"{p1}.figures", ["--steps", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
+        "P1 benchmark": (f"{p1}.benchmark", ["--images-per-digit", 1, "--seeds", 1, "--sweep-images-per-digit", 1, "--classic-images-per-digit", 0,
+                                             "--checkpoint", out / "p1/model.safetensors", "--output", out / "p1.json"]),
+        "P2 train": (f"{p2}.train", [*faces, "--steps", 2, "--sample-every", 2, "--dropout", 0.1, "--flip", "--output", out / "p2"]),
+        "P2 train, six": (f"{p2}.train", [*faces, "--steps", 6, "--sample-every", 0, "--output", out / "p2six"]),
+        "P2 train, two": (f"{p2}.train", [*faces, "--steps", 2, "--sample-every", 0, "--output", out / "p2two"]),
+        "P2 inference": (f"{p2}.inference", [folder / "noise", out / "faces", out / "p2/UNet.pt", "--steps", 2]),
+        "P2 inference, half": (f"{p2}.inference", [folder / "noise", out / "faces2", out / "p2/UNet.pt", "--steps", 2, "--dtype", "auto", "--eta", 1]),
+        "P2 evaluate": (f"{p2}.evaluate", [out / "faces", out / "faces2"]),
+        "P2 figures": (f"{p2}.figures", ["--noise", folder / "noise", "--checkpoint", out / "p2/UNet.pt", "--steps", 2, "--iterations", 1,
+                                         "--round-trips", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
+        "P2 benchmark": (f"{p2}.benchmark", ["--way", "this project, bf16", "--side", 32, "--batch-size", 1, "--repeats", 1]),
+        "P3 zero_shot": (f"{p3}.zero_shot", ["--data", folder / "classes", "--model", clip, "--dtype", "auto", "--output", out / "zero"]),
+        "P3 train": (f"{p3}.train", [*words, "--steps", 2, "--sample-every", 2, "--output", out / "words"]),
+        "P3 train, six": (f"{p3}.train", [*one_word, "--steps", 6, "--output", out / "wordsix"]),
+        "P3 train, two": (f"{p3}.train", [*one_word, "--steps", 2, "--output", out / "wordtwo"]),
+        "P3 train, projections": (f"{p3}.train", [*words, "--steps", 2, "--sample-every", 0, "--joint", "--custom-diffusion", "--prior", 2,
+                                                  "--gradient-checkpointing", "--output", out / "custom"]),
+        "P3 inference": (f"{p3}.inference", [concepts, out / "pictures", sd, "--embeddings", out / "words", *draw]),
+        "P3 inference, projections": (f"{p3}.inference", [concepts, out / "pictures2", sd, "--embeddings", out / "custom", *draw,
+                                                          "--projections", out / "custom/0+1/projections.safetensors"]),
+        "P3 evaluate": (f"{p3}.evaluate", [out / "pictures", concepts, "--model", clip, "--num-images", 2, "--dtype", "auto"]),
+        "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
+        "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
+                                         *draw]),
+        "P3 multi": (f"{p3}.multi", [concepts, "--checkpoint", sd, "--model", clip, "--ordinary-pictures", folder / "classes", "--train-steps", 2,
+                                     "--output", out / "multi", "--report", out / "report", *draw]),
+    }
+
+
+def call(module, arguments):
+    """(exit code, what was said, seconds, {place: waits}) of a command in this process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    simulated_gpu.WAITS.clear()
+    sys.argv, started, code, said = [module, *map(str, arguments)], time.perf_counter(), 0, io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+            print(stop.code)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    return {"code": code or 0, "said": re.sub(r"[^\n]*\r", "", said.getvalue())[-4000:], "seconds": round(time.perf_counter() - started, 1),
+            "waits": dict(simulated_gpu.WAITS)}
+
+
+def main():
+    folder, card = Path(sys.argv[1]).resolve(), sys.argv[2]
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    folder.mkdir(parents=True, exist_ok=True)
+    real = torch.cuda.is_available()
+    if not real:
+        torch.inference_mode = torch.no_grad  # before anything is imported that asks for it
+    make_inputs(folder)
+    mode = contextlib.nullcontext()
+    if not real:
+        torch.set_num_threads(1)
+        mode = simulated_gpu.install(card == "ampere")
+    elif card == "turing":
+        torch.cuda.get_device_capability = lambda *_: (7, 5)
+        torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation
+    only = os.environ.get("GPU_COMMANDS", "")
+    with mode:
+        results = {}
+        for name, (module, arguments) in commands(folder).items():
+            if re.search(only, name):
+                results[name] = call(module, arguments)
+                print(f"{name}: {results[name]['code']} in {results[name]['seconds']} s", flush=True)
+                (folder / "results.json").write_text(json.dumps({"real": real, "commands": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Every entry point of the three problems, two steps each, on a GPU: a real one where there is one, otherwise the simulated one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_commands
+import pytest
+import simulated_gpu
+import torch
+
+CARDS = ("ampere", "turing")  # with native bf16, and without
+NAMES = list(gpu_commands.commands(Path()))
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """{card: {name: {"code", "said", "waits"}}}; one process a card, side by side."""
+    if not torch.cuda.is_available() and simulated_gpu.compiled() is None:
+        pytest.skip("no GPU, and no C++ compiler to simulate one")
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, gpu_commands.__file__]
+    running = {card: subprocess.Popen([*command, folder / card, card], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, text=True) for card in CARDS}
+    said = {card: process.communicate(timeout=600)[0] for card, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values()), said
+    return {card: json.loads((folder / card / "results.json").read_text())["commands"] for card in CARDS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_command_runs_on_a_gpu(results, card, name):
+    assert results[card][name]["code"] == 0, results[card][name]["said"]
+
+
+@pytest.mark.parametrize("card, allowed", [("ampere", 0), ("turing", 1)])  # fp16's scaler has to know whether a gradient overflowed
+@pytest.mark.parametrize("training", ["P1 train", "P2 train", "P3 train"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits are counted on the simulated GPU")
+def test_no_training_step_waits_for_the_gpu(results, card, allowed, training):
+    """Six steps against two: nothing is read from the GPU, and nothing copied that it would have to be waited for, but where a line is logged."""
+    two, six = (results[card][f"{training}, {number}"]["waits"] for number in ("two", "six"))
+    more = {place: six[place] - two.get(place, 0) for place in six if six[place] > two.get(place, 0)}
+    assert sum(more.values()) <= 4 * allowed, more
