@@ -9,8 +9,10 @@ import argparse
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,40 +22,83 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from tqdm import tqdm
 
 from . import diffusion
-from .clip import image_features, load_clip
+from .clip import compute_in, image_features, load_clip, load_pictures
 from .data import example_pictures, read_concepts, varied
 from .defaults import MINIATURE
-from .device import DTYPES, pick_device
+from .device import DTYPES, autocast, pick_device
 from .embedding import add_words, initial_rows
-from .files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
+from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
 from .inference import DrawConfig, draw
+from .sources import draw_batch, draw_noise, encode, pick
 from .stable_diffusion import load_stable_diffusion
-from .train import Loss, draw_batch, draw_noise, encode, pick
+from .train import Loss
 
 RESULTS = ROOT / "report" / "results" / "p3_benchmark.json"
-ROUNDS = 3  # of the ways to learn, in turn; the best of each counts, since whatever else a machine does only slows it
+ROUNDS = 3  # of the ways to classify and to learn, in turn; the best of each counts, since whatever else a machine does only slows it
+KINDS = ("zero-shot", "learn", "draw")
 ROWS = {  # name: (what, how, dtype)
-    "miniature of CLIP, fp32": ("zero-shot", "miniature", "fp32"), "miniature of CLIP, bf16": ("zero-shot", "miniature", "bf16"),
-    "ViT-B/32, fp32": ("zero-shot", "ViT-B-32", "fp32"), "ViT-B/32, bf16": ("zero-shot", "ViT-B-32", "bf16"),
+    "miniature of CLIP, plain open_clip, fp32": ("zero-shot", ("miniature", "plain"), "fp32"),
+    "miniature of CLIP, this project, fp32": ("zero-shot", ("miniature", "ours"), "fp32"),
+    "miniature of CLIP, this project, bf16": ("zero-shot", ("miniature", "ours"), "bf16"),
+    "ViT-B/32, plain open_clip, fp32": ("zero-shot", ("ViT-B-32", "plain"), "fp32"),
+    "ViT-B/32, this project, fp32": ("zero-shot", ("ViT-B-32", "ours"), "fp32"),
+    "ViT-B/32, plain open_clip, bf16": ("zero-shot", ("ViT-B-32", "plain"), "bf16"),
+    "ViT-B/32, this project, bf16": ("zero-shot", ("ViT-B-32", "ours"), "bf16"),
     "textual inversion, straightforward, fp32": ("learn", "plain", "fp32"), "textual inversion, this project, fp32": ("learn", "ours", "fp32"),
     "textual inversion, straightforward, bf16": ("learn", "plain", "bf16"), "textual inversion, this project, bf16": ("learn", "ours", "bf16"),
     "25 steps of drawing, fp32": ("draw", "miniature", "fp32"), "25 steps of drawing, bf16": ("draw", "miniature", "bf16"),
 }
 
 
-def zero_shot_speed(name, dtype, device, count):
-    """Pictures a second through the image tower, in batches of 64."""
-    clip = load_clip(str(MINI / "clip"))[0] if name == "miniature" else open_clip.create_model(name).eval()
-    size = clip.visual.image_size
-    batches = [torch.randn(64, 3, *(size if isinstance(size, tuple) else (size, size))) for _ in range(max(count // 64, 1) + 1)]
-    clip = clip.to(device)
-    image_features(clip, batches[:1], device, dtype)  # warm-up
-    started = time.perf_counter()
-    image_features(clip, batches[1:], device, dtype).sum().item()
-    return {"pictures_per_second": 64 * (len(batches) - 1) / (time.perf_counter() - started)}
+def write_photographs(folder, count):
+    """Paths of `count` JPEG files of 640x480, soft and grainy as photographs are; few are different, which no reader knows."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        if i < 8:
+            soft = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+            grain = rng.normal(0, 6, (480, 640, 3))
+            Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+        else:
+            shutil.copyfile(folder / f"{i % 8}.jpg", folder / f"{i}.jpg")
+        paths.append(folder / f"{i}.jpg")
+    return paths
+
+
+def plain_features(clip, transform, paths, device, dtype):
+    """What published scripts do: a batch of 64 is opened, prepared and encoded, then the next; half precision by autocast."""
+    features = []
+    for start in range(0, len(paths), 64):
+        batch = torch.stack([transform(Image.open(path)) for path in paths[start:start + 64]]).to(device)
+        with torch.no_grad(), autocast(device, dtype):
+            features.append(clip.encode_image(batch))
+    return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
+
+
+def zero_shot_speed(name, way, dtype, device, count):
+    """Pictures a second, from JPEG files to features, in batches of 64."""
+    if name == "miniature":
+        clip, transform, _ = load_clip(str(MINI / "clip"), device=device)
+    else:
+        clip = open_clip.create_model(name, device=device).eval().requires_grad_(False)
+        transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    if way == "ours":
+        compute_in(clip, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder), count)
+
+        def encode_files(paths):
+            if way == "plain":
+                return plain_features(clip, transform, paths, device, dtype)
+            return image_features(clip, load_pictures(paths, transform, 64), device, dtype)
+        encode_files(paths[:16])  # warm-up
+        started = time.perf_counter()
+        encode_files(paths).sum().item()
+        return {"pictures_per_second": len(paths) / (time.perf_counter() - started)}
 
 
 def drawing_speed(dtype, device):
@@ -115,7 +160,7 @@ def learning_speed(way, dtype, device, steps, batch_size):
 def measure(row, device, args):
     what, how, dtype = ROWS[row]
     if what == "zero-shot":
-        result = zero_shot_speed(how, DTYPES[dtype], device, args.images)
+        result = zero_shot_speed(*how, DTYPES[dtype], device, args.images)
     elif what == "draw":
         result = drawing_speed(DTYPES[dtype], device)
     else:
@@ -125,12 +170,29 @@ def measure(row, device, args):
     return result | {"peak_memory_gb": peak / 1e9}
 
 
+def rows_to_keep(path, machine):
+    """The rows of an earlier file, if they were measured on this machine, whatever the day."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    try:
+        same = {**content["machine"], "date": machine["date"]} == machine
+        rows = dict(content["rows"])
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"{path} is no benchmark's; choose another --output") from None
+    if not same:
+        raise UserError(f"{path} was measured on another machine; choose another --output, or measure all without --only")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description="Times classification, learning and drawing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
-    parser.add_argument("--images", type=int, default=512, help="pictures through each CLIP")
+    parser.add_argument("--images", type=int, default=256, help="pictures through each CLIP")
     parser.add_argument("--steps", type=int, default=60, help="timed steps of textual inversion")
     parser.add_argument("--batch-size", type=int, default=8, help="of textual inversion")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS,
+                        help="what to measure; other rows of the file stay, if they were measured on this machine")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--row", choices=list(ROWS), default=None, help=argparse.SUPPRESS)  # one row, in this process
     args = parser.parse_args()
@@ -140,21 +202,25 @@ def main():
         print(json.dumps(measure(args.row, device, args)))
         return
     writable_file(args.output)
-    rows = {}
-    for row in tqdm([row for turn in range(ROUNDS) for row, (what, *_) in ROWS.items() if turn == 0 or what == "learn"], desc="measuring", unit="row"):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    machine = {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
+               "python": platform.python_version(), "date": date.today().isoformat()}
+    rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, machine)
+    measured, chosen = {}, [row for row, (what, *_) in ROWS.items() if what in args.only]
+    for row in tqdm([row for turn in range(ROUNDS) for row in chosen if turn == 0 or ROWS[row][0] != "draw"], desc="measuring", unit="row"):
         command = [sys.executable, "-m", "p3_clip_textual_inversion.benchmark", "--row", row, "--device", args.device]
         command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("images", "steps", "batch-size")]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"{row}: {result.stderr.strip().splitlines()[-1]}")
         values = json.loads(result.stdout.strip().splitlines()[-1])
-        if row not in rows or values["steps_per_second"] > rows[row]["steps_per_second"]:
-            rows[row] = values
+        speed = "pictures_per_second" if "pictures_per_second" in values else "steps_per_second"
+        if row not in measured or values[speed] > measured[row][speed]:
+            measured[row] = values
+    rows |= measured
     for row, values in rows.items():
         print(f"{row:42} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    write_json(args.output, {"machine": {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-                                         "python": platform.python_version(), "date": date.today().isoformat()}, "batch_size": args.batch_size, "rows": rows})
+    write_json(args.output, {"machine": machine, "batch_size": args.batch_size, "rows": {row: rows[row] for row in ROWS if row in rows}})
     print(f"wrote {args.output}")
 
 

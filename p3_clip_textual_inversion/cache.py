@@ -84,7 +84,7 @@ class CachedGrader:
         folder = folder or default_folder()
         folder.mkdir(parents=True, exist_ok=True)
         self.load = lambda: Grader(model, pretrained, device, dtype)  # at the first picture or caption that is new
-        self.grader = None
+        self.grader, self.dtype = None, dtype
         key = json.dumps([LAYOUT, Hashes(folder / "hashes.json").of_model(str(model), pretrained), torch.device(device).type, str(dtype),
                           version("open_clip_torch"), version("torch"), version("pillow")])
         self.path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

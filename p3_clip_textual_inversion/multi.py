@@ -29,8 +29,8 @@ from .files import ROOT, UserError, check_flags, run, writable_folder, write_jso
 from .inference import add_arguments, draw, settings_of
 from .measures import wilson
 from .pictures import read_picture, save_image
+from .sources import kind_of
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .train import kind_of
 
 METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
     "words learned apart": ("apart", None, None),

@@ -13,7 +13,6 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import read_captions, read_concepts, side_by_side, varied
+from .data import read_captions, read_concepts
 from .defaults import ROWS, add_argument, fill_in, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
@@ -33,10 +32,12 @@ from .files import UserError, atomic_path, check_flags, run, writable_folder, wr
 from .identity import identify
 from .inference import DrawConfig, draw
 from .pictures import read_pictures, save_image
+from .sources import draw_batch, kind_of, make_held, make_sources
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .training import load_state
+from .training import Validation, load_state
 
 LOG_EVERY = 20
+VALIDATED, VALIDATIONS = 64, 15  # kept latents, at a moment each; how often in a run
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
 
 
@@ -49,83 +50,53 @@ class Loss(torch.nn.Module):
 
     def forward(self, x0, eps, t, ids):
         """x0, eps: [B, 4, h, w]; t: [B]; ids: [B, context]. The mean over the batch."""
+        return self.each(x0, eps, t, ids).mean()
+
+    def each(self, x0, eps, t, ids):
+        """One value per latent, [B]."""
         captions, which = ids.unique(dim=0, return_inverse=True)  # a few pictures have few captions: each is encoded once
         # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
         # Not with checkpoints, which compute it again later, outside this choice.
         small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024 and not self.unet.is_gradient_checkpointing
         with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
             hidden = self.text_encoder(captions).last_hidden_state[which]
-            return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma).mean()
+            return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma)
 
 
-class Source(NamedTuple):
-    """Latents of one kind of picture, means and deviations [N, 4, h, w], with captions; either any caption fits any picture, or each its own."""
-    means: torch.Tensor
-    deviations: torch.Tensor
-    captions: list
-    paired: bool = False
+class Best:
+    """The state of what is trained with the lowest loss on kept crops at kept moments with kept noises, so that two states differ by themselves alone; what a
+    training ends with. The last state need not be better than an earlier one, nor than the words that it began with.
 
+    losses: {step: loss}; kept: {name: tensor} of the best."""
 
-@torch.no_grad()
-def encode(parts, squares, captions, paired=False):
-    """A `Source` of pictures [N, 3, H, W] in -1..1: encoded once, as mean and deviation, so that each step still draws afresh."""
-    posteriors = [parts.vae.encode(part.to(parts.vae.device, parts.vae.dtype)).latent_dist for part in squares.split(4)]
-    return Source(*(torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std")), captions, paired)
+    def __init__(self, loss, parts, held, accelerator, batch_size, state=None):
+        self.loss, self.parts, self.held, self.accelerator, self.batch_size = loss, parts, held, accelerator, batch_size
+        self.validation = Validation(len(held.means), held.means.shape[1:], VALIDATED)
+        self.losses, self.kept = (state["losses"], state["kept"]) if state else ({}, None)
 
+    def of(self, index, t, eps):
+        ids = self.parts.tokens([self.held.captions[i] for i in index.tolist()]).to(t.device)
+        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], eps, t, ids)
 
-def pick(sources, batch_size, generator):
-    """[(source, row, caption)] of a batch, each picture from a source picked at random."""
-    picked = []
-    for source in (sources[i] for i in torch.randint(0, len(sources), (batch_size,), generator=generator).tolist()):
-        row = int(torch.randint(0, len(source.means), (), generator=generator))
-        caption = int(torch.randint(0, len(source.captions), (), generator=generator))
-        picked.append((source, row, source.captions[row if source.paired else caption]))
-    return picked
+    def update(self, step, trained):
+        """Measures, and keeps what is the best so far. Returns the loss."""
+        self.losses[step] = self.validation(self.of, self.accelerator, self.batch_size)["validation"]
+        if self.losses[step] == min(self.losses.values()):
+            self.kept = {name: tensor.detach().clone() for name, tensor in trained.items()}
+        return self.losses[step]
 
+    @property
+    def step(self):
+        return min(self.losses, key=self.losses.get)
 
-def draw_noise(means, deviations, scaling, generator):
-    """(x0, eps, t) of latents with these means and deviations. Everything is drawn on the CPU from the generator."""
-    fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device) for _ in range(2))
-    t = torch.randint(0, 1000, (len(means),), generator=generator).to(means.device)
-    return scaling * (means + deviations * fresh), eps, t
-
-
-def draw_batch(sources, scaling, batch_size, generator):
-    """(x0, eps, t, captions) of a batch."""
-    picked = pick(sources, batch_size, generator)
-    means, deviations = (torch.stack([getattr(source, name)[row] for source, row, _ in picked]) for name in ("means", "deviations"))
-    return *draw_noise(means, deviations, scaling, generator), [caption for _, _, caption in picked]
-
-
-def make_sources(parts, concepts, args, row, side, config):
-    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn.
-
-    row: the model's `Defaults`, for captions and ordinary things."""
-    counts = {concept.token: args.vectors for concept in concepts}
-    sources, subjects = [], []
-    for concept in concepts:
-        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args)
-        pictures, skipped = read_pictures(folder)
-        if skipped:
-            print(f"note: left out what is no picture: {', '.join(skipped)}")
-        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
-        own = read_captions(folder, pictures, concept.token)
-        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
-        sources.append(encode(parts, squares, [expand(text, counts) for text in captions], paired=bool(own)))
-        if kind == "object":
-            subjects.append((concept, squares))
-    if args.joint:
-        for left, ours in subjects:
-            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
-                sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
-    if args.custom_diffusion and args.prior:
-        words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
-        captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
-        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
-            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
-        ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
-        sources += [ordinary] * len(sources)  # half of each batch
-    return sources
+    def told(self, words):
+        """What became of the words, in a line."""
+        first, last, best = self.losses[0], max(self.losses), self.step
+        text = f"{words}: loss on kept crops {first:.4f} with the initial words, {self.losses[last]:.4f} at the end"
+        if best == 0:
+            return f"{text}; note: no state is better than the initial words, which are kept: try another --lr, more --steps or other initial words"
+        worse = " (the end is worse than the initial words)" if self.losses[last] >= first else ""
+        return f"{text}{worse}; the best is kept, {self.losses[best]:.4f} at step {best}"
 
 
 def fingerprint(folders):
@@ -155,7 +126,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
-    state = load_state(folder / "state.pt", settings) if (folder / "state.pt").exists() else None
+    state = load_state(folder / "state.pt", settings, ("step", "history", "recent", "trained", "best")) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
@@ -169,7 +140,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(args.init, args.init), args.vectors, generator)
             for concept in concepts}
     learned = add_words(parts, rows)
-    sources = make_sources(parts, concepts, args, row, side, config)
+    sources, held = make_sources(parts, concepts, args, row, side, config), make_held(parts, concepts, args, row, side)
     if not args.sample_every:
         parts.vae.to("cpu")  # no longer needed
     if args.gradient_checkpointing:
@@ -189,9 +160,13 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(Loss(parts, args.min_snr_gamma or None), optimizer)
+    loss_of = Loss(parts, args.min_snr_gamma or None)
+    best = Best(loss_of, parts, held, accelerator, args.batch_size, state["best"] if state else None)
+    model, optimizer = accelerator.prepare(loss_of, optimizer)
     if state:
         optimizer.load_state_dict(state["optimizer"])
+    else:
+        best.update(0, trained)
 
     accelerator.print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
                       f"from {sum(len(source.means) for source in sources)} latents, on {device}")
@@ -218,6 +193,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
                     learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
             step += 1
             bar.update()
+            if step % max(args.steps // VALIDATIONS, 1) == 0 or step == args.steps:
+                best.update(step, trained)
             if step % LOG_EVERY == 0 or step == args.steps:
                 history.append({"step": step, "loss": float(np.mean(recent)), "norm": learned.rows.norm(dim=1).mean().item()})
                 recent = []
@@ -232,9 +209,14 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             if accelerator.is_main_process and (step % args.save_every == 0 or step == args.steps):
                 with atomic_path(folder / "state.pt") as temporary:
                     torch.save({"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
-                                "history": history, "recent": recent, "snapshots": snapshots, "settings": settings}, temporary)
+                                "history": history, "recent": recent, "snapshots": snapshots, "best": {"losses": best.losses, "kept": best.kept},
+                                "settings": settings}, temporary)
+    for name, parameter in trained.items():
+        parameter.data.copy_(best.kept[name])
     if accelerator.is_main_process:
+        accelerator.print(best.told(words))
         write_json(folder / "history.json", history)
+        write_json(folder / "validation.json", {"kept_step": best.step, "losses": best.losses})
         with atomic_path(folder / "snapshots.safetensors") as temporary:
             save_file({f"{at:06d}": tensor for at, tensor in snapshots.items()}, temporary, metadata={"words": words})
         metadata = {name: str(value) for name, value in settings.items()}
@@ -243,11 +225,6 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         if args.custom_diffusion:
             save_weights(folder / "projections.safetensors", weights_of(parts.unet), metadata)
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
-
-
-def kind_of(concept, args):
-    """Whether a concept is an object or a style."""
-    return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
 
 
 def parse_args():

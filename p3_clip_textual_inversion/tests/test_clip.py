@@ -7,11 +7,12 @@ import zipfile
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from p3_clip_textual_inversion.checkpoint import read_torchscript
-from p3_clip_textual_inversion.clip import Grader, image_features, load_clip, make_clip_tokenizer, read_merges
+from p3_clip_textual_inversion.clip import Attention, Grader, compute_in, image_features, load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.files import UserError
 
 SHAPE = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
@@ -138,6 +139,34 @@ def test_siglip_scores_each_caption_by_itself(tmp_path, tiny_clip):
     cosines = image_features(grader.clip, [PICTURES], torch.device("cpu"), torch.float32) @ grader.of_texts(TEXTS).T
     assert torch.allclose(scale * cosines + bias, expected, atol=1e-5)
     assert "ratio" not in str(grader.transform) and "mean=(0.5, 0.5, 0.5)" in str(grader.transform)
+
+
+def test_half_precision_is_that_of_the_products_only(tiny_clip):
+    """The attention of few products gives torch's features in float32; in bf16 norms and sums stay, and the weights have the same names."""
+    whole, half = load_clip(tiny_clip)[0], load_clip(tiny_clip)[0]
+    pictures = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for module in half.modules():
+        if type(module) is torch.nn.MultiheadAttention:
+            module.__class__ = Attention
+    cpu = torch.device("cpu")
+    expected = image_features(whole, [pictures], cpu, torch.float32)
+    assert torch.allclose(image_features(half, [pictures], cpu, torch.float32), expected, atol=1e-5)
+    tokens = open_clip.tokenize(["a", "b"])[:, :24].clamp(max=500)
+    assert torch.allclose(half.encode_text(tokens), whole.encode_text(tokens), atol=1e-4)  # its mask is obeyed
+    compute_in(half, torch.bfloat16)
+    assert half.state_dict().keys() == whole.state_dict().keys()
+    block = half.visual.transformer.resblocks[0]
+    assert block.attn.in_proj_weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16 and block.ln_1.weight.dtype == torch.float32
+    rough = image_features(half, [pictures], cpu, torch.bfloat16)
+    assert rough.dtype == torch.float32 and 1e-6 < 1 - (rough * expected).sum(1).min() < 1e-3
+
+
+def test_hugging_faces_tower_in_half_precision(hugging_face):
+    _, folder = hugging_face
+    whole, half = Grader(folder), Grader(folder, dtype=torch.bfloat16)
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    assert ((whole.of_pictures(pictures) * half.of_pictures(pictures)).sum(1) > 0.999).all()
+    assert torch.equal(whole.of_texts(TEXTS), half.of_texts(TEXTS))
 
 
 class Runs:

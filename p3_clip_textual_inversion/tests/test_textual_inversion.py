@@ -1,6 +1,7 @@
 """Learning, files of embeddings, drawing and grading."""
 
 import io
+import itertools
 import json
 import shutil
 import types
@@ -12,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from p3_clip_textual_inversion import training
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
@@ -22,8 +24,9 @@ from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.pictures import read_pictures
+from p3_clip_textual_inversion.sources import Source, draw_batch, make_held, make_sources
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
-from p3_clip_textual_inversion.train import Loss, Source, draw_batch, make_sources
+from p3_clip_textual_inversion.train import Best, Loss
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -355,3 +358,38 @@ def test_grader_scores_do_not_depend_on_the_batch(tiny_clip, concepts_json):
     grader = Grader(tiny_clip)
     pictures = example_pictures(concepts_json.parent / "0")
     assert torch.allclose(grader.of_pictures(pictures)[1:2], grader.of_pictures(pictures[1:2]), atol=1e-5)
+
+
+def test_the_best_state_is_kept_and_told(monkeypatch):
+    """Of the losses on kept crops the lowest decides, not the last; a word that ends worse than it began says so."""
+    held = Source(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2), ["x", "y"], True)
+    for losses, step, said in (((0.5, 0.3, 0.4), 1, "the best is kept, 0.3000 at step 1"), ((0.5, 0.4, 0.6), 1, "the end is worse than the initial words"),
+                               ((0.5, 0.6, 0.7), 0, "no state is better than the initial words")):
+        best, trained = Best(None, None, held, None, 2), {"rows": torch.zeros(1)}
+        for at, loss in enumerate(losses):
+            trained["rows"] += 1
+            monkeypatch.setattr(best, "validation", lambda *_, loss=loss: {"validation": loss})
+            assert best.update(at, trained) == loss
+        assert best.step == step and best.kept["rows"].item() == step + 1 and said in best.told("<new1>")
+
+
+def test_a_word_does_not_end_worse_than_it_began(call, concepts_json, tiny_sd, tmp_path, monkeypatch):
+    """Where the loss on kept crops only rises, the word is the initial one, and this is said."""
+    rising = itertools.count(1)
+    monkeypatch.setattr(training.Validation, "__call__", lambda *_: {"validation": float(next(rising))})
+    arguments = train_arguments(concepts_json, tiny_sd, tmp_path / "run", steps=2, lr=30, norm="free")
+    code, out, err = call(f"{PACKAGE}.train", *arguments, "--concepts", "0")
+    assert code == 0 and "no state is better than the initial words, which are kept" in out, err
+    rows = read_embeddings(tmp_path / "run")["<new1>"]
+    assert torch.allclose(rows, initial_rows(load_stable_diffusion(tiny_sd), "dog", 1), atol=1e-6)
+    assert json.loads((tmp_path / "run" / "0" / "validation.json").read_text()) == {"kept_step": 0, "losses": {"0": 1.0, "1": 2.0, "2": 3.0}}
+
+
+def test_kept_crops_are_no_training_crops(parts, concepts_json):
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=4, kind="auto", joint=False, custom_diffusion=False)
+    concept = read_concepts(concepts_json)[:1]
+    own, = make_sources(parts, concept, args, MINIATURE, 64, DrawConfig(num_steps=1))
+    held = make_held(parts, concept, args, MINIATURE, 64)
+    again = make_held(parts, concept, args, MINIATURE, 64)
+    assert len(held.means) == len(held.captions) == 6 and torch.equal(held.means, again.means) and all("<new1>" in text for text in held.captions)
+    assert min((kept - learned).abs().max() for kept in held.means for learned in own.means) > 1e-3

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from p3_clip_textual_inversion.benchmark import plain_features, rows_to_keep, write_photographs
 from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
@@ -206,6 +207,30 @@ def test_features_are_those_of_open_clip_whatever_the_batch(tiny_clip, data):
     assert torch.allclose(one, torch.nn.functional.normalize(clip.encode_text(tokenizer(["a dog", "a red apple", "a bus"])), dim=-1), atol=1e-5)
     other, both = (text_classifier(clip, tokenizer, list(labels.values()), templates, device) for templates in (["the {}"], ["a {}", "the {}"]))
     assert torch.allclose(both, torch.nn.functional.normalize(one + other, dim=-1), atol=1e-5)
+
+
+def test_pictures_are_prepared_as_open_clip_does_to_the_last_bit_and_encoded_alike(tiny_clip, tmp_path):
+    """Also those of the benchmark, whose plain way is open_clip's own code."""
+    clip, transform, _ = load_clip(tiny_clip)
+    paths = write_photographs(tmp_path, 3)
+    Image.open(paths[0]).resize((31, 70)).save(tmp_path / "a.png")
+    Image.open(paths[1]).convert("L").save(tmp_path / "b.png")
+    paths += [tmp_path / "a.png", tmp_path / "b.png"]
+    assert torch.equal(torch.cat(list(load_pictures(paths, transform, 2))), torch.stack([transform(Image.open(path)) for path in paths]))
+    cpu = torch.device("cpu")
+    expected = plain_features(clip, transform, paths, cpu, torch.float32)
+    assert torch.allclose(image_features(clip, load_pictures(paths, transform, 2), cpu, torch.float32), expected, atol=1e-5)
+
+
+def test_rows_of_another_machine_are_not_mixed_in(tmp_path):
+    machine, path = {"device": "a", "date": "today"}, tmp_path / "b.json"
+    assert rows_to_keep(path, machine) == {}
+    path.write_text('{"machine": {"device": "a", "date": "yesterday"}, "rows": {"x": 1}}')
+    assert rows_to_keep(path, machine) == {"x": 1}
+    for content, said in (('{"machine": {"device": "b", "date": "today"}, "rows": {}}', "on another machine"), ('{"machine": 3}', "is no benchmark's")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=said):
+            rows_to_keep(path, machine)
 
 
 def test_bad_data_ends_in_one_line(data):

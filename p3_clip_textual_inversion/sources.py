@@ -1,0 +1,103 @@
+"""What textual inversion learns from: latents of the examples with captions, of two subjects side by side, of ordinary pictures; and batches of these."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .data import read_captions, side_by_side, varied
+from .embedding import expand
+from .inference import draw
+from .pictures import read_pictures
+
+HELD = 2  # crops of each example that are kept from learning
+
+
+class Source(NamedTuple):
+    """Latents of one kind of picture, means and deviations [N, 4, h, w], with captions; either any caption fits any picture, or each its own."""
+    means: torch.Tensor
+    deviations: torch.Tensor
+    captions: list
+    paired: bool = False
+
+
+@torch.no_grad()
+def encode(parts, squares, captions, paired=False):
+    """A `Source` of pictures [N, 3, H, W] in -1..1: encoded once, as mean and deviation, so that each step still draws afresh."""
+    posteriors = [parts.vae.encode(part.to(parts.vae.device, parts.vae.dtype)).latent_dist for part in squares.split(4)]
+    return Source(*(torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std")), captions, paired)
+
+
+def pick(sources, batch_size, generator):
+    """[(source, row, caption)] of a batch, each picture from a source picked at random."""
+    picked = []
+    for source in (sources[i] for i in torch.randint(0, len(sources), (batch_size,), generator=generator).tolist()):
+        row = int(torch.randint(0, len(source.means), (), generator=generator))
+        caption = int(torch.randint(0, len(source.captions), (), generator=generator))
+        picked.append((source, row, source.captions[row if source.paired else caption]))
+    return picked
+
+
+def draw_noise(means, deviations, scaling, generator):
+    """(x0, eps, t) of latents with these means and deviations. Everything is drawn on the CPU from the generator."""
+    fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device) for _ in range(2))
+    t = torch.randint(0, 1000, (len(means),), generator=generator).to(means.device)
+    return scaling * (means + deviations * fresh), eps, t
+
+
+def draw_batch(sources, scaling, batch_size, generator):
+    """(x0, eps, t, captions) of a batch."""
+    picked = pick(sources, batch_size, generator)
+    means, deviations = (torch.stack([getattr(source, name)[row] for source, row, _ in picked]) for name in ("means", "deviations"))
+    return *draw_noise(means, deviations, scaling, generator), [caption for _, _, caption in picked]
+
+
+def make_held(parts, concepts, args, row, side):
+    """A `Source` of crops that nothing is learned from, each with its caption: what tells how well a word does."""
+    squares, captions = [], []
+    for concept in concepts:
+        rng, folder = np.random.default_rng([args.seed, 1]), args.input.parent / concept.number
+        pictures = read_pictures(folder)[0]
+        own = read_captions(folder, pictures, concept.token)
+        texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, args)]]
+        squares += [varied(picture, side, 2 + HELD, rng)[2:] for picture in pictures.values()]
+        captions += [texts[i // HELD if own else i % len(texts)] for i in range(HELD * len(pictures))]
+    counts = {concept.token: args.vectors for concept in concepts}
+    return encode(parts, torch.cat(squares), [expand(text, counts) for text in captions], paired=True)
+
+
+def make_sources(parts, concepts, args, row, side, config):
+    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn.
+
+    row: the model's `Defaults`, for captions and ordinary things."""
+    counts = {concept.token: args.vectors for concept in concepts}
+    sources, subjects = [], []
+    for concept in concepts:
+        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args)
+        pictures, skipped = read_pictures(folder)
+        if skipped:
+            print(f"note: left out what is no picture: {', '.join(skipped)}")
+        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
+        own = read_captions(folder, pictures, concept.token)
+        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
+        sources.append(encode(parts, squares, [expand(text, counts) for text in captions], paired=bool(own)))
+        if kind == "object":
+            subjects.append((concept, squares))
+    if args.joint:
+        for left, ours in subjects:
+            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
+                sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
+    if args.custom_diffusion and args.prior:
+        words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
+        captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
+        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
+            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
+        ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
+        sources += [ordinary] * len(sources)  # half of each batch
+    return sources
+
+
+def kind_of(concept, args):
+    """Whether a concept is an object or a style."""
+    return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
