@@ -149,7 +149,7 @@ class UNet(nn.Module):
             h = module(torch.cat([h, kept.pop()], dim=1), time) if isinstance(module, Block) else module(h)
         # always in float32: the first steps magnify an error of eps 140 times in x0, and with it bf16's rounding of the output
         with torch.autocast(x.device.type, enabled=False):
-            return self.out(h.float())
+            return self.out(h.to(self.out[0].weight.dtype))
 
 
 def config_of(state_dict, path="the state dict"):
