@@ -8,24 +8,23 @@ Each way runs in a process of its own, so that its peak memory is its own. A ste
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .ddim import DDIMConfig, ddim
-from .device import DTYPES, pick_device
+from .data import read_noises
+from .device import DTYPES, machine, peak_memory, pick_device
+from .diffusion import Denoiser
 from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import MINI, check_size, generate, predictor, read_noises, to_pictures
+from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import UNet, UNetConfig, load_unet
+from .samplers import ddim
 
 RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
 WAYS = {  # name: (which network, dtype, channels-last, batch size)
@@ -36,40 +35,42 @@ WAYS = {  # name: (which network, dtype, channels-last, batch size)
 }
 
 
+class Plain(Denoiser):
+    """Any network, called as it is: in the layout that x has."""
+
+    def eps(self, x, t):
+        answer = self.unet(x, torch.full((len(x),), t, device=x.device))
+        return getattr(answer, "sample", answer)
+
+
 def measure(way, batch_size, side, repeats, device):
     """Seconds per image and step, and peak memory in GB, of one way."""
     kind, dtype, channels_last, own_batch = WAYS[way]
     torch.manual_seed(0)
-    model = UNet(UNetConfig()).eval().requires_grad_(False)
+    unet = UNet(UNetConfig()).eval().requires_grad_(False)
     if kind == "diffusers":
         from .reference import to_diffusers
 
-        theirs = to_diffusers(model).to(device)
-
-        def predict(x, t):
-            return theirs(x, t).sample
-    else:
-        model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        predict = predictor(model, DTYPES[dtype]) if channels_last else lambda x, t: model(x, torch.full((len(x),), t, device=device))
+        unet = to_diffusers(unet)
+    unet = unet.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model = Denoiser(unet, dtype=DTYPES[dtype]) if channels_last else Plain(unet)
     n = own_batch or batch_size
     seconds = []
     with torch.inference_mode():
         started = time.perf_counter()
-        for _, state in zip(range(repeats + 1), ddim(predict, torch.randn(n, 3, side, side, device=device), DDIMConfig())):
+        for _, state in zip(range(repeats + 1), ddim(model, torch.randn(n, 3, side, side, device=device), DrawConfig().steps())):
             state.x.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"seconds_per_step": float(np.median(seconds[1:])) / n, "batch_size": n, "peak_memory_gb": peak / 1e9}  # the first is a warm-up
+    return {"seconds_per_step": float(np.median(seconds[1:])) / n, "batch_size": n, "peak_memory_gb": peak_memory(device) / 1e9}  # the first is a warm-up
 
 
 def miniature_mse(device):
     """MSE of the miniature's pictures against its reference images, per number format."""
-    noises, model = read_noises(MINI / "noise"), load_unet(MINI / "UNet.pt", device)
+    noises, unet = read_noises(MINI / "noise"), load_unet(MINI / "UNet.pt", device)
     results = {}
     for name in ("fp32", "bf16"):
-        pictures = {k: to_pictures(x[None])[0] for k, x in generate(predictor(model, DTYPES[name]), noises, DDIMConfig(), 5, device=device, shown=False)}
+        pictures = {k: to_pictures(x[None])[0] for k, x in generate(unet, noises, DrawConfig(), 5, dtype=DTYPES[name], shown=False)}
         results[name] = float(np.mean([mse(picture, read_pixels(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
     return results
 
@@ -103,9 +104,7 @@ def main():
         row |= {"seconds_per_image": 50 * row["seconds_per_step"], "speed_up": plain / row["seconds_per_step"]}
         print(f"{way:22} {row['seconds_per_step']:7.3f} s a step  {row['seconds_per_image']:7.1f} s an image  "
               f"{row['speed_up']:5.2f} x  {row['peak_memory_gb']:5.2f} GB  batch {row['batch_size']}")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    results = {"machine": {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-                           "python": platform.python_version(), "date": date.today().isoformat()}, "side": args.side, "ways": rows}
+    results = {"machine": machine(device), "side": args.side, "ways": rows}
     if (MINI / "UNet.pt").is_file():
         results["miniature_mse"] = miniature_mse(device)
         print("MSE of the miniature against its references: " + ", ".join(f"{k} {v:.4f}" for k, v in results["miniature_mse"].items()))

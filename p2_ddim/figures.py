@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .ddim import ddim, invert
+from .data import read_noises
+from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
 from .files import ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
-from .inference import MINI, add_arguments, check_size, generate, predictor, read_noises, settings_of, to_pictures
+from .inference import MINI, add_arguments, check_size, generate, settings_of, to_pictures
 from .interpolation import lerp, slerp
+from .inversion import invert
 from .model import load_unet
 from .pictures import save_image
+from .samplers import ddim, finish
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -41,9 +44,9 @@ def grid(rows, row_titles, column_titles, left=64):
     return picture
 
 
-def drawn(predict, noises, config, batch_size, seed, device):
+def drawn(unet, noises, config, batch_size, seed, dtype):
     """The pictures of {name: noise}, in order: a list of uint8 [H, W, 3]."""
-    return [to_pictures(x[None])[0] for _, x in generate(predict, noises, config, batch_size, seed, device)]
+    return [to_pictures(x[None])[0] for _, x in generate(unet, noises, config, batch_size, seed, dtype)]
 
 
 def norm_chart(a, b, path):
@@ -66,16 +69,17 @@ def norm_chart(a, b, path):
 
 
 @torch.inference_mode()
-def round_trips(predict, noise, config, iterations, numbers_of_steps):
+def round_trips(unet, noise, config, iterations, numbers_of_steps, dtype=torch.float32):
     """Noise [B, 3, H, W] to images, back to noise, to images again, for several numbers of steps: {steps: (images, images again, PSNRs in dB)}.
 
     The clamp of x0 has no inverse: the way back to noise, and from there to the image again, goes without it."""
     results = {}
     for steps in numbers_of_steps:
-        settings = replace(config, num_steps=steps, eta=0.0)
-        *_, image = ddim(predict, noise, settings)
-        *_, back = invert(predict, image.x, settings, iterations)
-        *_, again = ddim(predict, back.x, replace(settings, clip=False))
+        ts = replace(config, num_steps=steps).steps()
+        image = finish(ddim(Denoiser(unet, config.clip, dtype), noise, ts))
+        free = Denoiser(unet, False, dtype)
+        back = finish(invert(free, image.x, ts, iterations=iterations))
+        again = finish(ddim(free, back.x, ts))
         first, second = to_pictures(image.x), to_pictures(again.x)
         results[steps] = first, second, [psnr(mse(a, b)) for a, b in zip(first, second)]
     return results
@@ -98,25 +102,25 @@ def main():
         raise UserError(f"{args.noise} has {len(noises)} noises; the figures need four")
     writable_folder(args.output)
     writable_file(args.results)
-    model = load_unet(args.checkpoint, device)
-    check_size(model.config, next(iter(noises.values())).shape)
-    predict = predictor(torch.compile(model) if args.compile else model, dtype)
+    unet = load_unet(args.checkpoint, device)
+    check_size(unet.config, next(iter(noises.values())).shape)
+    unet = torch.compile(unet) if args.compile else unet
     names = list(noises)[:4]
     a, b = noises[names[0]], noises[names[1]]
 
-    rows = [drawn(predict, {name: noises[name] for name in names}, replace(config, eta=eta), batch_size, args.seed, device) for eta in ETAS]
+    rows = [drawn(unet, {name: noises[name] for name in names}, replace(config, eta=eta), batch_size, args.seed, dtype) for eta in ETAS]
     save_image(grid(rows, [f"eta {eta:g}" for eta in ETAS], names), args.output / "p2_eta.png")
-    rows = [drawn(predict, {f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}, replace(config, eta=0.0), batch_size, args.seed, device)
+    rows = [drawn(unet, {f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}, replace(config, eta=0.0), batch_size, args.seed, dtype)
             for function in (slerp, lerp)]
     save_image(grid(rows, ["slerp", "lerp"], ALPHAS), args.output / "p2_interpolation.png")
     norm_chart(a, b, args.output / "p2_norm.png")
     with torch.inference_mode():
-        states = list(ddim(predict, a[None].to(device), replace(config, eta=0.0)))
+        states = list(replace(config, eta=0.0).states(unet, a[None].to(device), dtype=dtype))
     chosen = [states[i] for i in np.linspace(0, len(states) - 1, 10).round().astype(int)]
     rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
     save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), args.output / "p2_steps.png")
     four = torch.stack([noises[name] for name in names]).to(device)
-    trips, usual = (round_trips(predict, four, config, iterations, args.round_trips) for iterations in (args.iterations, 1))
+    trips, usual = (round_trips(unet, four, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
     save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), args.output / "p2_inversion.png")

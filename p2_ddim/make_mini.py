@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .ddim import ImageNoise
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import MINI, to_pictures
 from .model import load_unet
 from .pictures import save_image
+from .samplers import ImageNoise
 
 PACKAGES = ["@dicebear/core@9.4.3", "@dicebear/personas@9.4.3"]
 SIDE = 64

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .ddim import DDIMConfig, ImageNoise
+from .data import read_pictures
 from .device import DTYPES, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import MINI, check_size, generate, predictor, to_pictures
+from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
-from .train import read_pictures
+from .samplers import ImageNoise
 
 CLIP = ROOT / "hw2_data" / "mini" / "clip"
 
@@ -94,11 +94,11 @@ def main():
     faces = read_pictures(args.faces, args.side)
     if len(faces) < 2 * args.count:
         raise UserError(f"{args.faces} has {len(faces)} pictures; --count {args.count} needs twice as many at least")
-    predict = predictor(model, pick_dtype(args.dtype, device))
     names = [f"quality/{i}" for i in range(args.count)]
     noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
-    config = DDIMConfig(args.steps, eta=args.eta)
-    generated = np.concatenate([to_pictures(x[None]) for _, x in generate(predict, noises, config, args.batch_size, args.seed, device)])
+    config = DrawConfig(num_steps=args.steps, eta=args.eta)
+    drawing = generate(model, noises, config, args.batch_size, args.seed, pick_dtype(args.dtype, device))
+    generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
     stretched = to_pictures(torch.from_numpy(faces).permute(0, 3, 1, 2))  # as the generated ones are
     results = compare(generated, stretched[-args.count:], stretched[:-args.count])
     for name, row in results.items():

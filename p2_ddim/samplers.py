@@ -32,8 +32,9 @@ class Steps(NamedTuple):
 
 def finish(states):
     """The last of a sampler's states; those before are not kept."""
-    for last in states:
-        pass
+    last = None
+    for state in states:
+        last = state
     return last
 
 
@@ -41,7 +42,8 @@ def finish(states):
 
 def steps_at(alpha_bar, t, end=1.0):
     """`Steps` at a decreasing list of t. alpha_bar: float64 [T], of the training's schedule; end: the alpha_bar to end at."""
-    return Steps(tuple(t), (*(float(alpha_bar[i]) for i in t), float(end)))
+    t = tuple(t)
+    return Steps(t, (*(float(alpha_bar[i]) for i in t), float(end)))
 
 
 def checked(num_steps, num_timesteps):
@@ -167,28 +169,24 @@ def unipc(model, x, ts, *, noise=None):
 
     Each evaluation first corrects the step that led to it (UniC), then serves the next (UniP); the first and the last step are of first order."""
     alpha, sigma, lambda_ = signal_and_noise(ts)
-    before = None  # (x, x0) of the step before, x after its own correction
+    start, last = None, []  # where the step began, after its own correction; the x0 of the last two evaluations, the newest first
     for i, t in enumerate(ts.t):
         x0, _ = model(x, t)
-        if before is not None:
+        if last:  # UniC
             h = lambda_[i] - lambda_[i - 1]
             phi = math.expm1(-h)
-            base = sigma[i] / sigma[i - 1] * before[0] - alpha[i] * phi * before[1]
-            if i == 1:
-                x = base - alpha[i] * phi * 0.5 * (x0 - before[1])
-            else:  # the weights that make the rule exact for x0 of second degree in lambda
+            change = 0.5 * (x0 - last[0])
+            if len(last) > 1:  # weights that make the rule exact for an x0 of second degree in lambda
                 r = (lambda_[i - 2] - lambda_[i - 1]) / h
-                first = -(phi / h + 1) / phi
-                second = 2 * ((phi / h + 1) / h - 0.5) / phi
-                old = (second - first) / (r - 1)
-                x = base - alpha[i] * phi * (old * (older - before[1]) / r + (first - old) * (x0 - before[1]))  # noqa: F821 (set below)
-        h = lambda_[i + 1] - lambda_[i]
-        end = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * x0
-        if 0 < i < len(ts.t) - 1:
-            r = (lambda_[i - 1] - lambda_[i]) / h
-            end = end - alpha[i + 1] * math.expm1(-h) * 0.5 * (before[1] - x0) / r
-        older = before and before[1]
-        before, x = (x, x0), end
+                first, second = -(phi / h + 1) / phi, 2 * ((phi / h + 1) / h - 0.5) / phi
+                older = (second - first) / (r - 1)
+                change = older * (last[1] - last[0]) / r + (first - older) * (x0 - last[0])
+            x = sigma[i] / sigma[i - 1] * start - alpha[i] * phi * (last[0] + change)
+        h, d = lambda_[i + 1] - lambda_[i], x0
+        if 0 < i < len(ts.t) - 1:  # UniP
+            d = x0 + 0.5 * (last[0] - x0) * h / (lambda_[i - 1] - lambda_[i])
+        start, last = x, [x0, *last[:1]]
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * d
         yield State(t, x, x0)
 
 

@@ -7,15 +7,17 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from .ddim import NUM_TIMESTEPS, DDIMConfig, ImageNoise, ddim, make_alpha_bar
+from . import diffusion
+from .data import read_pictures
+from .diffusion import NUM_TIMESTEPS, make_alpha_bar
 from .files import UserError, atomic_path, check_flags, run, writable_folder
-from .inference import predictor, to_pictures
+from .inference import DrawConfig, to_pictures
 from .model import UNet, UNetConfig
-from .pictures import decode, left_out, note_left_out, picture_files, read_picture, save_image
+from .pictures import save_image
+from .samplers import ImageNoise, finish
 from .training import (
     WATCHING,
     Log,
@@ -121,10 +123,7 @@ def train(args, folder, accelerator, dtype):
             step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
 
     def loss_of(network, x0, t, eps):
-        """Ho et al. 2020, algorithm 1, weighed: one value per picture, [B]."""
-        ab = alpha_bar[t][:, None, None, None]
-        xt = (ab.sqrt() * x0 + (1 - ab).sqrt() * eps).contiguous(memory_format=layout)
-        return (network(xt, t).float() - eps).square().mean(dim=(1, 2, 3)) / alpha_bar[t].clamp(min=1 / args.max_weight)
+        return diffusion.loss(network, alpha_bar, x0.contiguous(memory_format=layout), t, eps, args.max_weight)
 
     first_line_of(accelerator, dtype, f"{len(images)} pictures from {args.data}, UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
                   + (f", going on at step {step}," if step else ""))
@@ -178,23 +177,6 @@ def to_range(images):
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_pictures(folder, side):
-    """Every picture in a folder, in name order, its largest centred square reduced to side x side: uint8 [N, side, side, 3]."""
-    known = set(Image.registered_extensions())
-    paths = [path for path in picture_files(folder) if path.suffix.lower() in known]
-    if not paths:
-        raise UserError(f"{folder} has no pictures (.png, .jpg, .webp, ...)")
-    note_left_out(folder, left_out(folder, paths))
-
-    def read(path):
-        image = read_picture(path)
-        square = min(image.size)
-        left, top = (image.width - square) // 2, (image.height - square) // 2
-        return np.asarray(image.resize((side, side), Image.Resampling.BOX, (left, top, left + square, top + square)))
-
-    return np.stack(decode(paths, read, "pictures"))
-
-
 def draw_batch(step, args, num_images, device):
     """Everything random about one step, for the global batch: (image index, t, eps, flip). A function of (seed, step) alone, so that a
     resumed run, or one on several processes, draws the same numbers."""
@@ -210,7 +192,7 @@ def draw_batch(step, args, num_images, device):
 def sample_grid(net, args, device, dtype, rows=2, columns=8):
     """A picture of rows x columns faces, drawn with the averaged weights in 25 steps."""
     noise = ImageNoise(args.seed, [f"training grid {i}" for i in range(rows * columns)], (3, args.image_size, args.image_size), device)()
-    *_, last = ddim(predictor(net, dtype), noise, DDIMConfig(25))
+    last = finish(DrawConfig(num_steps=25).states(net, noise, dtype=dtype))
     pictures = to_pictures(last.x).reshape(rows, columns, args.image_size, args.image_size, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray(pictures.reshape(rows * args.image_size, columns * args.image_size, 3))
 

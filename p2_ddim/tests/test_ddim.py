@@ -1,44 +1,57 @@
-"""The sampler against diffusers, the closed form where the data is Gaussian, inversion, and interpolation."""
+"""The convention, the way to pictures, inversion, and interpolation."""
 
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
-from p2_ddim.ddim import DDIMConfig, ImageNoise, alpha_bars, ddim, invert, make_alpha_bar
-from p2_ddim.inference import predictor, to_pictures
+from p2_ddim.diffusion import Denoiser, make_alpha_bar
+from p2_ddim.inference import QUALITIES, DrawConfig, to_pictures
 from p2_ddim.interpolation import lerp, slerp
+from p2_ddim.inversion import belm, belm_invert, invert, to_pair
 from p2_ddim.model import UNet, UNetConfig
 from p2_ddim.reference import scheduler, to_diffusers
+from p2_ddim.samplers import ddim, finish, leading, trailing
 
 SHAPE = (2, 3, 16, 16)
+ALPHA_BAR = make_alpha_bar()
 
 
 def noise(seed=0, shape=SHAPE):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def network(x, t):
+class Smooth(torch.nn.Module):
     """A fixed smooth stand-in for a network."""
-    return 0.8 * torch.tanh(x + 0.3 * x.roll(1, dims=3) + t / 500) + 0.1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.8), requires_grad=False)
+
+    def forward(self, x, t):
+        return self.weight * torch.tanh(x + 0.3 * x.roll(1, dims=3) + t[0] / 500) + 0.1
 
 
 def test_the_convention():
     """interface: t = 981, 961, ..., 21, 1; alpha_bar at that same t; alpha_bar[0] after the last step; x0 clamped, eps kept."""
-    config = DDIMConfig()
-    assert config.timesteps() == list(range(981, 0, -20))
-    now, after = alpha_bars(config)
-    alpha_bar = make_alpha_bar()
-    assert torch.equal(now, alpha_bar[list(range(981, 0, -20))]) and after[-1].item() == alpha_bar[0].item() == pytest.approx(0.9999)
-    assert torch.equal(after[:-1], now[1:])
-    called = []
+    config, called = DrawConfig(), []
+    assert config == QUALITIES["exact"]
+    ts = config.steps()
+    assert ts.t == tuple(range(981, 0, -20))
+    assert ts.alpha_bar == (*ALPHA_BAR[list(range(981, 0, -20))].tolist(), ALPHA_BAR[0].item()) and ts.alpha_bar[-1] == pytest.approx(0.9999)
+
+    class Asked(Smooth):
+        def forward(self, x, t):
+            called.append((int(t[0]), x))
+            assert t.dtype == torch.long and t.shape == x.shape[:1]
+            return super().forward(x, t)
+
     x = 3 * noise()
-    states = list(ddim(lambda x, t: called.append((t, x)) or network(x, t), x, config))
-    assert [t for t, _ in called] == config.timesteps() == [state.t for state in states]
+    states = list(config.states(Asked(), x))
+    assert [t for t, _ in called] == [state.t for state in states] == list(ts.t)
     # the first step written out
-    ab, ab_prev = alpha_bar[981].float(), alpha_bar[961].float()
-    eps = network(x, 981)
+    ab, ab_prev = ALPHA_BAR[981].float(), ALPHA_BAR[961].float()
+    eps = Smooth()(x, torch.tensor([981, 981]))
     x0 = ((x - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
     torch.testing.assert_close(states[0].x, ab_prev.sqrt() * x0 + (1 - ab_prev).sqrt() * eps, rtol=0, atol=1e-6)
     assert all(state.x0.abs().max() <= 1 for state in states)
@@ -47,30 +60,10 @@ def test_the_convention():
 @pytest.mark.parametrize("num_steps", [10, 50, 250])
 @pytest.mark.parametrize("clip", [True, False])
 def test_every_state_is_diffusers(num_steps, clip):
-    theirs, x = scheduler(num_steps, clip), noise()
-    y = x.clone()
-    for t, state in zip(theirs.timesteps, ddim(network, x, DDIMConfig(num_steps, clip=clip)), strict=True):
-        y = theirs.step(network(y, int(t)), t, y, eta=0.0).prev_sample
-        assert (state.x - y).abs().max().item() < 1e-4 * max(1, y.abs().max().item())
-
-
-def test_with_the_same_fresh_noise_eta_is_diffusers_too():
-    for eta in (0.25, 1.0):
-        theirs, x = scheduler(50), noise()
-        theirs_noise, ours_noise = (ImageNoise(3, ["00", "01"], SHAPE[1:]) for _ in range(2))
-        y = x.clone()
-        for t, state in zip(theirs.timesteps, ddim(network, x, DDIMConfig(eta=eta), ours_noise), strict=True):
-            y = theirs.step(network(y, int(t)), t, y, eta=eta, variance_noise=theirs_noise()).prev_sample
-            assert (state.x - y).abs().max().item() < 1e-4 * max(1, y.abs().max().item())
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_other_spacings_are_diffusers(spacing):
-    """Only the steps: its stride does not follow the list for linspace, ours does."""
-    theirs = DDIMScheduler(timestep_spacing=spacing)
-    for num_steps in (7, 50):
-        theirs.set_timesteps(num_steps)
-        assert DDIMConfig(num_steps, spacing).timesteps() == theirs.timesteps.tolist()
+    theirs, y = scheduler(num_steps, clip), noise()
+    for t, state in zip(theirs.timesteps, DrawConfig(num_steps=num_steps, clip=clip).states(Smooth(), noise()), strict=True):
+        y = theirs.step(Smooth()(y, t[None]), t, y, eta=0.0).prev_sample
+        assert (state.x - y).abs().max().item() < 5e-5 * max(1, y.abs().max().item())
 
 
 def test_the_whole_is_diffusers():
@@ -79,63 +72,84 @@ def test_the_whole_is_diffusers():
     model = UNet(UNetConfig((32, 32), (1,), 1)).eval()
     network, steps, x = to_diffusers(model), scheduler(50), noise(1)
     with torch.inference_mode():
-        for t, state in zip(steps.timesteps, ddim(predictor(model), x), strict=True):
+        for t, state in zip(steps.timesteps, DrawConfig().states(model, x), strict=True):
             torch.testing.assert_close(state.x, steps.step(network(x, t).sample, t, x, eta=0.0).prev_sample, rtol=0, atol=1e-4)
             x = state.x
 
 
-class Gaussian:
-    """The exact eps for data N(mean, std^2)."""
-
-    mean, std = 0.2, 0.3
-
-    def __call__(self, x, t):
-        ab = make_alpha_bar()[t]
-        x = x.double()
-        x0 = self.mean + self.std**2 * ab.sqrt() / (ab * self.std**2 + 1 - ab) * (x - ab.sqrt() * self.mean)
-        return ((x - ab.sqrt() * x0) / (1 - ab).sqrt()).float()
+def test_bad_configurations_are_refused():
+    for options in ({"num_steps": 0}, {"num_steps": 1001}, {"spacing": "odd"}, {"last_alpha_bar": "two"}, {"eta": -0.1}, {"sampler": "odd"},
+                    {"sampler": "unipc", "eta": 0.5}, {"spacing": "logsnr", "num_steps": 1000}):
+        with pytest.raises(ValueError):
+            DrawConfig(**options)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_gaussian_data_in_distribution(eta):
-    shape = (1, 1, 100, 200)
-    generator = torch.Generator().manual_seed(0)
-    config = DDIMConfig(1000, last_alpha_bar="one", clip=False, eta=eta)
-    *_, last = ddim(Gaussian(), torch.randn(shape, generator=generator), config, lambda: torch.randn(shape, generator=generator))
-    assert last.x.mean().item() == pytest.approx(Gaussian.mean, abs=0.01)
-    assert last.x.std().item() == pytest.approx(Gaussian.std, abs=0.01)
-
-
-def test_no_noise_is_drawn_at_eta_0():
-    def refuse():
-        raise AssertionError("noise was asked for")
-
-    list(ddim(network, noise(), DDIMConfig(5), refuse))
-
+# inversion
 
 def psnr(a, b):
     return -10 * math.log10((a - b).square().mean().item() / 4)
 
 
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return UNet(UNetConfig((32, 32), (1,), 1)).to(dtype).eval().requires_grad_(False)
+
+
 def test_inversion_finds_the_noise():
-    predict, x = Gaussian(), noise()
-    config = DDIMConfig(clip=False)
-    *_, image = ddim(predict, x, config)
-    *_, once = invert(predict, image.x, config, iterations=1)
-    *_, thrice = invert(predict, image.x, config, iterations=5)
-    assert psnr(thrice.x, x) > psnr(once.x, x) + 10 and (thrice.x - x).abs().max() < 0.02
-    *_, back = ddim(predict, thrice.x, config)
-    assert psnr(back.x, image.x) > 50
+    model, ts = Denoiser(Smooth(), clip=False), leading(ALPHA_BAR, 50)
+    image = finish(ddim(model, noise(), ts)).x
+    once, often = (finish(invert(model, image, ts, iterations=n)).x for n in (1, 5))
+    assert psnr(often, noise()) > psnr(once, noise()) + 10
+    assert psnr(finish(ddim(model, often, ts)).x / 4, image / 4) > 40
 
 
-def test_bad_configurations_are_refused():
-    for options in ({"num_steps": 0}, {"num_steps": 1001}, {"spacing": "odd"}, {"last_alpha_bar": "two"}, {"eta": -0.1}):
-        with pytest.raises(ValueError):
-            DDIMConfig(**options)
-    for spacing in ("leading", "trailing", "linspace"):
-        for n in (1, 3, 50, 999, 1000):
-            steps = DDIMConfig(n, spacing).timesteps()
-            assert len(steps) == n and steps == sorted(set(steps), reverse=True) and 0 <= steps[-1] <= steps[0] <= 999
+@pytest.mark.parametrize("num_steps", [2, 10, 50])
+def test_belm_is_undone_exactly(num_steps):
+    """In float64 more than 100 dB, both ways: from any picture, and from noise."""
+    model, ts = Denoiser(network(torch.float64), clip=False), trailing(ALPHA_BAR, num_steps)
+    image = noise(1, (2, 3, 8, 8)).double().clamp(-1, 1)
+    with torch.inference_mode():
+        pair = to_pair(model, image, ts)
+        assert pair.shape == (2, 2, 3, 8, 8) and pair.dtype == torch.float64
+        assert psnr(finish(belm(model, pair[:, 0], ts, second=pair[:, 1])).x, image) > 100
+        *_, before, last = belm(model, noise(2, (2, 3, 8, 8)), ts)
+        assert last.t == ts.t[-1] and before.t == ts.t[-2] and last.x.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_belm_is_undone_whatever_the_network_computes_in(dtype):
+    model, ts = Denoiser(network(), clip=False, dtype=dtype), trailing(ALPHA_BAR, 20)
+    image = noise(1, (2, 3, 8, 8)).clamp(-1, 1)
+    pair = to_pair(model, image, ts)
+    assert psnr(finish(belm(model, pair[:, 0], ts, second=pair[:, 1])).x, image) > 100
+
+
+def test_belm_draws_what_ddim_draws():
+    """The same equation: with many steps the same picture, and sooner, being of second order."""
+    model = Denoiser(Smooth(), clip=False)
+    truth = finish(ddim(model, noise().double(), trailing(ALPHA_BAR, 1000, end=ALPHA_BAR[0]))).x
+    ts = trailing(ALPHA_BAR, 100, end=ALPHA_BAR[0])
+    first, second = (finish(sampler(model, noise().double(), ts)).x for sampler in (ddim, belm))
+    assert (second - truth).square().mean() < (first - truth).square().mean() / 2
+
+
+def test_the_rule_of_belm_is_of_second_order():
+    """Exact where y is quadratic in s: eps = 2 a s + b."""
+    ts = trailing(ALPHA_BAR, 20, end=ALPHA_BAR[0])
+    s = [((1 - a) / a) ** 0.5 for a in ts.alpha_bar]
+
+    def model(x, t):
+        eps = torch.full_like(x, 0.02 * s[ts.t.index(t)] + 0.3)
+        return (x - (1 - ALPHA_BAR[t].item()) ** 0.5 * eps) / ALPHA_BAR[t].item() ** 0.5, eps
+
+    def y(i):
+        return 0.01 * s[i] ** 2 + 0.3 * s[i]
+
+    x = [torch.full((1, 3, 2, 2), y(i) * ts.alpha_bar[i] ** 0.5, dtype=torch.float64) for i in range(21)]
+    for i, state in enumerate(belm(model, x[0], ts, second=x[1])):
+        torch.testing.assert_close(state.x, x[i + 1], rtol=1e-9, atol=1e-9)
+    *_, second, first = belm_invert(model, x[-1], ts, iterations=1)
+    assert second.x.shape == first.x.shape
 
 
 def test_pictures_are_stretched_over_the_whole_image():

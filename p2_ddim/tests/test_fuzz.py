@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2_ddim.data import read_noise
 from p2_ddim.files import UserError
-from p2_ddim.inference import read_noise
 from p2_ddim.model import UNet, UNetConfig, load_unet
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from p2_ddim.data import read_noise, read_noises, read_pictures
 from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import ROOT, UserError, run
-from p2_ddim.inference import read_noise, read_noises
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.pictures import read_picture
-from p2_ddim.train import load_state, read_pictures
+from p2_ddim.train import load_state
 
 # Runs a module, but its third picture is half written when the process is killed, as by kill -9.
 KILLED = """

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from p2_ddim.ddim import DDIMConfig
+from p2_ddim.data import read_noise, read_noises
 from p2_ddim.evaluate import mse, psnr, read_pairs
 from p2_ddim.files import UserError
-from p2_ddim.inference import generate, predictor, read_noise, read_noises, to_pictures
+from p2_ddim.inference import DrawConfig, generate, to_pictures
 from p2_ddim.model import UNet, UNetConfig
 
 
@@ -35,10 +35,10 @@ def files(network, tmp_path):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_an_image_does_not_depend_on_the_others(network, eta):
     noises = {f"{i:02d}": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)}
-    config = DDIMConfig(4, eta=eta)
-    whole = {name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, 5, shown=False)}
+    config = DrawConfig(num_steps=4, eta=eta)
+    whole = {name: to_pictures(x[None])[0].astype(int) for name, x in generate(network, noises, config, 5, shown=False)}
     for batch_size, some in ((1, list(noises)), (2, list(noises)[::-2])):
-        for name, x in generate(predictor(network), {name: noises[name] for name in some}, config, batch_size, shown=False):
+        for name, x in generate(network, {name: noises[name] for name in some}, config, batch_size, shown=False):
             assert np.abs(to_pictures(x[None])[0] - whole[name]).max() <= 1
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from p2_ddim.ddim import DDIMConfig
+from p2_ddim.data import read_noises
 from p2_ddim.figures import round_trips
-from p2_ddim.inference import MINI, generate, predictor, read_noises, to_pictures
+from p2_ddim.inference import MINI, DrawConfig, generate, to_pictures
 from p2_ddim.model import load_unet
 from p2_ddim.reference import sample, to_diffusers
 
@@ -47,13 +47,13 @@ def test_forward_agrees_with_diffusers(network):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_any_batch_size_gives_the_same_pictures(network, eta):
     noises = dict(list(read_noises(MINI / "noise").items())[:4])
-    config = DDIMConfig(20, eta=eta)
-    one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(predictor(network), noises, config, n, shown=False)} for n in (1, 3))
+    config = DrawConfig(num_steps=20, eta=eta)
+    one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(network, noises, config, n, shown=False)} for n in (1, 3))
     assert max(np.abs(one[name] - three[name]).max() for name in noises) <= 1
 
 
 def test_a_generated_face_survives_the_way_to_its_noise_and_back(network):
     noise = torch.stack(list(read_noises(MINI / "noise").values())[:2])
-    ((images, _, psnrs),) = round_trips(predictor(network), noise, DDIMConfig(), iterations=3, numbers_of_steps=(50,)).values()
+    ((images, _, psnrs),) = round_trips(network, noise, DrawConfig(), iterations=3, numbers_of_steps=(50,)).values()
     assert min(psnrs) > 30
     assert images.std() > 30  # pictures, not plain grounds

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from p2_ddim.data import read_pictures
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
-from p2_ddim.train import read_pictures
 from p2_ddim.training import make_optimizer
 
 TRAIN = "p2_ddim.train"
