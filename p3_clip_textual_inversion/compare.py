@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import example_pictures, read_concepts
+from .defaults import input_of
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
 from .files import ROOT, check_flags, run, writable_file, writable_folder, write_json
@@ -76,7 +77,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device, row, _ = settings_of(args)
-    args.input = args.input or row.input
+    args.input = input_of(args.input, row.input)
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import ROOT
+from .files import ROOT, UserError
 
 DATA = ROOT / "hw2_data"
 WEIGHTS = DATA / "weights"  # where scripts/download_weights.sh puts what it fetches
@@ -118,6 +118,13 @@ ROWS = (MINIATURE, SD_V1)
 def row_of(side):
     """The `Defaults` of a model by the side of its pictures, in pixels, or of pictures by theirs: a miniature draws thumbnails, of less than 256 pixels."""
     return MINIATURE if side < 256 else SD_V1
+
+
+def input_of(path, own):
+    """The concepts' file: the one that was given or, without one, the model's own, which the real model's users download."""
+    if path is None and not own.is_file():
+        raise UserError(f"{own} is not there: bash scripts/download_data.sh fetches it; or give another file of concepts")
+    return path or own
 
 
 def add_argument(parser, group, flag, help, **options):

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .data import example_pictures, read_concepts
+from .defaults import input_of
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
 from .files import ROOT, UserError, atomic_path, first_line, read_json, run, writable_folder
@@ -66,7 +67,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     config, device, defaults, _ = settings_of(args)
-    args.input = args.input or defaults.input
+    args.input = input_of(args.input, defaults.input)
     concepts = read_concepts(args.input)
     vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}

@@ -42,7 +42,8 @@ def check_checkpoint(source):
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
     if not path.exists() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
-        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, owner/model")
+        raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, "
+                        "owner/model; bash scripts/download_weights.sh fetches sd-v1-4.ckpt")
 
 
 def identify(source):

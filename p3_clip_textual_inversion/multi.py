@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_concepts, read_data
-from .defaults import ROWS, add_argument, fill_in
+from .defaults import ROWS, add_argument, fill_in, input_of
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of, sheet
@@ -245,7 +245,7 @@ def main():
     args = parse_args()
     config, device, args.row, _ = settings_of(args)
     fill_in(args, args.row.several)
-    args.input = args.input or args.row.several.input
+    args.input = input_of(args.input, args.row.several.input)
     concepts = read_concepts(args.input)
     if all(kind_of(concept, args) == "style" for concept in concepts):
         raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")

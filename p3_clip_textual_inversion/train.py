@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts
-from .defaults import ROWS, add_argument, fill_in, row_of
+from .defaults import ROWS, add_argument, fill_in, input_of, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
@@ -266,7 +266,7 @@ def parse_args():
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
     told, name = fill_in(args, row.learning), model_name(row, identity)
-    args.input = args.input or row.input
+    args.input = input_of(args.input, row.input)
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
     check_flags(args, ("min_snr_gamma", "prior", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")

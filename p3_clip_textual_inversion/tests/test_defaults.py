@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,25 @@ def test_a_model_is_known_in_every_form_and_place(tiny_sd, tmp_path):
     (name, rows), = table.items()
     save_file(load_file(path) | {name: rows + 0.01}, path)
     assert identify(longer).words != known.words and identify(longer).unet == known.unet
+
+
+def test_a_name_on_the_hub_is_known_by_its_files(tiny_sd, monkeypatch):
+    class Absent(identity.huggingface_hub.errors.EntryNotFoundError):
+        def __init__(self, name):
+            Exception.__init__(self, f"404: {name}")
+
+    def answer(repository, name):
+        if not (tiny_sd / name).is_file():
+            raise Absent(name)
+        asked.append((repository, name))
+        return str(tiny_sd / name)
+
+    asked = []
+    monkeypatch.setattr(identity.huggingface_hub, "hf_hub_download", answer)
+    assert identify("owner/model") == identify(tiny_sd) and {repository for repository, _ in asked} == {"owner/model"}
+    monkeypatch.setattr(identity.huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network\nat all")))
+    with pytest.raises(UserError, match=r"cannot load Stable Diffusion from owner/model: no network; without internet, give a file or a folder$"):
+        identify("owner/model")
 
 
 def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
@@ -107,6 +127,17 @@ def test_help_tells_what_each_model_gets(call, module):
     group, flag = ("learning", "lr") if module == "train" else ("drawing", "guidance_weight")
     small, real = (getattr(getattr(row, group), flag) for row in (MINIATURE, SD_V1))
     assert code == 0 and f"(default: the miniature {small}, Stable Diffusion v1 {real})" in out
+
+
+@pytest.mark.parametrize("module", ["train", "multi"])
+def test_what_the_real_model_wants_is_told_where_it_is_missing(call, monkeypatch, tiny_sd, tmp_path, module):
+    """The course's concepts, which are downloaded, and the checkpoint."""
+    monkeypatch.setattr(f"{PACKAGE}.{'train' if module == 'train' else 'inference'}.row_of", lambda _: replace(
+        SD_V1, input=tmp_path / "no.json", several=replace(SD_V1.several, input=tmp_path / "no.json")))
+    code, _, err = call(f"{PACKAGE}.{module}", "--checkpoint", tiny_sd)
+    assert code == 1 and f"{tmp_path / 'no.json'} is not there: bash scripts/download_data.sh fetches it" in err
+    code, _, err = call(f"{PACKAGE}.{module}", "--checkpoint", "sd-v1-4.ckpt")
+    assert code == 1 and "bash scripts/download_weights.sh fetches sd-v1-4.ckpt" in err
 
 
 def test_the_rows_differ_where_the_models_do():
