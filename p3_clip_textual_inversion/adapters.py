@@ -46,6 +46,17 @@ def transduce(features, logits):
     return z
 
 
+def transductive_limits(features, logits, truth):
+    """Where `transduce` is asked too much: with two pictures of each class, and with pictures of the first fifth of the classes only; beside zero-shot."""
+    within = torch.stack([(truth[:i + 1] == truth[i]).sum() for i in range(len(truth))])
+    limits = {}
+    for name, chosen in (("two_a_class", within <= 2), ("a_fifth_of_the_classes", truth < -(-logits.shape[1] // 5))):
+        some, zero = features[chosen], logits[chosen]
+        adapted, plain = ((ranking(scores)[:, 0] == truth[chosen]).double().mean().item() for scores in (transduce(some, zero), zero))
+        limits[name] = {"images": len(some), "top1": adapted, "difference": adapted - plain}
+    return limits
+
+
 def tip_adapter(logits, affinity, labels, alpha, beta):
     """Logits float64 [N, classes] with what labelled pictures add (Tip-Adapter, Zhang et al. 2022, eq. 5): alpha exp(-beta (1 - cosine)) for the class of each.
 

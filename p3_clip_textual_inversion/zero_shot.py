@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import torch
 
-from .adapters import another_way, few_shot, transduce
+from .adapters import another_way, few_shot, transduce, transductive_limits
 from .cache import make_grader
 from .clip import check_clip, ensemble, reads_thumbnails
 from .device import DTYPES, name_of, pick_device, pick_dtype
@@ -81,10 +81,10 @@ def classify(grader, data, sets, args, output):
     """One CLIP's results: written to `output` and returned, with which pictures it took rightly (bool [N]) and the features [N, dim]."""
     started = time.perf_counter()
     features = grader.of_files(data.paths, batch_size=args.batch_size, progress=True)
+    seconds = time.perf_counter() - started
     captions = list(dict.fromkeys(caption for captions in sets.values() for caption in captions))
     directions = grader.of_texts([caption.format(text) for caption in captions for text in data.texts]).unflatten(0, (len(captions), len(data.texts)))
     texts = dict(zip(captions, directions))
-    seconds = time.perf_counter() - started
     scale, bias = grader.logits
     name, first = next(iter(sets.items()))
     classes = ensemble(torch.stack([texts[caption] for caption in first], dim=1))
@@ -97,6 +97,7 @@ def classify(grader, data, sets, args, output):
     results["nearest_picture_of_its_class"] = retrieval(features, data.truth)
     if args.transductive:
         results["transductive"] = another_way("transductive", transduce(features, logits).log(), data, outcome, output)
+        results["transductive"] |= transductive_limits(features, logits, data.truth)
     if args.shots:
         results["few_shot"] = few_shot(grader, features, logits, classes, data, outcome, args.shots, output)
     write_json(output / "results.json", results)
@@ -132,7 +133,9 @@ def report(results, data):
               f" on half of the pictures has {single['chosen_on_other_half']:.2%} on the others")
     if "transductive" in results:
         way = results["transductive"]
-        print(f"transductive: top-1 {way['top1']:.2%}, {way['difference']:+.2%} ({way['difference_interval'][0]:+.1%} to {way['difference_interval'][1]:+.1%})")
+        low, high = way["difference_interval"]
+        print(f"transductive: top-1 {way['top1']:.2%}, {way['difference']:+.2%} ({low:+.1%} to {high:+.1%}); where classes come but twice "
+              f"{way['two_a_class']['difference']:+.2%}, where four of five classes are absent {way['a_fifth_of_the_classes']['difference']:+.2%}")
     for row in results.get("few_shot", ()):
         print(f"few-shot, {row['shots']} labelled pictures{'' if 'folder' in row else ' a class'}: top-1 {row['top1']:.2%}"
               + (f", {row['difference']:+.2%}" if "folder" in row else f" (zero-shot on the same pictures {row['zero_shot']:.2%})"))

@@ -120,7 +120,7 @@ def draw_confusion(data, outcome, directions, path):
     for i, k in enumerate(order if letters else ()):
         name = shorten(data.names[k], 18)
         draw.text((margin - 4, margin + (i + 0.5) * cell), name, "black", letters, anchor="rm")
-        above.text((4, (count - i - 0.5) * cell), name, "black", letters, anchor="lm")
+        above.text((4, (i + 0.5) * cell), name, "black", letters, anchor="lm")
     sheet.paste(turned.transpose(Image.Transpose.ROTATE_90), (margin, 0))
     sheet.paste(squares, (margin, margin))
     for i in range(count + 1):

@@ -24,6 +24,7 @@ from common import ROOT, atomic_path, fail, read_json, write_whole
 
 REPORT = ROOT / "report"
 COURSE_DATA = ROOT / "hw2_data"
+COURSE_MODELS = {"ViT-B-32": "b32", "ViT-L-14": "l14"}  # that the assignment asks for, and their names in report/results
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
@@ -59,14 +60,17 @@ for (const figure of document.querySelectorAll("figure[data-slider]")) {
 """
 
 
+MISSING = "not measured here"
+
+
 class Missing(dict):
-    """What stands for the results of a run that has not happened: every key, to any depth, reads "not measured"."""
+    """What stands for the results of a run that has not happened: every key, to any depth, reads "not measured here"."""
 
     def __missing__(self, key):
         return self[str(key)] if isinstance(key, int) and str(key) in self else Missing()  # JSON's keys are texts, format's digits numbers
 
     def __format__(self, spec):
-        return "not measured"
+        return MISSING
 
 
 def read_results(folder):
@@ -80,7 +84,7 @@ def read_results(folder):
 def fill_in(text, results):
     """The text with {file[key][key]:format} replaced by numbers; {{ and }} are braces."""
     try:
-        return string.Formatter().vformat(text, (), results)
+        return re.sub(rf" \({MISSING}( to {MISSING})?\)", "", string.Formatter().vformat(text, (), results))  # an interval of nothing
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         fail(f"report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
 
@@ -134,8 +138,31 @@ def keep(path, to):
         shutil.copyfile(path, temporary)
 
 
+def draw_zero_shot():
+    """The miniature on its pictures; where the course's are there, OpenAI's two models on them, from hw2_data/weights or the hub."""
+    module, pictures = "p3_clip_textual_inversion.zero_shot", COURSE_DATA / "clip_zeroshot"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        stage("CLIP zero-shot, miniature", module, "--templates", "drawing", "drawing7", "plain", "photo", "course", "imagenet7", "openai80",
+              "--transductive", "--shots", 1, 2, 4, "--output", folder)
+        keep(folder / "results.json", REPORT / "results" / "p3_zero_shot.json")
+        for name in ("examples", "confusion", "calibration", "retrieval"):
+            keep(folder / f"{name}.png", REPORT / "figures" / f"p3_zero_shot_{name}.png")
+        if pictures.is_dir():
+            files = [COURSE_DATA / "weights" / f"{name}.pt" for name in COURSE_MODELS]
+            models = files if all(path.is_file() for path in files) else COURSE_MODELS
+            flags = [part for model in models for part in ("--model", model)] + ([] if models is files else ["--pretrained", "openai"])
+            captions = ("photo", "plain", "course", "imagenet7", "openai80")
+            if stage("CLIP zero-shot, the course's data", module, "--data", pictures, *flags, "--templates", *captions, "--transductive", "--output", folder,
+                     needed=False):
+                for model, name in COURSE_MODELS.items():
+                    keep(folder / model / "results.json", REPORT / "results" / f"p3_zero_shot_{name}.json")
+                keep(folder / "models.json", REPORT / "results" / "p3_zero_shot_models.json")
+                keep(folder / model / "examples.png", REPORT / "figures" / "p3_zero_shot_course.png")
+
+
 def draw_everything(words):
-    faces, pictures = COURSE_DATA / "face", COURSE_DATA / "clip_zeroshot"
+    faces = COURSE_DATA / "face"
     stage("figures of P1", "p1_cfg_ddpm.figures")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -146,14 +173,7 @@ def draw_everything(words):
             keep(folder / "grade.json", REPORT / "results" / "p2_course.json")
         else:
             stage("figures of P2, miniature", "p2_ddim.figures")
-        stage("CLIP zero-shot, miniature", "p3_clip_textual_inversion.zero_shot", "--output", folder)
-        keep(folder / "results.json", REPORT / "results" / "p3_zero_shot.json")
-        keep(folder / "examples.png", REPORT / "figures" / "p3_zero_shot.png")
-        if pictures.is_dir():
-            for name, model in (("l14", "ViT-L-14-quickgelu"), ("b32", "ViT-B-32-quickgelu")):
-                if stage(f"CLIP zero-shot, the course's data, {model}", "p3_clip_textual_inversion.zero_shot", "--data", pictures, "--model", model,
-                         "--pretrained", "openai", "--output", folder, needed=False):
-                    keep(folder / "results.json", REPORT / "results" / f"p3_zero_shot_{name}.json")
+    draw_zero_shot()
     if words:
         stage("figures of P3", "p3_clip_textual_inversion.figures", "--runs", words)
 
@@ -162,10 +182,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--render", action="store_true", help="only put text, numbers and figures together again")
     parser.add_argument("--words", type=Path, default=None, metavar="DIR", help="a folder of scripts/p3_train.sh, whose figures to draw")
+    parser.add_argument("--only", choices=["zero-shot"], default=None, help="draw and measure this part only; the others keep their figures and numbers")
     args = parser.parse_args()
     if args.words and not (args.words / "0" / "history.json").is_file():
         fail(f"{args.words} is no folder of scripts/p3_train.sh: it has no 0/history.json")
-    if not args.render:
+    if args.only:
+        draw_zero_shot()
+    elif not args.render:
         draw_everything(args.words)
     try:
         render(fill_in((REPORT / "text.md").read_text(encoding="utf-8"), read_results(REPORT / "results")))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from p3_clip_textual_inversion.adapters import choose_strength, tip_adapter, transduce
+from p3_clip_textual_inversion.adapters import choose_strength, tip_adapter, transduce, transductive_limits
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 
@@ -36,6 +36,14 @@ def test_clusters_that_captions_half_know_are_found(clusters):
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(transduce(features[order], logits[order]), z[order], atol=1e-9)  # no picture's place matters
     assert transduce(features[:1], logits[:1]).argmax() == logits[0].argmax()
+
+
+def test_where_it_is_asked_too_much_is_measured(clusters):
+    features, truth, logits = clusters
+    limits = transductive_limits(features, logits, truth)
+    assert limits["two_a_class"]["images"] == 6 and limits["a_fifth_of_the_classes"]["images"] == 20
+    chosen = torch.tensor([0, 1, 20, 21, 40, 41])
+    assert limits["two_a_class"]["difference"] == share(transduce(features[chosen], logits[chosen]), truth[chosen]) - share(logits[chosen], truth[chosen])
 
 
 def test_labelled_pictures_add_what_the_paper_says():

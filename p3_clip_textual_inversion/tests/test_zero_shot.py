@@ -15,8 +15,8 @@ from p3_clip_textual_inversion.benchmark import plain_features, rows_to_keep, wr
 from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
-from p3_clip_textual_inversion.outcome import outcome_of, score
-from p3_clip_textual_inversion.zero_shot_figures import choose, similarity_order
+from p3_clip_textual_inversion.outcome import Data, outcome_of, score
+from p3_clip_textual_inversion.zero_shot_figures import choose, draw_confusion, similarity_order
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 
@@ -277,3 +277,17 @@ def test_the_activation_is_that_of_the_weights(monkeypatch):
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"quick_gelu": False})
     with pytest.raises(UserError, match="trained with GELU; use ViT-B-32"):
         load_clip("ViT-B-32-quickgelu", "metaclip_400m")
+
+
+def test_names_stand_at_their_rows_and_columns(tmp_path):
+    """The name with much ink is beside the row, and above the column, of its class."""
+    names, truth = ["i", "i i", "WWWWWWWWWWWW"], torch.tensor([0, 1, 2])
+    directions = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
+    data = Data([], ["0", "1", "2"], names, names, torch.arange(3), truth)
+    draw_confusion(data, outcome_of(5 * torch.eye(3, dtype=torch.float64), truth), directions, tmp_path / "c.png")
+    pixels = 255 - np.asarray(Image.open(tmp_path / "c.png").convert("L")).astype(int)
+    cell, place = 15, similarity_order(directions).index(2)
+    margin = pixels.shape[0] - 10 - 3 * cell
+    columns = [pixels[:margin - 2, margin + i * cell + 2:margin + (i + 1) * cell - 1].sum() for i in range(3)]
+    rows = [pixels[margin + i * cell + 2:margin + (i + 1) * cell - 1, 40:margin - 2].sum() for i in range(3)]
+    assert np.argmax(columns) == np.argmax(rows) == place and place != 1

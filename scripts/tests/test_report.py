@@ -28,7 +28,8 @@ def test_numbers_come_from_the_results(report, tmp_path):
     (tmp_path / "results" / "p1.json").write_text('{"way, fast": {"share": 0.1234}, "list": [{"x": 2}], "by": {"50": 0.5}}')
     results = report.read_results(tmp_path / "results")
     assert report.fill_in("{p1[by][50]:.1f}", results) == "0.5"
-    assert report.fill_in("{p1[way, fast][share]:.1%}, {p1[list][0][x]}, {{0..24}}, {p2[a][b]:.3f}", results) == "12.3%, 2, {0..24}, not measured"
+    assert report.fill_in("{p1[way, fast][share]:.1%}, {p1[list][0][x]}, {{0..24}}, {p2[a][b]:.3f}", results) == "12.3%, 2, {0..24}, not measured here"
+    assert report.fill_in("| {p2[a]:.1%} ({p2[b]:.1%} to {p2[c]:.1%}) | (56.5 %) |", results) == "| not measured here | (56.5 %) |"
     with pytest.raises(SystemExit, match="IndexError"):
         report.fill_in("{p1[list][7]}", results)
     (tmp_path / "results" / "bad.json").write_text("{")
@@ -55,7 +56,7 @@ def test_the_page_is_self_contained(report, tmp_path):
 
 def test_the_text_of_the_project_can_be_filled_in(report):
     results = report.read_results(SCRIPTS.parent / "report" / "results")
-    assert "{" not in report.fill_in((SCRIPTS.parent / "report" / "text.md").read_text(), results).replace("{digit}", "")
+    assert "{" not in report.fill_in((SCRIPTS.parent / "report" / "text.md").read_text(), results).replace("{digit}", "").replace("{}", "")
 
 
 def test_the_page_in_a_browser(report, tmp_path):
@@ -89,31 +90,44 @@ def test_the_page_in_a_browser(report, tmp_path):
         browser.close()
 
 
-@pytest.mark.parametrize("online", [True, False])
-def test_the_courses_data_is_taken_in_where_it_is(report, monkeypatch, tmp_path, online):
-    """The face network draws and is graded; CLIP's real weights are asked for, and the report does without where there is no internet."""
+@pytest.mark.parametrize("online, here", [(True, False), (False, False), (True, True)])
+def test_the_courses_data_is_taken_in_where_it_is(report, monkeypatch, tmp_path, online, here):
+    """The face network draws and is graded; CLIP's real weights are asked for, or taken from where they were put, and the report does without them."""
     monkeypatch.setattr(report, "COURSE_DATA", tmp_path / "course")
     (tmp_path / "course" / "clip_zeroshot").mkdir(parents=True)
     (tmp_path / "course" / "face").mkdir()
     (tmp_path / "course" / "face" / "UNet.pt").touch()
+    weights = [tmp_path / "course" / "weights" / f"{name}.pt" for name in ("ViT-B-32", "ViT-L-14")]
+    for path in weights if here else ():
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     calls = []
 
     def stage(title, module, *arguments, needed=True):
         calls.append((module, *map(str, arguments)))
-        result = {"p2_ddim.evaluate": "grade.json", "p3_clip_textual_inversion.zero_shot": "results.json"}.get(module)
-        if result and (needed or online):
-            (Path(arguments[-1]) / result).write_text(json.dumps({"mean_mse": 1.5, "top1": 0.1 * len(arguments)}))
-            (Path(arguments[-1]) / "examples.png").touch()
+        if module == "p2_ddim.evaluate":
+            (Path(arguments[-1]) / "grade.json").write_text('{"mean_mse": 1.5}')
+        if module == "p3_clip_textual_inversion.zero_shot" and (needed or online):
+            output = Path(arguments[-1])
+            folders = [output] if needed else [output / "ViT-B-32", output / "ViT-L-14"]
+            (output / "models.json").write_text("[]")
+            for i, folder in enumerate(folders):
+                folder.mkdir(exist_ok=True)
+                (folder / "results.json").write_text(json.dumps({"top1": 0.2 * (i + 1)}))
+                for name in ("examples", "confusion", "calibration", "retrieval"):
+                    (folder / f"{name}.png").touch()
         return needed or online
 
     monkeypatch.setattr(report, "stage", stage)
     report.draw_everything(None)
     face = tmp_path / "course" / "face"
     assert ("p2_ddim.figures", "--noise", str(face / "noise"), "--checkpoint", str(face / "UNet.pt")) in calls
-    assert [call[4] for call in calls if "--pretrained" in call] == ["ViT-L-14-quickgelu", "ViT-B-32-quickgelu"]
+    (course,) = (call for call in calls if "--data" in call)
+    models = [course[i + 1] for i, flag in enumerate(course) if flag == "--model"]
+    assert models == ([str(path) for path in weights] if here else ["ViT-B-32", "ViT-L-14"]) and ("--pretrained" in course) == (not here)
     filled = report.fill_in("{p2_course[mean_mse]} {p3_zero_shot[top1]:.0%} {p3_zero_shot_l14[top1]:.0%} {p3_zero_shot_b32[top1]:.0%}",
                             report.read_results(tmp_path / "results"))
-    assert filled == ("1.5 20% 80% 80%" if online else "1.5 20% not measured not measured")
+    assert filled == ("1.5 20% 40% 20%" if online else "1.5 20% not measured here not measured here")
 
 
 def test_report_script_says_what_is_wrong(report, monkeypatch, tmp_path):
