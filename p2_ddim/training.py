@@ -22,11 +22,12 @@ LEAST_GAIN = 1e-3  # of the validation loss: less is flat
 
 # --- machine and processes ---
 
-def add_arguments(parser):
-    """The flags that every training has."""
+def add_arguments(parser, validate_every=500):
+    """The flags that every training has. validate_every: the default of that flag; None: as often as the training itself sees fit."""
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 or fp16 where it is fast")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1")
-    parser.add_argument("--validate-every", type=int, default=500, help="steps between two validations, always at the same noises and moments; 0 for none")
+    parser.add_argument("--validate-every", type=int, default=validate_every, help="steps between two validations, always at the same noises and moments"
+                        + ("; 0 for none" if validate_every is not None else " (default: some fifteen of them in a run)"))
     parser.add_argument("--stop-when-flat", type=int, default=0, metavar="N", help="stop when N validations brought no lower loss; 0: never")
     parser.add_argument("--report-to", choices=["none", "tensorboard", "wandb"], default="none", help="a tracker, besides log.csv in --output")
 
@@ -247,6 +248,11 @@ class Log:
                 writer.writeheader()
                 writer.writerows(self.history)
 
-    def close(self):
+    def close(self, last=True):
+        """last: of the process, which leaves the others too."""
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
+        if last:
+            self.accelerator.end_training()

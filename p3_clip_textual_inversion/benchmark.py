@@ -137,7 +137,7 @@ def learning_speed(way, dtype, device, steps, batch_size):
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
             if way == "ours":
                 x0, eps, t, texts = draw_batch(sources, scaling, batch_size, generator)
-                loss = model(x0, eps, t, parts.tokens(texts).to(device))
+                loss = model(x0, eps, t, *model.ids(texts))
             else:
                 picked = pick(sources, batch_size, generator)
                 with torch.no_grad():

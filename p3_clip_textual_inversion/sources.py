@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .data import read_captions, side_by_side, varied
+from .device import progress
 from .embedding import expand
 from .inference import draw
 from .pictures import read_pictures
@@ -40,9 +40,9 @@ def pick(sources, batch_size, generator):
 
 
 def draw_noise(means, deviations, scaling, generator):
-    """(x0, eps, t) of latents with these means and deviations. Everything is drawn on the CPU from the generator."""
-    fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device) for _ in range(2))
-    t = torch.randint(0, 1000, (len(means),), generator=generator).to(means.device)
+    """(x0, eps, t) of latents with these means and deviations. Everything is drawn on the CPU from the generator; a GPU does not wait for it."""
+    fresh, eps = (torch.randn(means.shape, generator=generator).to(means.device, non_blocking=True) for _ in range(2))
+    t = torch.randint(0, 1000, (len(means),), generator=generator).to(means.device, non_blocking=True)
     return scaling * (means + deviations * fresh), eps, t
 
 
@@ -91,7 +91,7 @@ def make_sources(parts, concepts, args, row, side, config):
     if args.custom_diffusion and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
-        with tqdm(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
+        with progress(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
             drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch

@@ -16,17 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts
 from .defaults import ROWS, add_argument, fill_in, input_of, row_of
-from .device import DTYPES, pick_device, pick_dtype
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .identity import identify
@@ -34,11 +31,25 @@ from .inference import DrawConfig, draw
 from .pictures import read_pictures, save_image
 from .sources import draw_batch, kind_of, make_held, make_sources
 from .stable_diffusion import MINI_SD, load_stable_diffusion
-from .training import Validation, load_state
+from .training import (
+    WATCHING,
+    Log,
+    Validation,
+    add_arguments,
+    first_line_of,
+    fitting,
+    guarded,
+    is_flat,
+    load_state,
+    prepare,
+    refuse_nonfinite,
+    share,
+)
 
 LOG_EVERY = 20
 VALIDATED, VALIDATIONS = 64, 15  # kept latents, at a moment each; how often in a run
-FREE_TO_CHANGE = ("output", "save_every", "sample_every", "device", "concepts", "input", "checkpoint")  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", *WATCHING)  # between a run and its continuation
+ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
 
 
 class Loss(torch.nn.Module):
@@ -46,15 +57,20 @@ class Loss(torch.nn.Module):
 
     def __init__(self, parts, min_snr_gamma):
         super().__init__()
-        self.text_encoder, self.unet, self.alpha_bar, self.gamma = parts.text_encoder, parts.unet, parts.alpha_bar, min_snr_gamma
+        self.text_encoder, self.unet, self.alpha_bar, self.gamma = parts.text_encoder, parts.unet, parts.alpha_bar.to(parts.device), min_snr_gamma
+        self.tokens = parts.tokens
 
-    def forward(self, x0, eps, t, ids):
-        """x0, eps: [B, 4, h, w]; t: [B]; ids: [B, context]. The mean over the batch."""
-        return self.each(x0, eps, t, ids).mean()
+    def ids(self, texts):
+        """(captions int [N, context], which of them each text is, int [B]): a few pictures have few captions, and each is encoded once."""
+        captions, which = self.tokens(texts).unique(dim=0, return_inverse=True)
+        return tuple(part.to(self.alpha_bar.device, non_blocking=True) for part in (captions, which))
 
-    def each(self, x0, eps, t, ids):
+    def forward(self, x0, eps, t, captions, which):
+        """x0, eps: [B, 4, h, w]; t: [B]; captions, which: of `ids`. The mean over the batch."""
+        return self.each(x0, eps, t, captions, which).mean()
+
+    def each(self, x0, eps, t, captions, which):
         """One value per latent, [B]."""
-        captions, which = ids.unique(dim=0, return_inverse=True)  # a few pictures have few captions: each is encoded once
         # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
         # Not with checkpoints, which compute it again later, outside this choice.
         small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024 and not self.unet.is_gradient_checkpointing
@@ -75,15 +91,16 @@ class Best:
         self.losses, self.kept = (state["losses"], state["kept"]) if state else ({}, None)
 
     def of(self, index, t, eps):
-        ids = self.parts.tokens([self.held.captions[i] for i in index.tolist()]).to(t.device)
-        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], eps, t, ids)
+        ids = self.loss.ids([self.held.captions[i] for i in index.cpu().tolist()])
+        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], eps, t, *ids)
 
     def update(self, step, trained):
-        """Measures, and keeps what is the best so far. Returns the loss."""
-        self.losses[step] = self.validation(self.of, self.accelerator, self.batch_size)["validation"]
+        """Measures, and keeps what is the best so far. Returns what `Validation` does."""
+        measured = self.validation(self.of, self.accelerator, self.batch_size)
+        self.losses[step] = measured["validation"]
         if self.losses[step] == min(self.losses.values()):
             self.kept = {name: tensor.detach().clone() for name, tensor in trained.items()}
-        return self.losses[step]
+        return measured
 
     @property
     def step(self):
@@ -131,6 +148,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
+    accelerator.free_memory()  # of the concept before, whose model it would keep
     device = accelerator.device
     parts = load_stable_diffusion(args.checkpoint, device, dtype)
     side = args.side or parts.side
@@ -154,9 +172,11 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     lengths = initial.norm(dim=1, keepdim=True)
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
     if state:
-        for name, parameter in trained.items():
-            parameter.data.copy_(state["trained"][name])
-        step, history, recent, snapshots = state["step"], state["history"], state["recent"], state["snapshots"]
+        with fitting(folder / "state.pt"):
+            for name, parameter in trained.items():
+                parameter.data.copy_(state["trained"][name])
+            step, history, snapshots = state["step"], state["history"], state["snapshots"]
+            recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
@@ -164,53 +184,59 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     best = Best(loss_of, parts, held, accelerator, args.batch_size, state["best"] if state else None)
     model, optimizer = accelerator.prepare(loss_of, optimizer)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        with fitting(folder / "state.pt"):
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
     else:
         best.update(0, trained)
 
-    accelerator.print(f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
-                      f"from {sum(len(source.means) for source in sources)} latents, on {device}")
-    share = slice(accelerator.process_index, None, accelerator.num_processes)  # of each batch, this process's
+    first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
+                                      f"from {sum(len(source.means) for source in sources)} latents,")
     shown = [expand(row.templates[kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
     strengths = [min(1, (args.steps - at) / max(args.decay * args.steps, 1)) for at in range(args.steps)]  # of learning and of the pull alike
-    with tqdm(total=args.steps, initial=step, unit="step", desc=f"learning {words}", disable=not accelerator.is_main_process) as bar:
-        while step < args.steps:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
-            for group in optimizer.param_groups:
-                group["lr"] = group["share"] * args.lr * strengths[step]
-            for _ in range(args.accumulate):
-                x0, eps, t, texts = draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator)
-                with accelerator.accumulate(model):
-                    with accelerator.autocast():
-                        loss = model(x0[share], eps[share], t[share], parts.tokens(texts[share]).to(device))
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                recent.append(accelerator.reduce(loss.detach(), "mean").item())
-            with torch.no_grad():
-                learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
-                if args.norm == "keep":
-                    learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
-            step += 1
-            bar.update()
-            if step % max(args.steps // VALIDATIONS, 1) == 0 or step == args.steps:
-                best.update(step, trained)
-            if step % LOG_EVERY == 0 or step == args.steps:
-                history.append({"step": step, "loss": float(np.mean(recent)), "norm": learned.rows.norm(dim=1).mean().item()})
-                recent = []
-                bar.set_postfix_str(f"loss {history[-1]['loss']:.4f}, norm {history[-1]['norm']:.3f}")
-                if not math.isfinite(history[-1]["loss"]):
-                    raise UserError(f"the loss is not finite at step {step}; try a smaller --lr, or --dtype fp32")
-            if step % max(args.steps // 10, 1) == 0 or step == args.steps:
-                snapshots[step] = learned.rows.detach().cpu().clone()
-            if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-                pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), config))
-                save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
-            if accelerator.is_main_process and (step % args.save_every == 0 or step == args.steps):
+    every = max(args.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
+    log = Log(accelerator, folder, f"learning {words}", args, step, history)
+    while step < args.steps and not is_flat(history, args.stop_when_flat):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * args.lr * strengths[step]
+        for _ in range(args.accumulate):
+            x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator))
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = model(x0, eps, t, *loss_of.ids(texts))
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            recent.append(accelerator.reduce(loss.detach(), "mean"))
+        with torch.no_grad():
+            learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
+            if args.norm == "keep":
+                learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
+        step += 1
+        log.bar.update()
+        validating = every and (step % every == 0 or step == args.steps)
+        if step % LOG_EVERY == 0 or step == args.steps or validating:
+            refuse_nonfinite(step, recent, folder / "state.pt")
+            numbers = {"loss": torch.stack(recent).mean().item(), "lr": args.lr * strengths[step - 1], "norm": learned.rows.norm(dim=1).mean().item()}
+            log.add(step, **numbers, **(best.update(step, trained) if validating else {}))
+            recent = []
+        last = step == args.steps or is_flat(history, args.stop_when_flat)
+        if step % max(args.steps // 10, 1) == 0 or last:
+            snapshots[step] = learned.rows.detach().cpu().clone()
+        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
+            pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), config))
+            save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
+        if step % args.save_every == 0 or last:
+            refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")
+            content = {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
+                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "history": history, "recent": [loss.item() for loss in recent],
+                       "snapshots": snapshots, "best": {"losses": best.losses, "kept": best.kept}, "settings": settings}
+            if accelerator.is_main_process:
                 with atomic_path(folder / "state.pt") as temporary:
-                    torch.save({"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
-                                "history": history, "recent": recent, "snapshots": snapshots, "best": {"losses": best.losses, "kept": best.kept},
-                                "settings": settings}, temporary)
+                    torch.save(content, temporary)
+    log.close(last=False)
     for name, parameter in trained.items():
         parameter.data.copy_(best.kept[name])
     if accelerator.is_main_process:
@@ -257,8 +283,7 @@ def parse_args():
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the UNet; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_arguments(parser, validate_every=None)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
@@ -269,9 +294,9 @@ def parse_args():
     args.input = input_of(args.input, row.input)
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
-    check_flags(args, ("min_snr_gamma", "prior", "sample_every"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("min_snr_gamma", "prior", "sample_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
     check_flags(args, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
-    check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
+    check_flags(args, ("side", "validate_every"), lambda value: value is None or value >= 1, "at least 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args, row, name, f"{row.name} ({name}), {args.side or identity.side} pixels: {told}"
@@ -290,20 +315,13 @@ def main():
     for concept in concepts:
         folder = args.input.parent / concept.number  # before any long work starts
         read_captions(folder, read_pictures(folder)[0], concept.token)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
-    accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=args.accumulate,
-                              mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
-    if args.batch_size % accelerator.num_processes:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
-    writable_folder(args.output)
+    accelerator, dtype = prepare(args, writable_folder(args.output), args.accumulate)
     accelerator.print(told)
     started = time.perf_counter()
     groups = [concepts] if args.joint else [[concept] for concept in concepts]
     for group in groups:
-        learn(group, args, row, name, accelerator, dtype)
+        with guarded(ADVICE):
+            learn(group, args, row, name, accelerator, dtype)
     flag = ""
     if args.custom_diffusion:
         one = args.output / "+".join(concept.number for concept in concepts) / "projections.safetensors"
@@ -311,6 +329,7 @@ def main():
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
                       f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{flag}\n"
                       f"bash scripts/install.sh {args.output} puts the words where scripts/hw2_3.sh finds them")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

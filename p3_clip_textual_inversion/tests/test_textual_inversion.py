@@ -51,9 +51,9 @@ def test_only_the_new_rows_learn(parts):
     assert (ids >= len(table)).sum() == 6
     optimizer = torch.optim.AdamW([p for p in Loss(parts, None).parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(3, 32)]
-    x = torch.randn(1, 4, 8, 8)
+    x, loss = torch.randn(1, 4, 8, 8), Loss(parts, None)
     for _ in range(3):
-        Loss(parts, None)(x, torch.randn_like(x), torch.tensor([300]), ids).backward()
+        loss(x, torch.randn_like(x), torch.tensor([300]), ids, torch.tensor([0])).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert ((learned.rows - rows).abs() > 1e-3).any(dim=1).all()
@@ -75,7 +75,8 @@ def test_gradient_agrees_with_a_resized_table(tiny_sd):
     x, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([400])
     losses = []
     for parts in (ours, theirs):
-        losses.append(Loss(parts, None)(x, eps, t, parts.tokens(["a <new1> <new1>_1 on a hill"])))
+        loss = Loss(parts, None)
+        losses.append(loss(x, eps, t, *loss.ids(["a <new1> <new1>_1 on a hill"])))
         losses[-1].backward()
     assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert torch.allclose(learned.rows.grad, table.grad[-2:], atol=1e-6)
@@ -369,7 +370,7 @@ def test_the_best_state_is_kept_and_told(monkeypatch):
         for at, loss in enumerate(losses):
             trained["rows"] += 1
             monkeypatch.setattr(best, "validation", lambda *_, loss=loss: {"validation": loss})
-            assert best.update(at, trained) == loss
+            assert best.update(at, trained) == {"validation": loss}
         assert best.step == step and best.kept["rows"].item() == step + 1 and said in best.told("<new1>")
 
 
