@@ -1,4 +1,4 @@
-"""Interpolation between two noises."""
+"""Interpolation between two noises, and mixtures of any number."""
 
 import torch
 
@@ -31,6 +31,17 @@ def slerp(a, b, alpha):
         return (((1 - alpha) * norm_a + alpha * norm_b) * direction).reshape(a.shape).to(a.dtype)
     wa, wb = ((1 - alpha) * theta).sin() / theta.sin(), (alpha * theta).sin() / theta.sin()
     return wa.to(a.dtype) * a + wb.to(b.dtype) * b
+
+
+def mix(noises, weights):
+    """sum w_i x_i / sqrt(sum w_i^2) for n independent standard normal noises, of any equal shape, and weights of which none is below 0 and one is above.
+
+    The sum of independent Gaussians has the variance sum w_i^2: divided by its root, the mixture is standard normal whatever the weights. For two noises
+    this is nearly slerp, with alpha = 2/pi arctan(w_2 / w_1): in high dimension independent noises stand at right angles, and have one length."""
+    if len(noises) != len(weights) or not len(weights) or not all(0 <= w < float("inf") for w in weights) or not max(weights) > 0:
+        raise ValueError(f"{len(noises)} noises need as many weights from 0, one of them above, not {weights}")
+    total = sum(w**2 for w in weights) ** 0.5
+    return sum(w / total * x for w, x in zip(weights, noises))
 
 
 def right_angle(u):

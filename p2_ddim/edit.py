@@ -1,0 +1,148 @@
+"""Real pictures in the network's noise: pictures to noises and exactly back, and from one picture to the next.
+
+    python -m p2_ddim.edit invert PICTURES OUT UNet.pt          # then: bash scripts/p2_infer.sh OUT AGAIN UNet.pt --sampler belm
+    python -m p2_ddim.edit morph PICTURE PICTURE ... OUT        # OUT/strip.png and OUT/morph.webp
+"""
+
+import argparse
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .device import DTYPES, describe, in_batches, pick_device, pick_dtype, progress, use_tf32
+from .diffusion import Denoiser
+from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .inference import MINI, DrawConfig, check_size, generate, to_pictures
+from .interpolation import slerp
+from .inversion import to_pair
+from .model import load_unet
+from .pictures import read_picture, read_pictures, save_image, sheet, to_model
+
+
+def square(picture, side):
+    """A PIL picture as uint8 [H, W, 3]: with a side, its largest centred square brought to it, otherwise as it is."""
+    if side:
+        edge = min(picture.size)
+        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+        picture = picture.resize((side, side), Image.Resampling.BOX if side <= edge else Image.Resampling.BICUBIC, (left, top, left + edge, top + edge))
+    return np.asarray(picture)
+
+
+@torch.inference_mode()
+def invert_all(unet, pictures, config, batch_size, dtype=torch.float32):
+    """{name: uint8 [H, W, 3]}, all of one size -> {name: float64 [2, 3, H, W]}, the pair of states from which belm draws each picture."""
+    device = next(unet.parameters()).device
+    model, pairs = Denoiser(unet, clip=False, dtype=dtype), {}
+
+    def work(batch):
+        return to_pair(model, to_model(np.stack([pictures[name] for name in batch]), device), config.steps()).cpu()
+
+    with progress(total=len(pictures), unit="picture", desc="finding noises") as bar:
+        for batch, found in in_batches(list(pictures), batch_size, work, "face", "--dtype bf16 or --device cpu"):
+            pairs |= zip(batch, found)
+            bar.update(len(batch))
+    for name, pair in pairs.items():
+        if not pair.isfinite().all():
+            raise UserError(f"the way back from {name} is not finite; try more --steps, or --dtype fp32")
+    return pairs
+
+
+def value_range(picture):
+    """(lowest, highest) value of a picture, which the drawing stretches to."""
+    return float(picture.min()), float(picture.max())
+
+
+def save_pair(path, pair, picture, num_steps):
+    with atomic_path(path) as temporary:
+        torch.save({"states": pair.clone(), "range": torch.tensor(value_range(picture), dtype=torch.float64), "steps": torch.tensor(num_steps)}, temporary)
+
+
+def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
+    """[uint8 [H, W, 3], ...] -> the way from each picture to the next in `frames` steps, both states along the sphere; the given ones are on it."""
+    pairs = list(invert_all(unet, {str(i): picture for i, picture in enumerate(pictures)}, config, batch_size, dtype).values())
+    starts, ranges = {}, {}
+    for i, (a, b) in enumerate(pairwise(pairs)):
+        for k in range(frames + (i + 2 == len(pairs))):
+            alpha, name = k / frames, f"{i} {k}"
+            starts[name] = torch.stack([slerp(one, other, alpha) for one, other in zip(a, b)])
+            ranges[name] = [(1 - alpha) * low + alpha * high for low, high in zip(value_range(pictures[i]), value_range(pictures[i + 1]))]
+    return [to_pictures(x[None], *ranges[name])[0] for name, x in generate(unet, starts, config, batch_size, dtype=dtype)]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Pictures to noises and back.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    invert = commands.add_parser("invert", help="a noise file for each picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                 description="Writes OUT/{name}.pt for each picture, from which p2_infer.sh OUT AGAIN CKPT --sampler belm draws it again.")
+    invert.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of pictures, all of one size (or give --side)")
+    invert.add_argument("output", type=Path, metavar="OUT", help="folder to write {name}.pt into")
+    invert.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
+    way = commands.add_parser("morph", help="from picture to picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                              description="From each picture to the next, through the noises that they come from: OUT/strip.png, OUT/morph.webp.")
+    way.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="two pictures or more, of one size (or give --side)")
+    way.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
+    way.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    way.add_argument("--frames", type=int, default=8, help="from one picture to the next")
+    way.add_argument("--milliseconds", type=int, default=120, help="a frame of the animation")
+    for command in (invert, way):
+        command.add_argument("--side", type=int, default=None, help="crop pictures to their middle square and bring it to this side (default: as they are)")
+        command.add_argument("--steps", type=int, default=50, help="network calls a picture, each way")
+        command.add_argument("--batch-size", type=int, default=None, help="pictures at a time (default: 2 on a CPU, 10 on a GPU)")
+        command.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network, the same for both ways")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check_flags(args, ("batch_size", "side"), lambda value: value is None or value >= 1, "at least 1")
+    try:
+        config = DrawConfig("belm", args.steps, "trailing", "one")
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    if args.command == "morph":
+        check_flags(args, ("frames", "milliseconds"), lambda value: value >= 1, "at least 1")
+        if len(args.pictures) < 2:
+            raise UserError("a way needs two pictures at least: PICTURE PICTURE ... OUT")
+    use_tf32(False)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    batch_size = args.batch_size or (2 if device.type == "cpu" else 10)
+    read = read_pictures(args.pictures)[0] if args.command == "invert" else {f"{i} {path.name}": read_picture(path) for i, path in enumerate(args.pictures)}
+    pictures = {name: square(picture, args.side) for name, picture in read.items()}
+    sizes = {name: f"{picture.shape[1]}x{picture.shape[0]}" for name, picture in pictures.items()}
+    first = next(iter(sizes))
+    other = next((name for name in sizes if sizes[name] != sizes[first]), None)
+    if other:
+        raise UserError(f"{other} is {sizes[other]}, but {first} is {sizes[first]}; give --side to crop them to one size")
+    output = writable_folder(args.output)
+    started = time.perf_counter()
+    unet = load_unet(args.checkpoint, device)
+    check_size(unet.config, (3, *pictures[first].shape[:2]))
+    print(f"{len(pictures)} pictures, with {args.checkpoint}, on {describe(device, dtype)}", flush=True)
+    if args.command == "invert":
+        pairs = invert_all(unet, pictures, config, batch_size, dtype)
+        stems = {name: Path(name).stem for name in pairs}
+        if len(set(stems.values())) < len(stems):
+            raise UserError(f"two pictures of {args.pictures} have one name but for its ending; rename one")
+        for name, pair in pairs.items():
+            save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps)
+        spread = [pair[0].std().item() for pair in pairs.values()]
+        print(f"wrote {len(pairs)} noises to {output} in {time.perf_counter() - started:.1f} s; their standard deviations are {min(spread):.2f} to "
+              f"{max(spread):.2f} (noise has 1)\nnext: bash scripts/p2_infer.sh {output} AGAIN {args.checkpoint} --sampler belm --steps {config.num_steps}")
+        return
+    frames = morph(unet, list(pictures.values()), config, args.frames, batch_size, dtype)
+    rows = [frames[i * args.frames:(i + 1) * args.frames + 1] for i in range(len(pictures) - 1)]
+    save_image(sheet(rows, above=[f"{k / args.frames:.3g}" for k in range(args.frames + 1)]), output / "strip.png")
+    there_and_back = [Image.fromarray(frame) for frame in (*frames, *frames[-2:0:-1])]
+    with atomic_path(output / "morph.webp") as temporary:
+        there_and_back[0].save(temporary, save_all=True, append_images=there_and_back[1:], duration=args.milliseconds, loop=0, quality=90)
+    print(f"wrote strip.png and morph.webp ({len(there_and_back)} frames) to {output} in {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)
