@@ -14,16 +14,16 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from . import hugging_face, open_clip_folder
 from .checkpoint import read_checkpoint, read_torchscript
 from .device import autocast
 from .files import MINI, UserError, first_line, read_json
-from .hugging_face import HuggingFace, load_hugging_face_folder, model_of_state
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
-FOLDER_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = (*open_clip_folder.WEIGHTS, *hugging_face.WEIGHTS)
 
 
 def read_merges(path=None):
@@ -57,9 +57,11 @@ def load_clip(name, pretrained=None, device="cpu"):
     folder = path.parent if path.is_file() and path.name in FOLDER_FILES else path  # a file among what else a folder has is that folder's
     try:
         if (folder / "open_clip_config.json").is_file():
-            clip, transform, tokenizer = load_open_clip_folder(folder)
+            bpe_path = str(folder / BPE_FILE) if (folder / BPE_FILE).is_file() else None
+            read_merges(bpe_path)  # says what is wrong with it
+            clip, transform, tokenizer = open_clip_folder.load(folder, bpe_path)
         elif (folder / "config.json").is_file():
-            clip, transform, tokenizer = load_hugging_face_folder(folder)
+            clip, transform, tokenizer = hugging_face.load(folder)
         elif file.is_file():
             clip, transform, tokenizer = load_weights(file, None if path.is_file() else open_clip_name(name))
         else:
@@ -73,17 +75,6 @@ def load_clip(name, pretrained=None, device="cpu"):
     if wrong:
         raise UserError(f"the CLIP {name} {pretrained or ''} is damaged: {wrong} has values that are not finite")
     return clip.to(device).eval().requires_grad_(False), transform, tokenizer
-
-
-def load_open_clip_folder(folder):
-    """What `load_clip` gives of a folder with open_clip_config.json."""
-    options = {}
-    if (folder / BPE_FILE).is_file():
-        read_merges(folder / BPE_FILE)  # says what is wrong with it
-        options["bpe_path"] = str(folder / BPE_FILE)
-    source = f"local-dir:{folder.resolve()}"
-    clip, _, transform = open_clip.create_model_and_transforms(source)
-    return clip, transform, open_clip.get_tokenizer(source, **options)
 
 
 def check_clip(name, pretrained=None):
@@ -142,7 +133,7 @@ def load_weights(path, name=None):
         raise UserError(f"{path} does not tell whether it was trained with QuickGELU: give the model of open_clip that it is by --model and the file by "
                         "--pretrained, or a folder with its config.json")
     if any(key.startswith("vision_model.") for key in state):
-        clip = HuggingFace(model_of_state(state, quick, path))
+        clip = hugging_face.HuggingFace(hugging_face.model_of_state(state, quick, path))
         return clip, image_transform_v2(PreprocessCfg(size=clip.visual.image_size), is_train=False), open_clip.SimpleTokenizer(context_length=77)
     if name:
         clip = open_clip.create_model(name, force_quick_gelu=quick)

@@ -8,12 +8,17 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from .files import UserError, read_json
+from .checkpoint import read_checkpoint
+from .files import UserError, read_json, shown
 from .tensors import fill
 
 CLIP_VOCABULARY = 49408  # tokens of OpenAI's CLIP, which open_clip's own tokenizer knows
 HEAD_WIDTH = 64  # in every CLIP of OpenAI's shape
 KINDS = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SAID = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "image_size", "patch_size",
+        "num_channels", "layer_norm_eps", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim", "projection_size", "hidden_act")  # of a tower
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -46,25 +51,52 @@ def features_of(output, normalize):
     return torch.nn.functional.normalize(features, dim=-1) if normalize else features
 
 
-def load_hugging_face_folder(folder):
+def load(folder):
     """(model, image transform, tokenizer) of a folder with config.json, weights and, where the vocabulary is not OpenAI's, the tokenizer's files."""
     config, preprocess = (read_json(folder / name) if (folder / name).is_file() else {} for name in ("config.json", "preprocessor_config.json"))
-    if not isinstance(config, dict) or config.get("model_type") not in KINDS:
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
         raise UserError(f"{folder / 'config.json'} is not of a CLIP or SigLIP: its model_type is {kind!r}, expected one of {', '.join(KINDS)}")
-    config_kind, model_kind = KINDS[config["model_type"]]
-    model = model_kind.from_pretrained(folder, config=config_kind.from_dict(config), local_files_only=True, dtype=torch.float32)
-    text, siglip = model.config.text_config, config["model_type"] == "siglip"
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} has a config.json, but none of {', '.join(WEIGHTS)}")
+    config_kind, model_kind = KINDS[kind]
+    towers = {tower: {key: value for key, value in (config.get(tower) or {}).items() if key in SAID} for tower in ("text_config", "vision_config")}
+    for tower, sizes in towers.items():
+        for key, value in sizes.items():
+            if (value not in ACTIVATIONS) if key == "hidden_act" else not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1e6:
+                raise UserError(f"{folder / 'config.json'}: {key} of {tower} is {shown(value)}, which is not known here")
+    options = {"projection_dim": config["projection_dim"]} if kind == "clip" and isinstance(config.get("projection_dim"), int) else {}
+    state = {name: tensor for name, tensor in read_checkpoint(path).items() if not name.endswith("position_ids")}  # older ones store the numbers 0 to 76
+    model = build(model_kind, config_kind(**towers, **options), state, path)
+    text, siglip = model.config.text_config, kind == "siglip"
     if not siglip and text.vocab_size == CLIP_VOCABULARY:
         tokenizer = open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
     else:
         tokenizer = partial(tokenize, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), text.max_position_embeddings)
-    normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if siglip else {}
-    normal |= {ours: tuple(preprocess[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in preprocess}
+    return HuggingFace(model), transform_of(preprocess, model.config.vision_config.image_size, siglip, folder), tokenizer
+
+
+def transform_of(preprocess, side, siglip, folder):
+    """The image transform that preprocessor_config.json tells, or the usual one of the kind where there is none."""
+    numbers = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if siglip else {}
+    numbers |= {ours: preprocess[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in preprocess}
+    if not all(len(value) == 3 and all(isinstance(number, (int, float)) for number in value) for value in numbers.values()):
+        raise UserError(f"{folder / 'preprocessor_config.json'}: image_mean and image_std must be three numbers each")
     cropped = preprocess.get("do_center_crop", not siglip)
-    transform = image_transform_v2(PreprocessCfg(size=model.config.vision_config.image_size, resize_mode="shortest" if cropped else "squash",
-                                                 interpolation=RESAMPLING.get(preprocess.get("resample", 3), "bicubic"), **normal), is_train=False)
-    return HuggingFace(model), transform, tokenizer
+    return image_transform_v2(PreprocessCfg(size=side, resize_mode="shortest" if cropped else "squash",
+                                            interpolation=RESAMPLING.get(preprocess.get("resample", 3), "bicubic"), **numbers), is_train=False)
+
+
+def build(kind, config, state, path):
+    """A model with the tensors of a file, strictly: transformers itself would draw at random what is missing."""
+    with torch.device("meta"):  # sizes that the weights do not have take no memory
+        model = fill(kind(config), state, path)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if name == "position_ids":
+                module._buffers[name] = torch.arange(buffer.shape[-1])[None]
+    return model.eval()
 
 
 def tokenize(tokenizer, context_length, texts):
@@ -85,6 +117,6 @@ def model_of_state(state, quick_gelu, path):
     patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
     side = patch * round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
     vocabulary, context = (len(state[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position"))
-    model = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=sizes("vision_model", activation) | {"patch_size": patch, "image_size": side},
-                                 text_config=sizes("text_model", activation) | {"vocab_size": vocabulary, "max_position_embeddings": context}))
-    return fill(model, state, path)
+    config = CLIPConfig(projection_dim=dim, vision_config=sizes("vision_model", activation) | {"patch_size": patch, "image_size": side},
+                                 text_config=sizes("text_model", activation) | {"vocab_size": vocabulary, "max_position_embeddings": context})
+    return build(CLIPModel, config, state, path)

@@ -1,8 +1,11 @@
 """CLIPs as people have them: OpenAI's TorchScript, open_clip's and Hugging Face's folders and files, SigLIP's scores. Each gives the features of its origin."""
 
+import json
 import pickle
+import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from p3_clip_textual_inversion import open_clip_folder
 from p3_clip_textual_inversion.checkpoint import read_torchscript
 from p3_clip_textual_inversion.clip import Attention, Grader, compute_in, image_features, load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.files import UserError
@@ -169,6 +173,82 @@ def test_hugging_faces_tower_in_half_precision(hugging_face):
     assert torch.equal(whole.of_texts(TEXTS), half.of_texts(TEXTS))
 
 
+def folder_with(tiny_clip, folder, name="open_clip_config.json", **change):
+    """A copy of a CLIP's folder whose configuration is changed: part__key=value."""
+    if folder != tiny_clip:
+        shutil.copytree(tiny_clip, folder)
+    config = json.loads((folder / name).read_text())
+    for key, value in change.items():
+        *parts, last = key.split("__")
+        place = config
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"model_cfg__text_cfg__tokenizer_kwargs": {"trust_remote_code": True}}, "tokenizer_kwargs may have clean, strip_sep_token only"),
+    ({"model_cfg__text_cfg__hf_model_name": "someone/bert"}, "text_cfg has 'hf_model_name', which is not obeyed here"),
+    ({"model_cfg__vision_cfg__timm_model_name": "hf-hub:someone/vit"}, "timm_model_name 'hf-hub:someone/vit' is no model of timm's"),
+    ({"model_cfg__vision_cfg__timm_model_pretrained": True}, "timm_model_pretrained asks for other weights"),
+    ({"model_cfg__text_cfg__vocab_size": 10**9}, "vocab_size is 1000000000; expected a whole number from 1, at most 1,000,000"),
+    ({"model_cfg__text_cfg__width": 19_998}, "does not fit the network"),  # not built before it is compared
+    ({"model_cfg__vision_cfg__layers": "12"}, "layers is 12; expected a whole number"), ({"model_cfg__vision_cfg__width": True}, "width is True"),
+    ({"model_cfg__embed_dim": -1}, "embed_dim is -1"), ({"model_cfg__vision_cfg__mlp_ratio": float("inf")}, "open_clip_config.json"),
+    ({"model_cfg__vision_cfg": [1]}, "must have an object vision_cfg"), ({"model_cfg": 3}, "must have an object model_cfg"),
+    ({"preprocess_cfg__mean": [0.5]}, "mean must be three numbers"), ({"preprocess_cfg__resize_mode": "random"}, "resize_mode 'random' is not known here"),
+])
+def test_what_a_configuration_may_say_is_on_a_list(tiny_clip, tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *_, **__: pytest.fail("the network was asked"))
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        load_clip(folder_with(tiny_clip, tmp_path / "clip", **change))
+    assert "\n" not in str(error.value)
+
+
+def test_published_configurations_are_on_the_list():
+    """All of open_clip's own, but for those with a text tower of another library, and CoCa, which is no CLIP."""
+    refused = set()
+    for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json")):
+        try:
+            open_clip_folder.check_config({"model_cfg": json.loads(path.read_text())}, path)
+        except UserError as error:
+            refused.add(path.stem)
+            assert "hf_model_name" in str(error) or "multimodal_cfg" in str(error) or "hf_" in str(error), error
+    assert len(refused) < 25 and not {"ViT-B-32", "ViT-L-14", "RN50", "ViT-B-16-SigLIP", "ViT-H-14", "convnext_base_w"} & refused
+
+
+def test_a_folder_without_weights_is_no_clip(tiny_clip, hugging_face, tmp_path):
+    """open_clip and transformers would draw them at random, and warn at most."""
+    (folder_with(tiny_clip, tmp_path / "clip") / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has a open_clip_config\.json, but none of open_clip_model\.safetensors"):
+        load_clip(tmp_path / "clip")
+    _, folder = hugging_face
+    state = load_file(folder / "model.safetensors")
+    del state["text_model.final_layer_norm.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"does not fit the network: missing text_model\.final_layer_norm\.weight"):
+        load_clip(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has a config\.json, but none of model\.safetensors"):
+        load_clip(folder)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(tiny_clip, tmp_path):
+    folder = folder_with(tiny_clip, tmp_path / "clip", model_cfg__text_cfg__hf_tokenizer_name="any")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
+    with pytest.raises(UserError, match="asks for code of its own"):
+        load_clip(folder)
+
+
+@pytest.mark.parametrize("change", [{"text_config__hidden_act": "relu"}, {"text_config__vocab_size": "many"}, {"vision_config__hidden_size": 10**9}])
+def test_what_hugging_faces_configuration_says_is_checked(hugging_face, change):
+    _, folder = hugging_face
+    with pytest.raises(UserError, match=r"config\.json: \w+ of \w+ is .* not known here"):
+        load_clip(folder_with(folder, folder, "config.json", **change))
+
+
 class Runs:
     """What a hostile pickle holds: a call."""
 
@@ -218,5 +298,5 @@ def test_weights_that_are_not_finite_get_no_grade(tiny_clip, tmp_path):
     state = load_file(folder / "open_clip_model.safetensors")
     state["visual.proj"][0, 0] = torch.nan
     save_file(state, folder / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match=r"clip  *is damaged: visual\.proj has values that are not finite"):
+    with pytest.raises(UserError, match=r"holds values in visual\.proj that are not finite"):
         load_clip(folder)
