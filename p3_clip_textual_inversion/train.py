@@ -1,7 +1,7 @@
 """Textual inversion (Gal et al. 2023): learns a word for what a few pictures show, everything else frozen. The same command again goes on where it stopped.
 
     python -m p3_clip_textual_inversion.train                                                        # both bundled concepts, on the miniature
-    python -m p3_clip_textual_inversion.train hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --steps 3000 --batch-size 4 --output runs/p3_sd
+    python -m p3_clip_textual_inversion.train --checkpoint hw2_data/weights/sd-v1-4.ckpt --output runs/words    # the course's, on the real model
 
 With --joint all concepts learn in one run, also from composed pictures; with --custom-diffusion (Kumari et al. 2023) the key and value projections of
 every cross-attention learn too, held in place by ordinary pictures that the model draws itself.
