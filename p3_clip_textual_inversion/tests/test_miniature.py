@@ -47,7 +47,8 @@ def test_open_clip_loads_it_offline(offline):
 
 
 def test_diffusers_loads_it_offline_and_draws_the_same(offline):
-    pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD).to(torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD)  # as anyone would write it: all parts in one dtype
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     pipeline.set_progress_bar_config(disable=True)
     noise = image_noise(0, ["x"], (4, 16, 16))
     theirs = pipeline("a drawing of a fox", latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np", height=64, width=64).images
