@@ -1,7 +1,7 @@
 """What the miniature's models are worth: what CLIP recognises in their pictures and where, which colour is whose, the autoencoder's error. Real compositions
 of the same scenes, judged in the same way, stand beside every share: what a perfect model would get.
 
-    python -m p3_clip_textual_inversion.miniature.scores --drawings runs/emoji.npz      # report/results/p3_mini.json, report/figures/p3_mini.png
+    python -m p3_clip_textual_inversion.miniature.scores --drawings runs/emoji.npz      # report/results/p3_miniature.json, report/figures/p3_miniature.png
 
 Scenes come from seeds that no training has. A judge is a CLIP; with --judge a second one, of another architecture, by which nothing was chosen.
 """
@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--clip", type=Path, default=MINI / "clip", help="folder of CLIP, the judge")
     parser.add_argument("--judge", type=Path, default=None, help="folder of a second judge")
     parser.add_argument("--sd", type=Path, default=MINI_SD, help="folder of Stable Diffusion")
-    parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_mini.json and figures/p3_mini.png")
+    parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_miniature.json and figures/p3_miniature.png")
     parser.add_argument("--pictures", type=int, default=200, help="per row of two subjects")
     parser.add_argument("--singles", type=int, default=1000, help="of a subject alone")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
@@ -236,11 +236,11 @@ def main():
             ways["over_real"] = over(ways["drawn"], ways["real"])
             print(f"{name}, by {judge}: drawn {ways['drawn']['share']:.3f}, real {ways['real']['share']:.3f}")
     scores["seconds_per_picture"], scores["steps"], scores["guidance_weight"] = artist.seconds / artist.count, args.steps, args.guidance_weight
-    save_image(grid(torch.cat(shown)), args.output / "figures" / "p3_mini.png")
-    write_json(args.output / "results" / "p3_mini.json", scores)
+    save_image(grid(torch.cat(shown)), args.output / "figures" / "p3_miniature.png")
+    write_json(args.output / "results" / "p3_miniature.json", scores)
     print(f"autoencoder {scores['autoencoder']['psnr']:.2f} dB; retrieval "
           + ", ".join(f"{judge} {row['share']:.3f}" for judge, row in scores["retrieval"].items())
-          + f"\n{scores['seconds_per_picture']:.3f} s a picture\nwrote results/p3_mini.json and figures/p3_mini.png to {args.output}")
+          + f"\n{scores['seconds_per_picture']:.3f} s a picture\nwrote results/p3_miniature.json and figures/p3_miniature.png to {args.output}")
 
 
 if __name__ == "__main__":

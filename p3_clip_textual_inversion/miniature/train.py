@@ -75,8 +75,6 @@ def main():
     torch.backends.cudnn.benchmark = True  # the shapes stay
     part = PARTS[args.part](args, Drawings(args.drawings, device), device)
     net = part.model.to(device).train()
-    if args.part in ("autoencoder", "unet") and device.type == "cuda":
-        net.to(memory_format=torch.channels_last)  # the layout of tensor cores
     averaged, optimizer = averaged_copy(net), make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98))
     step, history, gone = 0, [], 0.0  # gone: seconds of training before
     if state:
