@@ -109,7 +109,8 @@ def few_shot(grader, features, logits, classes, data, zero_shot, shots, output):
             adapted = tip_adapter(logits[~chosen], features[~chosen] @ features[chosen].T, data.truth[chosen], alpha, beta)
             shares.append([(ranking(scores)[:, 0] == data.truth[~chosen]).double().mean().item() for scores in (adapted, logits[~chosen])])
         few, zero = np.array(shares).T
-        rows.append({"shots": number, "draws": DRAWS, "top1": few.mean(), "lowest": few.min(), "highest": few.max(), "zero_shot": zero.mean()})
+        rows.append({"shots": number, "draws": DRAWS, "images": int((~chosen).sum()), "top1": few.mean(), "lowest": few.min(), "highest": few.max(),
+                     "zero_shot": zero.mean()})
     return rows
 
 

@@ -28,14 +28,28 @@ def share(scores, truth):
     return (scores.argmax(1) == truth).double().mean().item()
 
 
-def test_clusters_that_captions_half_know_are_found(clusters):
+def test_clusters_that_captions_half_know_are_found(clusters, monkeypatch):
     features, truth, logits = clusters
     assert 0.5 < share(logits, truth) < 0.98 <= share(transduce(features, logits), truth)
     z = transduce(features, logits)
     assert torch.allclose(z.sum(1), torch.ones(60, dtype=torch.float64))
+    monkeypatch.setattr("p3_clip_textual_inversion.adapters.NEIGHBOURS", 0)  # the mixture alone
+    assert share(transduce(features, logits), truth) >= 0.98
+    monkeypatch.undo()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(transduce(features[order], logits[order]), z[order], atol=1e-9)  # no picture's place matters
     assert transduce(features[:1], logits[:1]).argmax() == logits[0].argmax()
+
+
+def test_a_picture_goes_with_its_nearest(monkeypatch):
+    """Forty pairs, of no common place: captions know one of each pair, and are wrong of its twin."""
+    features = torch.eye(40).repeat_interleave(2, 0)
+    features = torch.nn.functional.normalize(features + 0.02 * torch.randn(features.shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    truth = (torch.arange(40) % 2).repeat_interleave(2)
+    logits = torch.zeros(80, 2, dtype=torch.float64).scatter_(1, truth[:, None], torch.tensor([4.0, -1.0], dtype=torch.float64).repeat(40)[:, None])
+    assert share(logits, truth) == 0.5 and share(transduce(features, logits), truth) == 1
+    monkeypatch.setattr("p3_clip_textual_inversion.adapters.NEIGHBOURS", 0)
+    assert share(transduce(features, logits), truth) < 0.9
 
 
 def test_where_it_is_asked_too_much_is_measured(clusters):
@@ -100,7 +114,7 @@ def test_the_command_with_pictures_of_ones_own(call, data, tiny_clip, tmp_path):
 
 def test_the_command_with_pictures_of_the_data(call, data, tiny_clip, tmp_path):
     results, _ = results_of(call, data, tiny_clip, tmp_path / "new", "--shots", "1", "2")
-    assert [row["shots"] for row in results["few_shot"]] == [1, 2] and results["few_shot"][1]["top1"] == 1
+    assert [(row["shots"], row["images"]) for row in results["few_shot"]] == [(1, 6), (2, 4)] and results["few_shot"][1]["top1"] == 1
     assert all(row["lowest"] <= row["top1"] <= row["highest"] for row in results["few_shot"])
 
 
