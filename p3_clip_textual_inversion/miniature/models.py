@@ -58,6 +58,11 @@ class Clip:
         self.captioner = Captioner(drawings, tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id, CONTEXT, device)
         self.config = self.config | {"text_cfg": self.config["text_cfg"] | {"vocab_size": vocabulary}}
         self.model = open_clip.CLIP(**self.config)
+        if args.start:
+            start = load_clip(str(args.start))[0]
+            if read_merges(args.start / BPE_FILE) != read_merges(args.output / BPE_FILE) or shapes(start) != shapes(self.model):
+                raise UserError(f"{args.start} is of another size or has other words than the {type(self).__name__.lower()} to be trained")
+            self.model.load_state_dict(start.state_dict())
 
     def batch(self, generator, count):
         """(pictures, tokens [B, context], of the untrue captions [hard, B, context], which of those count [hard, B]). Five in eight begin with a subject that
@@ -106,7 +111,7 @@ class Autoencoder:
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device = drawings, device
-        self.model = AutoencoderKL(**VAE_CONFIG)
+        self.model = load_part(AutoencoderKL, args.start) if args.start else AutoencoderKL(**VAE_CONFIG)
 
     def batch(self, generator, count):
         """Any subject alone, everyday ones in company."""
@@ -221,6 +226,10 @@ class Unet:
         pipeline.save_pretrained(folder / "stable_diffusion", safe_serialization=True)
         config = folder / "stable_diffusion" / "text_encoder" / "config.json"
         write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
+
+
+def shapes(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def stored(model):

@@ -34,7 +34,7 @@ def parse_args():
     parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, its log and the result")
     parser.add_argument("--clip", type=Path, default=None, help="for unet: folder of the trained CLIP")
     parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained autoencoder")
-    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="for unet: folder of a UNet to go on from")
+    parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="folder of a model of this kind whose weights are the first ones")
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, at most (default: by part)")
     parser.add_argument("--seconds", type=float, default=None, help="of training, at most (default: no limit); the learning rate falls by the clock then")
     parser.add_argument("--batch-size", type=int, default=None, help="pictures per step (default: by part)")
@@ -59,8 +59,6 @@ def parse_args():
     check_flags(args, ("keep",), lambda values: all(0 < value < 1 for value in values), "shares between 0 and 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
-    if args.start and args.part != "unet":
-        raise UserError("--start is for unet; the others are trained from the beginning")
     return args
 
 

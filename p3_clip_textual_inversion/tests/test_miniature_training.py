@@ -10,8 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.miniature import models, train
 from p3_clip_textual_inversion.miniature.world import CLIP_STYLES, SIDE, SUBJECTS, Drawings
+from p3_clip_textual_inversion.model import write_merges
 
 MODULE = "p3_clip_textual_inversion.miniature.train"
 
@@ -91,7 +93,7 @@ def test_all_parts_become_files_that_stock_libraries_read(call, drawings, tmp_pa
 
 def test_a_hard_negative_costs_what_its_similarity_says(tmp_path, drawings, narrow):
     """By hand: one picture whose caption and untrue caption it is as near to costs log 2 on the picture's side; an untrue caption that does not count, 0."""
-    part = models.Clip(types.SimpleNamespace(output=tmp_path), Drawings(drawings), torch.device("cpu"))
+    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None), Drawings(drawings), torch.device("cpu"))
 
     def model(pictures, tokens):
         return torch.ones(1, 2), torch.ones(len(tokens), 2), torch.tensor(1.0)
@@ -99,6 +101,27 @@ def test_a_hard_negative_costs_what_its_similarity_says(tmp_path, drawings, narr
     batch = torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 1, 5, dtype=torch.long)
     assert part.loss(model, (*batch, torch.tensor([[True]])), None).item() == pytest.approx(np.log(2) / 2, abs=1e-5)
     assert part.loss(model, (*batch, torch.tensor([[False]])), None).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_run_begins_at_the_weights_it_is_given(tmp_path, drawings, narrow):
+    """--start; words of other tokens or towers of another size are refused, not half used."""
+    def clip(name, start=None, kind=models.Clip):
+        (tmp_path / name).mkdir(exist_ok=True)
+        part = kind(types.SimpleNamespace(output=tmp_path / name, start=start), Drawings(drawings), torch.device("cpu"))
+        part.export(part.model, tmp_path / name)
+        return part.model
+
+    first, then = clip("first"), clip("then", tmp_path / "first")
+    assert all(torch.equal(a.half(), b.half()) for a, b in zip(first.state_dict().values(), then.state_dict().values()))
+    with pytest.raises(UserError, match="of another size or has other words than the judge"):
+        clip("judge", tmp_path / "first", models.Judge)
+    write_merges(tmp_path / "first" / models.BPE_FILE, ["other", "words"], 100)
+    with pytest.raises(UserError, match="has other words"):
+        clip("other", tmp_path / "first")
+    autoencoder = models.Autoencoder(types.SimpleNamespace(start=None), Drawings(drawings), torch.device("cpu"))
+    autoencoder.export(autoencoder.model, tmp_path / "vae")
+    begun = models.Autoencoder(types.SimpleNamespace(start=tmp_path / "vae"), Drawings(drawings), torch.device("cpu"))
+    assert all(torch.equal(a.half(), b.half()) for a, b in zip(autoencoder.model.state_dict().values(), begun.model.state_dict().values()))
 
 
 def test_the_pool_is_renewed_and_captions_are_dropped(tmp_path, drawings, narrow, call):
@@ -118,7 +141,7 @@ def test_the_pool_is_renewed_and_captions_are_dropped(tmp_path, drawings, narrow
 @pytest.mark.parametrize(("flags", "said"), [
     (["clip", "--save-every=-1"], "--save-every must be a number from 0"), (["clip", "--lr=nan"], "--lr must be a number above 0, not nan"),
     (["clip", "--ema=-1"], "--ema must be between 0 and 1, not -1.0"), (["clip", "--seed=-1"], "--seed must be a whole number from 0"),
-    (["autoencoder", "--start=x"], "--start is for unet"), (["clip", "--keep", "2"], "--keep must be shares"),
+    (["autoencoder", "--start=x"], "cannot load x"), (["clip", "--keep", "2"], "--keep must be shares"),
     (["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"), (["unet", "--seconds=0"], "--seconds must be a number above 0")])
 def test_flags_that_do_not_fit_end_in_one_line(call, drawings, tmp_path, flags, said):
     code, _, err = call(MODULE, *flags, "--drawings", drawings, "--output", tmp_path / "run")
