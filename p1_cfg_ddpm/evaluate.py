@@ -19,7 +19,8 @@ from .data import COURSE_DATA, load_digits, read_image
 from .device import pick_device
 from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
-from .pictures import save_image
+from .pictures import left_out, note_left_out, save_image
+from .provenance import check_made, digest, told
 from .reference import frechet_distance, load_reference, statistics
 
 
@@ -35,6 +36,7 @@ def read_folder(folder):
         for path in paths:
             if path.name[0] not in "0123456789" or path.name[1:2] != "_":
                 raise UserError(f"{path}: the name must begin with the digit, as in 0_001.png")
+        note_left_out(folder / domain, left_out(folder / domain, paths))
         # another size is refused: the graders expect 28x28, and resizing would hide the mistake
         images = np.stack([read_image(path, resize=False) for path in paths])
         found[domain] = (images, np.array([int(path.name[0]) for path in paths]), [path.name for path in paths])
@@ -155,6 +157,8 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     found = read_folder(args.images)
+    paths = [args.images / domain / name for domain in DOMAINS for name in found[domain][2]]
+    made = check_made(args.images, paths)
     report = writable_folder(args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade"))
     classifiers = {domain: getattr(args, f"classifier_{domain}") or course_classifier(domain) for domain in DOMAINS}
     scores, predictions = grade(found, classifiers, pick_device(args.device))
@@ -162,9 +166,11 @@ def main():
         counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)
         if set(counts) != {50}:
             print(f"note: {domain} has {counts.tolist()} images of the digits 0-9; the grader expects 50 of each")
-    print_table(scores)
+    scores["made"], scores["pictures"] = made, digest(paths)
+    write_json(report / "grade.json", scores)  # now too: neither a closed pipe nor training data that cannot be read must cost the grades
     save_image(mistakes_picture(found, scores, predictions), report / "mistakes.png")
-    write_json(report / "grade.json", scores)  # now too: training data that cannot be read must not cost the grades
+    print(f"{args.images}, {told(made)}")
+    print_table(scores)
     if args.data.is_dir():
         scores["nearest_training_image"], picture = nearest_training_images(found, args.data)
         save_image(picture, report / "nearest.png")

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Guided, ImageNoise, logsnr_timesteps, sample, spaced_timesteps
 from .estimate import announce
-from .files import UserError, atomic_path, run, writable_folder
+from .files import UserError, atomic_path, fingerprint, lock, run, writable_folder
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
+from .provenance import Made, claim
 
 CHECKPOINT = BUNDLED / "small.safetensors"
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
@@ -168,21 +168,30 @@ def main():
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused otherwise")
     args = parser.parse_args()
     sampling, device, dtype, batch_size = settings_of(args)
     if not 1 <= args.images_per_digit <= 999:
         raise UserError(f"--images-per-digit must be between 1 and 999, not {args.images_per_digit}")
     for domain in args.domains:
         writable_folder(args.output / domain)
+    with lock(args.output):
+        draw(args, sampling, device, dtype, batch_size)
 
+
+def draw(args, sampling, device, dtype, batch_size):
+    """The grader's files."""
     started = time.perf_counter()
     model, diffusion = load_generator(args.checkpoint, device, dtype)
     print(f"drawing with {args.checkpoint}", flush=True)
     jobs = all_jobs(args.images_per_digit, args.domains, args.digits)
+    made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
+    claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size,
+          {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve())}, args.overwrite)
     calls = sampling.steps * math.ceil(len(jobs) / batch_size)
     announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, device, started, sampling.steps)
     for job, image in generate(model, diffusion, jobs, sampling, batch_size):
-        save_image(Image.fromarray(image), args.output / f"{job.name}.png")
+        save_image(image, args.output / f"{job.name}.png", made.as_json())
     settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items())
     print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
           f"next: bash scripts/p1_grade.sh {args.output}")

@@ -9,7 +9,6 @@ Each way runs in a process of its own, so that its peak memory is its own. A ste
 import argparse
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .device import DTYPES, machine, peak_memory, pick_device
 from .diffusion import Denoiser
 from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
+from .guard import command as command_of
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import UNet, UNetConfig, load_unet
 from .samplers import ddim
@@ -93,7 +93,7 @@ def main():
     writable_file(args.output)
     rows = {}
     for way in tqdm(WAYS, desc="ways", unit="way"):
-        command = [sys.executable, "-m", "p2_ddim.benchmark", "--way", way, "--device", args.device]
+        command = [*command_of("p2_ddim.benchmark"), "--way", way, "--device", args.device]
         command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("batch-size", "side", "repeats")]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:

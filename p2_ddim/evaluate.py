@@ -5,13 +5,15 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import UserError, run, writable_folder, write_json
-from .pictures import read_picture, save_image
+from .files import UserError, existing_folder, note, run, writable_folder, write_json
+from .pictures import left_out, note_left_out, read_picture, save_image
+from .provenance import check_made, digest, told
 
 LIMIT = 20.0  # the course's: an image passes below this
 GAIN = 8  # of the differences that are shown
@@ -25,19 +27,21 @@ def read_pixels(path):
 def read_pairs(output, truth):
     """{name: (result, reference)}, uint8 [H, W, 3] each, for every reference image."""
     for folder in (output, truth):
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
+        existing_folder(folder, "folder")
+    if output.resolve() == truth.resolve():
+        raise UserError(f"{output} is both OUT and GT: the references would be compared with themselves")
     names = sorted(path.name for path in truth.glob("[!.]*.png"))
     if not names:
         raise UserError(f"{truth} has no .png files; expected the reference images 00.png, 01.png, ...")
     pairs = {}
     for name in names:
-        if not (output / name).is_file():
+        if not os.path.isfile(output / name):
             raise UserError(f"{output / name} is missing; {truth} has {name}")
         pairs[name] = read_pixels(output / name), read_pixels(truth / name)
         if pairs[name][0].shape != pairs[name][1].shape:
             ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
             raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
+    note_left_out(output, left_out(output, pairs))
     return pairs
 
 
@@ -79,15 +83,19 @@ def main():
     args = parser.parse_args()
     pairs = read_pairs(args.output, args.truth)
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
-    scores = {}
+    paths = [args.output / name for name in pairs]
+    made = check_made(args.output, paths)
+    if len({result.tobytes() for result, _ in pairs.values()}) < len(pairs):
+        note(f"{args.output} has the same picture more than once")
+    scores, lines = {}, []
     for name, (result, reference) in pairs.items():
         error = mse(result, reference)
         scores[name] = {"mse": error, "psnr": None if error == 0 else psnr(error), "passed": error < LIMIT}
-        print(f"{name}  MSE {error:8.4f}  PSNR {psnr(error):6.2f} dB  {'pass' if error < LIMIT else 'FAIL'}")
+        lines.append(f"{name}  MSE {error:8.4f}  PSNR {psnr(error):6.2f} dB  {'pass' if error < LIMIT else 'FAIL'}")
     mean, passed = float(np.mean([s["mse"] for s in scores.values()])), sum(s["passed"] for s in scores.values())
-    print(f"mean  MSE {mean:8.4f}  {passed} of {len(scores)} pass (below {LIMIT:g})")
-    write_json(report / "grade.json", {"images": scores, "mean_mse": mean, "passed": passed})
+    write_json(report / "grade.json", {"images": scores, "mean_mse": mean, "passed": passed, "made": made, "pictures": digest(paths)})
     save_image(comparison(pairs, scores), report / "comparison.png")
+    print("\n".join([f"{args.output}, {told(made)}", *lines, f"mean  MSE {mean:8.4f}  {passed} of {len(scores)} pass (below {LIMIT:g})"]))
     print(f"wrote grade.json and comparison.png to {report}")
 
 

@@ -1,5 +1,6 @@
 """Files and errors: one exception for everything a user can cause, honest exits, atomic writes, a lock for each folder. Python's own library only."""
 
+import errno
 import hashlib
 import json
 import math
@@ -90,10 +91,10 @@ def flush():
     try:
         if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(error.errno, f"cannot write to the standard output: {error.strerror}") from None
+        raise
 
 
 def is_shortage(error):
@@ -220,14 +221,14 @@ def lock(folder):
         os.close(handle)
 
 
-def write_text(path, text):
+def write_whole(path, text):
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path, content):
     """JSON has no numbers that are not finite: they are written as null."""
-    write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def finite(content):
@@ -263,16 +264,18 @@ def read_json(path, make=dict):
     try:
         check_file(path)
         if os.path.getsize(path) > MOST_JSON:
-            raise ValueError("it is too large for JSON")
+            raise ValueError("too large")
         return parse_json(Path(path).read_bytes(), make)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: it is not JSON: {'nested too deeply' if isinstance(error, RecursionError) else first_line(error)}") from None
 
 
 def check_file(path):
     """`OSError` or `ValueError` unless `path` is a regular file that may be read: reading a named pipe would wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"it is {kind_of_entry(path)}, expected a file")
+        raise OSError(errno.EINVAL, f"it is {kind_of_entry(path)}, expected a file")
     with open(path, "rb"):
         pass
 

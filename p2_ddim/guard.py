@@ -6,6 +6,8 @@
 import os
 import sys
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def begin():
     """Called by each package's __init__.py. Does nothing where the package is not run, but imported by other code."""
@@ -18,15 +20,14 @@ def begin():
 def keep_out_the_working_folder():
     """Python puts the folder one stands in before everything else: a torch.py there, perhaps downloaded, would be run in place of torch.
     The project's own folder goes to the end (Python 3.11 has -P for this, 3.10 has not)."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         here = os.getcwd()
     except OSError:  # the folder is gone
         here = ""
-    if sys.path and sys.path[0] in ("", here, root) and not getattr(sys.flags, "safe_path", False):
+    if sys.path and sys.path[0] in ("", here, ROOT) and not getattr(sys.flags, "safe_path", False):
         del sys.path[0]
-    if root not in sys.path:
-        sys.path.append(root)
+    if ROOT not in sys.path:
+        sys.path.append(ROOT)
 
 
 class Stream:
@@ -41,17 +42,19 @@ class Stream:
         try:
             # progress bars below each other go up a line by this one sequence
             self.stream.write("\x1b[A".join("".join(c if c.isprintable() or c in "\n\r\t" else escape(c) for c in part) for part in text.split("\x1b[A")))
-        except (OSError, ValueError):
-            if not self.forgiving:
-                raise
+        except (OSError, ValueError) as error:
+            self.fail(error)
         return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            if not self.forgiving:
-                raise
+        except (OSError, ValueError) as error:
+            self.fail(error)
+
+    def fail(self, error):
+        if not self.forgiving:
+            raise OSError(getattr(error, "errno", 0), f"cannot write to the standard output: {getattr(error, 'strerror', None) or error}") from None
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -87,3 +90,38 @@ def quiet_interrupts():
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may have to ignore it
         signal.signal(signal.SIGINT, stop)
+
+
+def run_module():
+    """Runs the module that the first argument names, as `python -m` does, wherever one stands: what scripts/run.py and `command` call."""
+    import runpy
+
+    sys.path[0] = ROOT
+    name = sys.argv[1]
+    sys.argv[:2] = ["-m"]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def command(name):
+    """The command that runs a module of the project in a process of its own; arguments follow."""
+    return [sys.executable, os.path.abspath(__file__), name]
+
+
+def call(arguments):
+    """Runs a command and returns its exit code. Ctrl-C reaches it too, or is passed on; this program then ends like it."""
+    import subprocess
+
+    process = subprocess.Popen([str(argument) for argument in arguments])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.send_signal(2)
+            process.wait()
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_module()

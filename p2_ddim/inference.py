@@ -10,20 +10,21 @@ predicted x0 is clamped to [-1, 1], eps is not computed again afterwards; eta 0;
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .data import read_noises, read_pairs
-from .device import DTYPES, describe, in_batches, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
-from .files import ROOT, UserError, run, writable_folder
+from .files import ROOT, UserError, fingerprint, lock, run, writable_folder
 from .inversion import belm
 from .model import load_unet
 from .pictures import save_image
+from .provenance import Made, claim
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name
 
 MINI = ROOT / "hw2_data" / "mini" / "face"
@@ -157,24 +158,39 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {noise name}.png into")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
     parser.add_argument("--eta", type=float, default=DrawConfig.eta, help="of ddim, fresh noise at each step: 0 none (deterministic), 1 as much as DDPM")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused otherwise")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device, dtype, batch_size = settings_of(args, args.eta)
-    noises, ranges = read_pairs(args.noise, config.num_steps) if config.sampler == "belm" else (None, {})
-    noises = noises or read_noises(args.noise)
-    writable_folder(args.output)
+    settings = settings_of(args, args.eta)
+    noises, ranges = read_states(args.noise, settings[0])
+    with lock(writable_folder(args.output)):
+        draw(args, *settings, noises, ranges)
+
+
+def read_states(folder, config):
+    """({name: noise, or for belm a pair of states}, {name: range of the picture}) of a folder."""
+    noises, ranges = read_pairs(folder, config.num_steps) if config.sampler == "belm" else (None, {})
+    return noises or read_noises(folder), ranges
+
+
+def draw(args, config, device, dtype, batch_size, noises, ranges):
+    """The grader's files."""
     started = time.perf_counter()
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape[-3:])
     print(f"drawing {len(noises)} faces with {args.checkpoint}, {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {config.sampler} in "
           f"{config.num_steps} steps, on {describe(device, dtype)}", flush=True)
+    made = Made("p2_ddim.inference", asdict(config) | {"seed": args.seed, "dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
+    own = {f"{name}.png": {"noise": fingerprint(args.noise / f"{name}.pt")} for name in noises}
+    claim(args.output, made, own, batch_size, {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve()),
+                                               "noises": str(args.noise.resolve())}, args.overwrite)
     first = torch.stack([noise.reshape(-1, *noise.shape[-3:])[0] for noise in list(noises.values())[:batch_size]]).to(device)
     announce([(config.evaluations * math.ceil(len(noises) / batch_size), lambda: Denoiser(unet, dtype=dtype).eps(first, NUM_TIMESTEPS - 1))],
              unet, device, started)
     for name, x in generate(torch.compile(unet) if args.compile else unet, noises, config, batch_size, args.seed, dtype):
         if not np.isfinite(x.sum().item()):
             raise UserError(f"the image of {name}.pt is not finite; try --dtype fp32")
-        save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png")
+        save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png", made.with_own(own[f"{name}.png"]).as_json())
     print(f"wrote {len(noises)} images to {args.output} in {time.perf_counter() - started:.1f} s\nnext: bash scripts/p2_grade.sh {args.output} GT")
 
 

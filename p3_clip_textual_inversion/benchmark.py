@@ -33,6 +33,7 @@ from .defaults import MINIATURE
 from .device import DTYPES, autocast, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
+from .guard import command as command_of
 from .inference import DrawConfig, draw
 from .sources import draw_batch, draw_noise, encode, pick
 from .stable_diffusion import load_stable_diffusion
@@ -208,7 +209,7 @@ def main():
     rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, machine)
     measured, chosen = {}, [row for row, (what, *_) in ROWS.items() if what in args.only]
     for row in tqdm([row for turn in range(ROUNDS) for row in chosen if turn == 0 or ROWS[row][0] != "draw"], desc="measuring", unit="row"):
-        command = [sys.executable, "-m", "p3_clip_textual_inversion.benchmark", "--row", row, "--device", args.device]
+        command = [*command_of("p3_clip_textual_inversion.benchmark"), "--row", row, "--device", args.device]
         command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("images", "steps", "batch-size")]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:

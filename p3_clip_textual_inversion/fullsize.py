@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .files import MINI, UserError, atomic_path, run, writable_folder
+from .guard import command as command_of
 from .stable_diffusion import CONFIGS, TEXT_PREFIX
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -124,7 +125,7 @@ def main():
                                   ("inference", [source, f"{folder}/out", args.path, "--embeddings", learned, "--steps", 2, "--num-images", 1, *common])):
             started = time.perf_counter()
             print(f"== {module}", flush=True)
-            if subprocess.run([sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)], check=False).returncode:
+            if subprocess.run([*command_of(f"{__package__}.{module}"), *map(str, arguments)], check=False).returncode:
                 raise UserError(f"{module} failed with {args.path}")
             print(f"{module}: {time.perf_counter() - started:.0f} s", flush=True)
     unit = 1 if sys.platform == "darwin" else 1024

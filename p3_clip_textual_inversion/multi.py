@@ -9,7 +9,6 @@ apart and Custom Diffusion under the guidance of compose.py.
 
 import argparse
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of, sheet
 from .files import ROOT, UserError, check_flags, run, writable_folder, write_json
+from .guard import command as command_of
 from .inference import add_arguments, draw, settings_of
 from .measures import wilson
 from .pictures import read_picture, save_image
@@ -191,7 +191,7 @@ def train_missing(args, concepts):
     given = [f"--{flag}={value}" for flag, value in (("side", args.side), ("batch-size", args.train_batch_size), ("dtype", args.dtype)) if value is not None]
     given += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     for name, (steps, flags) in args.row.several.runs.items():
-        command = [sys.executable, "-m", f"{__package__}.train", args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
+        command = [*command_of(f"{__package__}.train"), args.input, "--checkpoint", args.checkpoint, "--output", args.output / name,
                    "--sample-every", 0, "--steps", (args.train_steps or steps) * (len(concepts) if "--joint" in flags else 1), "--seed", args.seed,
                    "--device", args.device, *flags, *given]
         print(f"== learning: {name}", flush=True)

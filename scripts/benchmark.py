@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import subprocess
-import sys
 
-from common import ROOT, atomic_path, fail, read_json, write_whole
+from common import ROOT, UserError, atomic_path, fail, files, module, read_json, run, write_whole
 
 RESULTS = ROOT / "report" / "results"
 CHART = ROOT / "report" / "figures" / "benchmark.png"
@@ -46,8 +44,11 @@ def draw_chart(rows, machines, path):
         axis.set_title(unit, loc="left", fontsize=10)
     titles = [f"{problem.upper()}: " + ", ".join(f"{name} {value}" for name, value in machine.items()) for problem, machine in machines.items()]
     figure.suptitle("\n".join(titles), fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=90)
+    except UserError as error:
+        fail(str(error))
     plt.close(figure)
 
 
@@ -58,7 +59,7 @@ def main():
     args = parser.parse_args()
     for problem in [] if args.render else args.only:
         print(f"== {problem}", flush=True)
-        if subprocess.run([sys.executable, "-m", MODULES[problem]], check=False).returncode:
+        if module(MODULES[problem]):
             fail(f"the benchmark of {problem} failed")
     paths = {problem: RESULTS / f"{problem}_benchmark.json" for problem in MODULES}
     results = {problem: read_json(path) for problem, path in paths.items() if path.is_file()}
@@ -69,12 +70,12 @@ def main():
         fail(f"a file in {RESULTS} is no benchmark's: {type(error).__name__}: {error}; measure again with scripts/benchmark.sh")
     if not rows:
         fail(f"{RESULTS} has no benchmark's results; measure with scripts/benchmark.sh")
-    for problem, way, value, unit in rows:
-        print(f"{problem}  {way:55} {value:9.2f} {unit}")
-    write_whole(RESULTS / "summary.json", json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+    write_whole(RESULTS / "summary.json", json.dumps(files.finite({"machines": machines, "rows": rows}), indent=1) + "\n")
     draw_chart(rows, machines, CHART)
+    for problem, way, value, unit in rows:  # after what is written: a closed pipe costs nothing
+        print(f"{problem}  {way:55} {value:9.2f} {unit}")
     print(f"wrote {RESULTS / 'summary.json'} and {CHART}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,50 +1,39 @@
-"""What the scripts share: reading what earlier runs wrote, writing whole files, and stopping with one line."""
+"""What the scripts share: from P1's files.py and guard.py, which need Python alone, and starting a module of the project."""
 
-import json
-import os
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from p1_cfg_ddpm import files, guard  # noqa: E402
+from p1_cfg_ddpm.files import UserError, atomic_path, run  # noqa: E402, F401
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # one of the scripts is run, and not imported by a test
+    guard.open_streams()
+    guard.quiet_interrupts()
 
 
 def fail(text):
-    sys.exit(f"error: {text}")
+    sys.exit(f"error: {files.shown(text)}")
 
 
-def read_json(path, **options):
-    """The content of a JSON file that a run wrote. options: json.loads's."""
+def read_json(path, make=dict):
+    """The content of a JSON file that a run wrote. make: what objects become, of their dict."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), **options)
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        fail(f"{path} is not JSON: {error}; run the script that writes it again")
-
-
-@contextmanager
-def atomic_path(path):
-    """Yields a temporary name beside `path` and renames it to `path` at the end, so that a kill never leaves half a file."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.part", suffix=path.suffix)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; an output is as readable as any other
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        return files.read_json(path, make)
+    except UserError as error:
+        fail(f"{error}; run the script that writes it again")
 
 
 def write_whole(path, text):
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        files.write_whole(path, text)
+    except UserError as error:
+        fail(str(error))
+
+
+def module(name, *arguments):
+    """Runs a module of the project, and returns its exit code. It is interrupted with this program, and has then said so."""
+    return guard.call([sys.executable, ROOT / "scripts" / "run.py", name, *arguments])

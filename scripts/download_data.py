@@ -2,11 +2,13 @@
 
 import argparse
 import errno
+import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
-from common import ROOT, fail
+from common import ROOT, UserError, fail, files, run
 
 HW2_DATA = ROOT / "hw2_data"
 FILE_ID = "1W6Y1OmjzNw2qHoGDCpGOwGpw27wLg1fi"
@@ -26,20 +28,21 @@ def main():
     if not problems(args.output):
         print(f"{args.output} is complete; nothing to do")
         return
-    if args.archive and not args.archive.is_file():
-        fail(f"no such archive: {args.archive}")
     try:
+        if args.archive:
+            files.existing_file(args.archive, "archive")
         args.output.mkdir(parents=True, exist_ok=True)
+        with files.lock(files.writable_folder(args.output)):
+            archive = args.archive or download(args.output)
+            kept = unpack(archive, args.output)
+    except UserError as error:
+        fail(str(error))
     except OSError as error:
-        fail(f"cannot make the folder {args.output}: {error.strerror}")
-    archive = args.archive or download(args.output)
-    unpack(archive, args.output)
-    found = problems(args.output)
-    if found:
-        fail(f"{archive} was unpacked to {args.output}, but {found[0]}; delete the archive and run this again")
-    if not args.archive:
-        archive.unlink()
-    print(f"{args.output} is complete\nnext: bash scripts/p1_train.sh, with --size base on a GPU")
+        fail(f"cannot make the folder {args.output}: {files.first_line(error)}")
+    for name in kept:
+        print(f"what was there is kept as {name}")
+    rest = "" if args.archive else f"; {archive} is no longer needed"
+    print(f"{args.output} is complete{rest}\nnext: bash scripts/p1_train.sh, with --size base on a GPU")
 
 
 def problems(folder):
@@ -47,9 +50,13 @@ def problems(folder):
     found = []
     for name, least in EXPECTED.items():
         path = folder / name
-        count = sum(1 for _ in path.iterdir()) if path.is_dir() else int(path.is_file() and path.stat().st_size > 0)
+        try:
+            count = sum(1 for _ in path.iterdir()) if os.path.isdir(path) else int(os.path.isfile(path) and os.path.getsize(path) > 0)
+        except OSError as error:
+            found.append(f"{path} cannot be looked into: {files.first_line(error)}")
+            continue
         if count < least:
-            found.append(f"{path} " + ("does not exist" if not path.exists() else f"has {count} files, expected at least {least}"))
+            found.append(f"{path} " + (f"has {count} files, expected at least {least}" if os.path.exists(path) else "does not exist"))
     return found
 
 
@@ -58,7 +65,9 @@ def download(folder):
     import gdown
 
     archive = folder / "hw2_data.zip"
-    if archive.exists() and zipfile.is_zipfile(archive):
+    if os.path.lexists(archive):
+        if not zipfile.is_zipfile(archive):
+            fail(f"{archive} is there and is no whole zip archive; move it away and run this again")
         return archive
     try:
         done = gdown.download(id=FILE_ID, output=str(archive), resume=True)
@@ -73,23 +82,59 @@ def download(folder):
 
 
 def unpack(archive, folder):
-    """Unpacks beside the final place, then moves each part there, so that an interruption leaves nothing half unpacked."""
-    temporary = folder / ".unpacking"
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Unpacks beside the final place and, once everything is seen to be there, moves each part to it. A part of that name that is already there but is not
+    whole is moved aside, and nothing is deleted. Returns the names of what was moved aside."""
+    for stale in (path for path in folder.iterdir() if files.is_stale(path)):  # of a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = folder / files.temporary_name()
     try:
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(temporary)  # checks every file's checksum, and keeps names inside the folder
-    except Exception as error:  # a damaged archive raises what its decoder pleases: zlib.error, or RuntimeError where it seems to be encrypted
+        try:
+            with zipfile.ZipFile(archive) as file:
+                check_size(file, folder)
+                file.extractall(temporary)  # checks every file's checksum, and keeps names inside the folder
+        except Exception as error:  # a damaged archive raises what its decoder pleases: zlib.error, or RuntimeError where it seems to be encrypted
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            fail(f"{archive} cannot be unpacked ({error}); {'free some space' if full else 'delete it'} and run this again")
+        top = temporary / "hw2_data" if (temporary / "hw2_data").is_dir() else temporary
+        parts = [part for part in sorted({name.split("/")[0] for name in EXPECTED}) if any(is_of(part, name) for name in lacking(folder))]
+        wrong = [what for name, what in lacking(top).items() if name.split("/")[0] in parts]
+        if wrong:
+            fail(f"{archive} is not the course's: unpacked, {wrong[0].replace(str(top), 'its part')}; delete it and run this again")
+        return [aside for part in parts if (aside := replace(folder / part, top / part))]
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        fail(f"{archive} cannot be unpacked ({error}); {'free some space' if full else 'delete it'} and run this again")
-    top = temporary / "hw2_data" if (temporary / "hw2_data").is_dir() else temporary
-    for part in sorted({name.split("/")[0] for name in EXPECTED}):
-        if (top / part).exists():
-            shutil.rmtree(folder / part, ignore_errors=True)
-            (top / part).rename(folder / part)
-    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_of(part, name):
+    return name.split("/")[0] == part
+
+
+def lacking(folder):
+    """{name of EXPECTED: what is wrong with it}"""
+    return {name: what for what in problems(folder) for name in EXPECTED if what.startswith(f"{folder / name} ")}
+
+
+def check_size(file, folder):
+    """`OSError` where the archive holds more than the disk takes."""
+    size, free = sum(info.file_size for info in file.infolist()), shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size / 1e9:.1f} GB in it, {free / 1e9:.1f} GB free")
+
+
+def replace(path, new):
+    """Moves the folder `new` to `path`. What is there, be it a folder, a link or a file, is moved aside, and back where that fails; returns its new name."""
+    aside = None
+    if os.path.lexists(path):
+        aside = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        path.rename(aside)
+    try:
+        new.rename(path)
+    except BaseException:
+        if aside:
+            aside.rename(path)
+        raise
+    return aside
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

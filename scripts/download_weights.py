@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import http.client
 import shutil
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import ROOT, fail
+from common import ROOT, fail, run
 
 WEIGHTS = ROOT / "hw2_data" / "weights"
 CHUNK, TRIES = 2**20, 5
@@ -168,8 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped; run this again to go on", file=sys.stderr)
-        sys.exit(130)
+    run(main)

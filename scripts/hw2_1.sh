@@ -2,4 +2,4 @@
 # The grader's call of problem 1:  hw2_1.sh OUT   writes OUT/{mnistm,svhn}/{digit}_{001..050}.png
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.inference "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.inference "$@"

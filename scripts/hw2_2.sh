@@ -2,4 +2,4 @@
 # The grader's call of problem 2:  hw2_2.sh NOISE_DIR OUT UNET_PT   writes OUT/{noise name}.png
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.inference "$@"
+exec "$python" "$scripts/run.py" p2_ddim.inference "$@"

@@ -2,4 +2,4 @@
 # The grader's call of problem 3:  hw2_3.sh INPUT_JSON OUT CKPT   writes 25 pictures a prompt, with the words installed for that model
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.inference "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.inference "$@"

@@ -3,12 +3,11 @@ p3_clip_textual_inversion/embeddings/{model}/. Git keeps both, so that they can 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common import ROOT, fail
+from common import ROOT, fail, run
 
 
 def is_digit_model(path):
@@ -55,7 +54,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -2,4 +2,4 @@
 # Measures samplers, steps and guidance:  p1_benchmark.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.benchmark "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.benchmark "$@"

@@ -2,4 +2,4 @@
 # Draws the report's figures of P1:  p1_figures.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.figures "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.figures "$@"

@@ -2,4 +2,4 @@
 # Grades a folder of digits:  p1_grade.sh OUT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.evaluate "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.evaluate "$@"

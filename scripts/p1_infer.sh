@@ -2,4 +2,4 @@
 # Draws the 1,000 digits:  p1_infer.sh OUT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.inference "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.inference "$@"

@@ -2,4 +2,4 @@
 # Trains the digit model:  p1_train.sh --size small --output runs/p1   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p1_cfg_ddpm.train "$@"
+exec "$python" "$scripts/run.py" p1_cfg_ddpm.train "$@"

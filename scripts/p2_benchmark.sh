@@ -2,4 +2,4 @@
 # Times the full-size face network several ways:  p2_benchmark.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.benchmark "$@"
+exec "$python" "$scripts/run.py" p2_ddim.benchmark "$@"

@@ -2,4 +2,4 @@
 # Draws the report's figures of P2:  p2_figures.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.figures "$@"
+exec "$python" "$scripts/run.py" p2_ddim.figures "$@"

@@ -2,4 +2,4 @@
 # Grades faces against references:  p2_grade.sh OUT GT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.evaluate "$@"
+exec "$python" "$scripts/run.py" p2_ddim.evaluate "$@"

@@ -2,4 +2,4 @@
 # Draws one face per noise file:  p2_infer.sh NOISE_DIR OUT CKPT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.inference "$@"
+exec "$python" "$scripts/run.py" p2_ddim.inference "$@"

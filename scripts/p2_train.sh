@@ -2,4 +2,4 @@
 # Trains a face UNet on a folder of pictures:  p2_train.sh --data FOLDER --output runs/p2   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.train "$@"
+exec "$python" "$scripts/run.py" p2_ddim.train "$@"

@@ -2,4 +2,4 @@
 # Times zero-shot classification, learning and drawing:  p3_benchmark.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.benchmark "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.benchmark "$@"

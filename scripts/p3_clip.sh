@@ -2,4 +2,4 @@
 # CLIP zero-shot classification:  p3_clip.sh [--data DIR] [--output DIR] [--model NAME --pretrained TAG]   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.zero_shot "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.zero_shot "$@"

@@ -2,4 +2,4 @@
 # Draws the report's figures of P3:  p3_figures.sh --runs runs/p3   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.figures "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.figures "$@"

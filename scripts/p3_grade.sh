@@ -2,4 +2,4 @@
 # Grades pictures of learned words:  p3_grade.sh OUT INPUT_JSON   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.evaluate "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.evaluate "$@"

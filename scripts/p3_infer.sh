@@ -2,4 +2,4 @@
 # Draws prompts with learned words:  p3_infer.sh INPUT_JSON OUT CKPT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.inference "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.inference "$@"

@@ -2,4 +2,4 @@
 # Draws two learned concepts in one picture, several ways, and scores them:  p3_multi.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.multi "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.multi "$@"

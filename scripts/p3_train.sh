@@ -2,4 +2,4 @@
 # Learns the words of an input.json:  p3_train.sh [INPUT_JSON] [--checkpoint CKPT] [--output runs/p3]   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p3_clip_textual_inversion.train "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.train "$@"

@@ -4,31 +4,45 @@ Run again, it keeps what is there and newer than the code and the data that it i
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import ROOT, fail, read_json
+from common import ROOT, UserError, fail, files, module, read_json, run
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "out", help="folder for everything that is made")
     args = parser.parse_args()
-    out, mini = args.output.resolve(), ROOT / "hw2_data" / "mini"
-    face, prompts = mini / "face", mini / "textual_inversion" / "input.json"
-    digits = [stage("P1 1/3: draw 1,000 guided digits", out / "p1" / "svhn" / "9_050.png", "p1_cfg_ddpm.inference", out / "p1"),
-              stage("P1 2/3: grade them", out / "p1_grade" / "grade.json", "p1_cfg_ddpm.evaluate", out / "p1", "--report", out / "p1_grade"),
-              stage("P1 3/3: show them", out / "p1_figures" / "p1_reverse_svhn.png", "p1_cfg_ddpm.figures", "--output", out / "p1_figures")]
-    faces = [stage("P2 1/2: draw ten faces", out / "p2" / "09.png", "p2_ddim.inference", face / "noise", out / "p2", face / "UNet.pt"),
-             stage("P2 2/2: grade them", out / "p2_grade" / "comparison.png", "p2_ddim.evaluate", out / "p2", face / "GT", "--report", out / "p2_grade")]
-    clip = [stage("P3 1/3: classify 500 pictures by CLIP", out / "p3_clip" / "examples.png", "p3_clip_textual_inversion.zero_shot",
+    out = args.output.resolve()
+    try:
+        files.writable_folder(out)
+        with files.lock(out):
+            play(out)
+    except UserError as error:
+        fail(str(error))
+
+
+def play(out):
+    """All stages, and the table of their scores."""
+    face, prompts = files.MINI / "face", files.MINI / "textual_inversion" / "input.json"
+    pictures = {"p1": [out / "p1" / domain / f"{digit}_{i:03d}.png" for domain in ("mnistm", "svhn") for digit in range(10) for i in range(1, 51)],
+                "p2": [out / "p2" / f"{noise.stem}.png" for noise in face.glob("noise/*.pt")],
+                "p3": [out / "p3" / number / str(k) / f"source{number}_prompt{k}_{i}.png" for number, concept in read_json(prompts).items()
+                       for k in range(len(concept["prompt"])) for i in range(25)]}
+    digits = [stage("P1 1/3: draw 1,000 guided digits", pictures["p1"], "p1_cfg_ddpm.inference", out / "p1", "--overwrite"),
+              stage("P1 2/3: grade them", [out / "p1_grade" / "grade.json"], "p1_cfg_ddpm.evaluate", out / "p1", "--report", out / "p1_grade",
+                    after=pictures["p1"]),
+              stage("P1 3/3: show them", [out / "p1_figures" / "p1_reverse_svhn.png"], "p1_cfg_ddpm.figures", "--output", out / "p1_figures")]
+    faces = [stage("P2 1/2: draw ten faces", pictures["p2"], "p2_ddim.inference", face / "noise", out / "p2", face / "UNet.pt", "--overwrite"),
+             stage("P2 2/2: grade them", [out / "p2_grade" / "comparison.png"], "p2_ddim.evaluate", out / "p2", face / "GT", "--report", out / "p2_grade",
+                   after=pictures["p2"])]
+    clip = [stage("P3 1/3: classify 500 pictures by CLIP", [out / "p3_clip" / "examples.png"], "p3_clip_textual_inversion.zero_shot",
                   "--output", out / "p3_clip")]
-    words = [stage("P3 2/3: draw with learned words", out / "p3" / "1" / "1" / "source1_prompt1_24.png", "p3_clip_textual_inversion.inference",
-                   prompts, out / "p3", "--overwrite"),
-             stage("P3 3/3: grade the pictures", out / "p3_grade" / "best.png", "p3_clip_textual_inversion.evaluate",
-                   out / "p3", prompts, "--report", out / "p3_grade")]
+    words = [stage("P3 2/3: draw with learned words", pictures["p3"], "p3_clip_textual_inversion.inference", prompts, out / "p3", "--overwrite"),
+             stage("P3 3/3: grade the pictures", [out / "p3_grade" / "best.png"], "p3_clip_textual_inversion.evaluate",
+                   out / "p3", prompts, "--report", out / "p3_grade", after=pictures["p3"])]
     p1, p2, p3 = (read_json(out / f"{problem}_grade" / "grade.json") for problem in ("p1", "p2", "p3"))
     zero_shot = read_json(out / "p3_clip" / "results.json")
     try:
@@ -46,20 +60,21 @@ def main():
     print(f"\nthe report, with every figure and number: {ROOT / 'report' / 'index.html'}")
 
 
-def stage(title, result, module, *arguments):
-    """Runs one module of the project, unless `result`, what it writes last, is newer than its code and the bundled data. Its seconds."""
+def stage(title, results, name, *arguments, after=()):
+    """Runs one module of the project, unless all `results` are there and newer than its code, the bundled data and the files `after`. Its seconds."""
     print(f"\n== {title}", flush=True)
-    sources = [*(ROOT / module.split(".")[0]).rglob("*.*"), *(ROOT / "hw2_data" / "mini").rglob("*.*")]
-    made_by = [path for path in sources if path.is_file() and "__pycache__" not in path.parts]
-    if result.is_file() and result.stat().st_mtime > max(path.stat().st_mtime for path in made_by):
-        print(f"kept: {result.parent}")
+    sources = [*(ROOT / name.split(".")[0]).rglob("*.*"), *(ROOT / "hw2_data" / "mini").rglob("*.*")]
+    made_by = [path for path in sources if path.is_file() and "__pycache__" not in path.parts and ".cache" not in path.parts]
+    newest = max(path.stat().st_mtime for path in [*made_by, *(path for path in after if path.is_file())])
+    if all(path.is_file() and path.stat().st_size and path.stat().st_mtime > newest for path in results):
+        print(f"kept: {results[-1].parent}")
         return 0.0
     started = time.perf_counter()
-    code = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode  # env.sh set PYTHONPATH
+    code = module(name, *arguments)
     if code:
         sys.exit(code)
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

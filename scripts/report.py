@@ -12,15 +12,13 @@ import json
 import re
 import shutil
 import string
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import markdown
 from PIL import Image
 
-from common import ROOT, atomic_path, fail, read_json, write_whole
+from common import ROOT, UserError, atomic_path, fail, module, read_json, run, write_whole
 
 REPORT = ROOT / "report"
 COURSE_DATA = ROOT / "hw2_data"
@@ -77,14 +75,25 @@ def read_results(folder):
     """{file name: content} of every JSON."""
     results = Missing()
     for path in sorted(folder.glob("*.json")):
-        results[path.stem] = read_json(path, object_hook=Missing)
+        results[path.stem] = read_json(path, Missing)
     return results
+
+
+class Filler(string.Formatter):
+    """Numbers are put in as they are formatted; texts, which come from files and may hold anything, so that they are shown letter by letter, in Markdown
+    and in HTML."""
+
+    def format_field(self, value, spec):
+        formatted = super().format_field(value, spec)
+        if isinstance(value, (int, float, Missing)):
+            return formatted
+        return re.sub(r"[^\w\s.,:;%/@=-]", lambda match: f"&#{ord(match[0])};", " ".join(formatted.split())).replace("_", "&#95;")
 
 
 def fill_in(text, results):
     """The text with {file[key][key]:format} replaced by numbers; {{ and }} are braces."""
     try:
-        return re.sub(rf" \({MISSING}( to {MISSING})?\)", "", string.Formatter().vformat(text, (), results))  # an interval of nothing
+        return re.sub(rf" \({MISSING}( to {MISSING})?\)", "", Filler().vformat(text, (), results))  # an interval of nothing
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         fail(f"report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
 
@@ -124,18 +133,21 @@ def render(text):
     write_whole(REPORT / "index.html", string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body))
 
 
-def stage(title, module, *arguments, needed=True):
+def stage(title, name, *arguments, needed=True):
     """Runs a module of the project. Whether it succeeded; where it is needed, its failure is the report's."""
     print(f"== {title}", flush=True)
-    failed = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=False).returncode
+    failed = module(name, *arguments)
     if failed and needed:
-        fail(f"{module} failed; the report was not written")
+        fail(f"{name} failed; the report was not written")
     return not failed
 
 
 def keep(path, to):
-    with atomic_path(to) as temporary:
-        shutil.copyfile(path, temporary)
+    try:
+        with atomic_path(to) as temporary:
+            shutil.copyfile(path, temporary)
+    except UserError as error:
+        fail(str(error))
 
 
 def draw_zero_shot():
@@ -198,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,7 +5,6 @@ order: the folder in $VENV, .venv, the Python that runs this. Where none is good
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ NEEDED_GB = 2  # with a CPU build of torch; a CUDA build takes about 6
 # Run by the interpreter in question: exits with 1 if a requirement (lines "name>=1.2") is not met.
 CHECK = """
 import sys
+sys.path[:] = [folder for folder in sys.path if folder]  # nothing from the folder one stands in
 from importlib.metadata import PackageNotFoundError, version
 def numbers(text):
     return [int("".join(c for c in part if c.isdigit()) or 0) for part in text.split("+")[0].split(".")[:3]]
@@ -41,41 +41,58 @@ def main():
     files = [ROOT / "requirements.txt"] + ([ROOT / "scripts" / "requirements-dev.txt"] if args.dev else [])
     requirements = [line.split("#")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     requirements = [line for line in requirements if line]
-    digest = hashlib.sha256("\n".join(requirements).encode()).hexdigest()
 
     venv = Path(os.environ.get("VENV") or ROOT / ".venv").absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp = venv / ".requirements"  # the digests that were found to be met, a line each
-    if python.exists():
-        if not (stamp.exists() and digest in stamp.read_text().split()):
-            if not meets(python, requirements):
-                install(python, files)
-            with open(stamp, "a") as file:
-                file.write(digest + "\n")
-    elif not os.environ.get("VENV") and meets(sys.executable, requirements):
+    if os.path.exists(python) and meets(python, requirements):
+        pass
+    elif not os.environ.get("VENV") and not os.path.exists(python) and meets(sys.executable, requirements):
         python = sys.executable
     else:
-        make_venv(venv)
+        if not has_pip(python):  # none yet, or one whose making was interrupted
+            make_venv(venv)
         install(python, files)
-        stamp.write_text(digest + "\n")
     print(python)
 
 
 def meets(python, requirements):
-    return subprocess.run([str(python), "-c", CHECK, *requirements], check=False, capture_output=True).returncode == 0
+    return works([str(python), "-c", CHECK, *requirements])
+
+
+def has_pip(python):
+    return os.path.exists(python) and works([str(python), "-m", "pip", "--version"])
+
+
+def works(command):
+    """Whether a command succeeds; it runs in the project's folder, since Python's -m looks first where it stands."""
+    try:
+        return subprocess.run(command, check=False, capture_output=True, cwd=ROOT).returncode == 0
+    except OSError:  # no program, or one of another kind of machine
+        return False
 
 
 def make_venv(venv):
-    folder = next(p for p in [venv, *venv.parents] if p.exists())
+    ours = not os.path.lexists(venv)
+    if not ours and not (venv / "pyvenv.cfg").is_file() and not is_empty(venv):
+        fail(f"{venv} is there and is no virtual environment; set VENV to an empty or a new folder")
+    folder = next(p for p in [venv, *venv.parents] if os.path.exists(p))
     free = shutil.disk_usage(folder).free / 1e9
     if free < NEEDED_GB:
         fail(f"only {free:.1f} GB free on the disk of {folder}; the packages take {NEEDED_GB} GB (with CUDA about 6). "
              "Free some, or set VENV to a folder elsewhere")
     say(f"making the virtual environment {venv}")
-    result = subprocess.run([sys.executable, "-m", "venv", str(venv)], check=False, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "venv", str(venv)], check=False, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
-        shutil.rmtree(venv, ignore_errors=True)
+        if ours:
+            shutil.rmtree(venv, ignore_errors=True)
         fail(f"cannot make a virtual environment in {venv}: {last_line(result)}")
+
+
+def is_empty(folder):
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def install(python, files):
@@ -83,11 +100,13 @@ def install(python, files):
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for file in files:
         command += ["-r", str(file)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         output = result.stdout + result.stderr
         if "No space left" in output:
             fail("the disk is full: free about 6 GB, or set VENV to a folder on another disk, and run this again")
+        if not os.access(Path(python).parent, os.W_OK):
+            fail(f"{Path(python).parent.parent} lacks packages of requirements.txt and cannot be written to; set VENV to a folder of your own")
         fail(f"pip could not install the packages: {last_line(result)}")
 
 
@@ -106,4 +125,8 @@ def fail(text):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.version_info < OLDEST_PYTHON:
+        main()  # says so
+    from common import run
+
+    run(main)

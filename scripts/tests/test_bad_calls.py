@@ -61,7 +61,7 @@ def test_a_full_disk_does_not_blame_the_archive(archive, tmp_path, monkeypatch):
     (["--output", "{t}/file/data"], "error: cannot make the folder {t}/file/data: Not a directory"),
     (["--output", "/proc/data"], "error: cannot make the folder /proc/data: No such file or directory"),
     (["--output", "{t}/data", "--archive", "{t}/no.zip"], "error: no such archive: {t}/no.zip"),
-    (["--output", "{t}/data", "--archive", "{t}"], "error: no such archive: {t}"),
+    (["--output", "{t}/data", "--archive", "{t}"], "error: cannot read the archive {t}: it is a folder"),
     (["--output", "{t}/data", "--archive", "{t}/file"], "error: {t}/file cannot be unpacked (File is not a zip file)"),
 ])
 def test_bad_calls_of_the_download(tmp_path, monkeypatch, arguments, said):
@@ -70,11 +70,13 @@ def test_bad_calls_of_the_download(tmp_path, monkeypatch, arguments, said):
     assert code.startswith(said.format(t=tmp_path)) and "\n" not in code
 
 
-def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd):
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
-    assert refused(importlib.import_module("quickstart"), monkeypatch, "--output", "/dev/null/out") == 1
+def test_the_quickstart_stops_where_a_stage_does(monkeypatch, capfd, tmp_path):
+    said = refused(importlib.import_module("quickstart"), monkeypatch, "--output", "/dev/null/out")
+    assert said == "error: cannot write into folder /dev/null/out: Not a directory"
+    (tmp_path / "p1").write_bytes(b"a file")
+    assert refused(importlib.import_module("quickstart"), monkeypatch, "--output", tmp_path) == 1
     out, err = capfd.readouterr()
-    assert err == "error: cannot write into folder /dev/null/out/p1/mnistm: Not a directory\n" and "P1 2/3" not in out
+    assert err.startswith(f"error: cannot write into folder {tmp_path / 'p1'}") and err.count("\n") == 1 and "P1 2/3" not in out
 
 
 @pytest.mark.parametrize("content, said", [
@@ -93,7 +95,7 @@ def test_a_damaged_result_stops_the_benchmarks_table(tmp_path, monkeypatch, cont
 @pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("{}", "is not what this script wrote")])
 def test_a_damaged_grade_stops_the_quickstarts_table(tmp_path, monkeypatch, content, said):
     quickstart = importlib.import_module("quickstart")
-    monkeypatch.setattr(quickstart, "stage", lambda *_: 0.0)
+    monkeypatch.setattr(quickstart, "stage", lambda *_, **__: 0.0)
     for folder, name in (("p1_grade", "grade"), ("p2_grade", "grade"), ("p3_grade", "grade"), ("p3_clip", "results")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.json").write_text(content)

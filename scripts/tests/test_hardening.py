@@ -58,8 +58,9 @@ def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(problem, tmp_path
 
 def in_one_process(code, tmp_path, **options):
     """Runs code with the `files` modules of all three packages; they differ in nothing that this tests."""
-    imports = "; ".join(f"from {package} import files as f{i}" for i, package in enumerate(PACKAGES))
-    script = f"import os, sys, time, torch\nfrom PIL import Image\nfrom safetensors.torch import save_file\n{imports}\nALL = (f0, f1, f2)\n{code}"
+    imports = "; ".join(f"from {package} import files as f{i}, pictures as p{i}" for i, package in enumerate(PACKAGES))
+    script = (f"import os, sys, time, torch\nfrom PIL import Image\nfrom safetensors.torch import save_file\n{imports}\nALL = (f0, f1, f2)\n"
+              f"PICTURES = {{f0: p0, f1: p1, f2: p2}}\n{code}")
     return subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -68,7 +69,7 @@ def test_every_kind_of_write_is_refused_in_one_line(tmp_path):
     process = in_one_process("""
 def write(files, kind, path):
     if kind == "picture":
-        files.save_image(Image.effect_noise((64, 64), 50), path)
+        PICTURES[files].save_image(Image.effect_noise((64, 64), 50), path)
     elif kind == "json":
         files.write_json(path, list(range(1000)))
     else:
@@ -108,24 +109,27 @@ time.sleep(60)
     assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path.name not in ("0.json", "1.json", "2.json"))
 
 
-def test_what_killed_runs_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    """Not what is being written now, by whichever process, nor the user's files of similar names, however old."""
     process = in_one_process("""
 for i, files in enumerate(ALL):
     os.mkdir(str(i))
-    for age in (30, 90):
-        context = files.atomic_path(f"{i}/{age}.png")
-        path = context.__enter__()
-        os.utime(path, (time.time() - age,) * 2)
-        sys.stdout.write("x")
-        globals()[f"keep{i}{age}"] = context
-    open(f"{i}/.hidden", "w").close()
-    os.utime(f"{i}/.hidden", (0, 0))
+    context = files.atomic_path(f"{i}/now.png")
+    now = context.__enter__()
+    gone = now.name.replace(str(os.getpid()), "4999999")
+    other_machine = now.name.replace(".hw2-", ".hw2-f", 1)[:5] + now.name[5:].replace(now.name[5:13], "ffffffff", 1).replace(str(os.getpid()), "4999999")
+    kept = sorted([".hidden", ".movie.mkv.part", ".a.png.part12345678.png", gone + "~", "x" + gone, other_machine, now.name])
+    for name in [*kept, gone]:
+        open(f"{i}/{name}", "a").close()
+        os.utime(f"{i}/{name}", (0, 0))
     files.writable_folder(str(i))
-    names = sorted(os.listdir(str(i)))
-    assert len(names) == 2 and names[0].startswith(".30.png.part") and names[1] == ".hidden", names
+    files.writable_file(f"{i}/new.json")
+    assert sorted(os.listdir(str(i))) == kept, sorted(os.listdir(str(i)))
+    sys.stdout.write("x")
+    globals()[f"keep{i}"] = context
 """, tmp_path)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and out == "x" * 6, err
+    assert process.returncode == 0 and out == "x" * 3, err
 
 
 def writes_outside(tree):

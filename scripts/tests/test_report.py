@@ -33,7 +33,7 @@ def test_numbers_come_from_the_results(report, tmp_path):
     with pytest.raises(SystemExit, match="IndexError"):
         report.fill_in("{p1[list][7]}", results)
     (tmp_path / "results" / "bad.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"bad\.json is not JSON"):
+    with pytest.raises(SystemExit, match=r"bad\.json: it is not JSON"):
         report.read_results(tmp_path / "results")
 
 

@@ -1,0 +1,201 @@
+"""What made a picture, in its file and in a hidden one beside it: results of two makings are never mixed nor graded as something else, and can be drawn again.
+
+A picture's text holds a `Made` as JSON: the same picture has the same bytes, whatever the batch size. The folder's record adds where, and together with
+what, it was drawn. Both travel with the folder.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .files import UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
+from .pictures import SETTINGS, read_picture, save_image
+
+RECORD = ".hw2-made-by.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """program: the module; settings: all that the picture depends on; made_of: fingerprints of models and words; of: what is this picture's own, such as
+    its prompt. All JSON-able."""
+    program: str
+    settings: dict
+    made_of: dict
+    of: dict = field(default_factory=dict)
+
+    def with_own(self, of):
+        return Made(self.program, self.settings, self.made_of, of)
+
+    def as_json(self):
+        return json.loads(json.dumps(finite(asdict(self)), sort_keys=True, default=str))
+
+
+def read_made(path):
+    """The dictionary of a `Made` that a picture's text holds, or None for a picture that another program made."""
+    try:
+        check_file(path)
+        with Image.open(path) as image:
+            content = parse_json(image.info[SETTINGS])
+    except Exception:  # no picture, or one without that text
+        return None
+    return content if isinstance(content, dict) and {"program", "settings", "made_of", "of"} <= content.keys() else None
+
+
+def read_record(folder):
+    """The record of a folder, or None: {"made": Made without `of`, "pictures": {name: of}, "batches": [[name, ...], ...], "where": {...}}."""
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in (("made", dict), ("pictures", dict), ("batches", list))):
+        raise UserError(f"{path} is not a record of this project's; move it away, or choose another folder")
+    return record
+
+
+def differences(a, b, prefix=""):
+    """How two nested dictionaries differ, in words: ["seed 2 is now 3", ...]."""
+    found = []
+    for key in sorted({*a, *b}):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += differences(x, y, f"{prefix}{key} ")
+        elif x != y:
+            found.append(f"{prefix}{key} {x} is now {y}")
+    return found
+
+
+def core(made):
+    return {key: made[key] for key in ("program", "settings", "made_of")}
+
+
+def claim(folder, made, pictures, batch_size, where, overwrite=False):
+    """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
+
+    What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
+    them that are not among the new ones are then removed, as they would be mixed with them. where: for the record: device, files, ..."""
+    folder, made = Path(folder), made.as_json()
+    pictures = json.loads(json.dumps(pictures, default=str))
+    record = read_record(folder)
+    there, stale = set(), []
+    for path in sorted(path for path in folder.rglob("*.png") if not path.name.startswith(".")):
+        name, found = path.relative_to(folder).as_posix(), read_made(path)
+        if found is None:
+            if name in pictures and path.stat().st_size:
+                raise UserError(f"{path} was not drawn by this project, or is damaged, and is not overwritten; move it away, or choose another folder")
+        elif core(found) != core(made) or (name in pictures and found["of"] != pictures[name]):
+            if not overwrite:
+                changed = differences(core(found), core(made)) + differences(found["of"], pictures.get(name, found["of"]))
+                raise UserError(f"{path} was made otherwise ({'; '.join(changed[:3])}); choose another folder, or --overwrite to draw it anew")
+            stale.append(path)
+        elif name in pictures and is_whole(path):
+            there.add(name)
+    same = record is not None and core(record["made"]) == core(made)
+    todo = [name for name in pictures if overwrite or name not in there]
+    record = {"made": made, "pictures": {**(record["pictures"] if same else {}), **pictures},
+              "batches": [*(record["batches"] if same else []), *(todo[i:i + batch_size] for i in range(0, len(todo), batch_size))],
+              "where": {**where, "command": shlex.join(sys.argv), **versions()}}
+    write_json(folder / RECORD, record)
+    for path in stale:
+        if path.relative_to(folder).as_posix() not in pictures:
+            path.unlink()
+    return set() if overwrite else there
+
+
+def is_whole(path):
+    try:
+        read_picture(path)
+    except UserError:
+        return False
+    return True
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "pillow": Image.__version__, "machine": platform.machine(),
+            "threads": torch.get_num_threads()}
+
+
+def check_made(folder, paths, expected=None):
+    """What the pictures that are to be graded were made by: a dictionary of `Made`, or None where they are another program's. A `UserError` where they are of
+    several makings, or not all that the folder's record tells. expected: {name below the folder: what must be this picture's own}"""
+    folder, record = Path(folder), read_record(folder)
+    found = {path.relative_to(folder).as_posix(): read_made(path) for path in map(Path, paths)}
+    if record:
+        missing = [name for name in record["pictures"] if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} has {len(record['pictures']) - len(missing)} of the {len(record['pictures'])} pictures that its run was to draw "
+                            f"({missing[0]} is missing): the same command again goes on")
+    makings = [core(made) if made else None for made in found.values()]
+    first = core(record["made"]) if record else makings[0]
+    for name, making in zip(found, makings):
+        if making != first or (record and found[name]["of"] != record["pictures"].get(name, found[name]["of"])):
+            other = "by another program" if making is None else "; ".join(differences(first or {}, making)[:2]) or "of something else"
+            raise UserError(f"{folder / name} was made otherwise than the rest ({other}); draw the folder again, with --overwrite")
+        for key, value in (expected or {}).get(name, {}).items():
+            if making and found[name]["of"].get(key) != value:
+                raise UserError(f"{folder / name} was drawn for the {key} {found[name]['of'].get(key)!r}, not for {value!r}")
+    return first
+
+
+def told(made):
+    """A `Made`'s dictionary in one line, for a grade: settings and fingerprints."""
+    if made is None:
+        return "made by another program"
+    return "made by " + made["program"] + ": " + ", ".join(f"{key} {value}" for key, value in {**made["settings"], **made["made_of"]}.items())
+
+
+def digest(paths):
+    """16 digits of the bytes of pictures, in their order: which ones a grade is of."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return sha.hexdigest()[:16]
+
+
+def redraw(program, draw, description):
+    """The command that draws a picture again: `draw(made, names, record, args)` gives its pixels, uint8 [H, W, 3], and those of the others drawn with it,
+    {name: pixels}."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG that this problem's inference drew")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/redrawn/ and its name)")
+    parser.add_argument("--checkpoint", default=None, help="the model, where it no longer lies where it was (default: as recorded)")
+    args = parser.parse_args()
+    made, name, record = read_made(args.picture), args.picture.name, None
+    if made is None:
+        raise UserError(f"{args.picture} does not tell how it was made: it is no picture that {program} drew")
+    if made["program"] != program:
+        raise UserError(f"{args.picture} was drawn by {made['program']}; use the redraw of that problem")
+    for folder in args.picture.resolve().parents[:3]:
+        if (folder / RECORD).is_file():
+            record, name = read_record(folder), args.picture.resolve().relative_to(folder).as_posix()
+            break
+    batch = next((batch for batch in reversed(record["batches"] if record else []) if name in batch), [name])
+    where = record["where"] if record else {}
+    if isinstance(where.get("threads"), int) and where["threads"] > 0:
+        torch.set_num_threads(where["threads"])
+    try:
+        again = draw(made, name, {other: record["pictures"][other] if record else made["of"] for other in batch}, where, args)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"what {args.picture} tells of its making is damaged ({type(error).__name__}: {first_line(error)})") from None
+    output = args.output or Path("runs") / "redrawn" / args.picture.name
+    if output.resolve() == args.picture.resolve():
+        raise UserError(f"--output {output} is the picture itself")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_image(again, output, made)
+    before = np.asarray(read_picture(args.picture)).astype(int)
+    if output.read_bytes() == args.picture.read_bytes():
+        print(f"{output} is {args.picture}, byte for byte")
+    elif before.shape != again.shape:
+        print(f"{output} is {again.shape[1]}x{again.shape[0]}, {args.picture} is {before.shape[1]}x{before.shape[0]}: it was changed")
+    else:
+        error, changed = np.abs(before - again), [f"{key} {where.get(key)} is now {value}" for key, value in versions().items() if where.get(key) != value]
+        print(f"{output} differs from {args.picture} by {error.max()} grey levels at most, {error.mean():.4f} on average"
+              + (f" ({shown('; '.join(changed))})" if changed else ""))
