@@ -93,11 +93,11 @@ def picture_files(folder, what="folder of pictures"):
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and os.path.isfile(path) and path.suffix.lower() not in NO_PICTURES)
 
 
-def left_out(folder, used):
-    """What a folder holds besides the files `used`, by name: not hidden ones, nor captions. For a note that nothing is left out without a word."""
+def left_out(folder, used, besides=NO_PICTURES):
+    """What a folder holds besides the files `used`, by name: not hidden ones, nor (besides) captions. For a note that nothing is left out without a word."""
     used = {Path(path).name for path in used}
     return sorted(path.name for path in Path(folder).iterdir()
-                  if not path.name.startswith(".") and path.name not in used and path.suffix.lower() not in NO_PICTURES)
+                  if not path.name.startswith(".") and path.name not in used and path.suffix.lower() not in besides)
 
 
 def note_left_out(folder, names):

@@ -1,5 +1,6 @@
 """Tensors in files, which may come from anywhere: read without running any code, known by their first bytes, checked before they are used."""
 
+import hashlib
 import json
 import re
 import struct
@@ -186,6 +187,12 @@ def is_finite(tensor):
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     return all(value.isfinite() for value in tensor.detach().aminmax())
+
+
+def tensor_fingerprint(tensor):
+    """16 hexadecimal digits of a tensor's shape and values, as float32: the same for the same word in a file of any format."""
+    values = tensor.detach().float().cpu().contiguous()
+    return hashlib.sha256(str(tuple(values.shape)).encode() + values.numpy().tobytes()).hexdigest()[:16]
 
 
 def check_numbers(name, tensor, path):

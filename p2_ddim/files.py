@@ -22,7 +22,7 @@ from .guard import escape, stop
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "hw2_data" / "mini"  # the bundled stand-in for the course's data
 RESULTS = ROOT / "report" / "results"
-TEMPORARY = re.compile(r"\.hw2-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part(\..*)?")  # machine, process, random
+TEMPORARY = re.compile(r"\.hw2-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part(\.\w+)?")  # machine, process, random
 LOCK = ".hw2-lock"
 SHORTAGE = re.compile(r"can't allocate memory|(out of|not enough) memory|[Ss]torage size calculation overflowed|array is too big|"
                       r"[Mm]aximum allowed (size|dimension)|too large to convert|Overflow when unpacking|integer multiplication overflow")

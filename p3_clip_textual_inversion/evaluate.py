@@ -20,7 +20,8 @@ from .defaults import ROWS, SD_V1, WEIGHTS, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
 from .inference import picture_path
-from .pictures import read_picture, save_image
+from .pictures import left_out, read_picture, save_image
+from .provenance import check_made, digest, told
 
 TEXT_WEIGHT, BEST = 2.5, 5
 COURSE_IMAGES = 25
@@ -99,13 +100,18 @@ def main():
             if missing:
                 raise UserError(f"{missing[0]} is missing; expected {args.num_images} pictures in each folder")
             folder = picture_path(args.output, concept.number, k, 0).parent
-            found = len(list(folder.glob("[!.]*")))
-            if found != args.num_images:
-                raise UserError(f"{folder} holds {found} files; expected exactly {args.num_images}")
+            others = left_out(folder, [picture_path(args.output, concept.number, k, i) for i in range(args.num_images)], ())
+            if others:
+                raise UserError(f"{folder} holds {args.num_images + len(others)} files, as the grader counts; expected exactly {args.num_images}, without "
+                                f"{', '.join(others[:3])}")
     row = row_of(min(read_picture(picture_path(args.output, concepts[0].number, 0, 0)).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
     grader = judge_of(row, args, pick_dtype(args.dtype, device), device)
-    results, rows = [], []
+    all_paths = [picture_path(args.output, c.number, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)]
+    made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": c.prompts[k], "token": c.token} for c in concepts
+                                               for k in range(len(c.prompts)) for path in (picture_path(args.output, c.number, k, i)
+                                                                                           for i in range(args.num_images))})
+    results, rows, lines = [], [], [f"{args.output}, {told(made)}"]
     for concept in concepts:
         references = grader.of_pictures(examples[concept.number])  # once per concept
         directions = grader.of_texts(concept.eval_prompts)
@@ -120,11 +126,13 @@ def main():
                             "passed": passed, "best": [paths[i].name for i in best],
                             "all_image_mean": image.mean().item(), "all_text_mean": text.mean().item()})
             verdict = "no baseline" if passed is None else f"baseline {baseline[0]:.2f}, {baseline[1]:.2f}  {'pass' if passed else 'FAIL'}"
-            print(f"{concept.number}/{k}  image {image_score:6.2f}  text {text_score:6.2f}  {verdict}  {prompt}")
-            rows.append((f"{prompt}   image {image_score:.1f}, text {text_score:.1f}", [Image.open(paths[i]) for i in best]))
+            lines.append(f"{concept.number}/{k}  image {image_score:6.2f}  text {text_score:6.2f}  {verdict}  {prompt}")
+            rows.append((f"{prompt}   image {image_score:.1f}, text {text_score:.1f}", [read_picture(paths[i]) for i in best]))
     judged = [row["passed"] for row in results if row["passed"] is not None]
-    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name})
+    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name,
+                                       "made": made, "pictures": digest(all_paths)})
     save_image(sheet(rows), report / "best.png")
+    print("\n".join(lines))
     print(f"{sum(judged)} of {len(judged)} prompts pass\nwrote grade.json and best.png to {report}")
 
 

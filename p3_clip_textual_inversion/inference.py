@@ -6,24 +6,25 @@
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
 from .defaults import SD_V1, add_argument, fill_in, row_of
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
-from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings
+from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings, tokens_of
 from .estimate import announce
-from .files import UserError, check_flags, run, writable_folder
+from .files import UserError, check_flags, fingerprint, lock, note, run, writable_folder
 from .identity import identify
 from .pictures import save_image, to_uint8
+from .provenance import Made, claim
 from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .tensors import tensor_fingerprint
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def main():
                         "scripts/install.sh installed for this model)")
     parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
-    parser.add_argument("--overwrite", action="store_true", help="draw again what is already there")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
     add_arguments(parser)
     args, started = parser.parse_args(), time.perf_counter()
     config, device, _, model = settings_of(args)
@@ -135,34 +136,79 @@ def main():
     tokens = [concept.token for concept in concepts]
     words = args.embeddings or find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words")
     vectors = read_embeddings(words, tokens)
+    args.words = Path(words)
     print("\n".join([f"words: {', '.join(tokens)} of {words}", *check_models(words, tokens, model)]), flush=True)
-    jobs = [(concept, k, i) for concept in concepts for k in range(len(concept.prompts)) for i in range(args.num_images)]
     for concept in concepts:
         for k in range(len(concept.prompts)):
             writable_folder(args.output / concept.number / str(k))
-    if not args.overwrite:
-        jobs = [(c, k, i) for c, k, i in jobs if not picture_path(args.output, c.number, k, i).exists()]
+    with lock(args.output):
+        draw_all(args, config, device, model, concepts, vectors, started)
+
+
+def draw_all(args, config, device, model, concepts, vectors, started):
+    """The grader's files: those that are not there yet, whole and made in this way."""
+    jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
+    settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
+    made_of = {"model": model} | ({"projections": fingerprint(args.projections)} if args.projections else {})
+    made = Made("p3_clip_textual_inversion.inference", settings, made_of)
+    prints = {word: tensor_fingerprint(rows) for word, rows in vectors.items()}
+    own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}
+           for name, (c, k, i) in jobs.items()}
+    where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": str(args.words.resolve()),
+             "projections": str(args.projections)}
+    there = claim(args.output, made, own, config.batch_size, where, args.overwrite)
+    jobs = {name: job for name, job in jobs.items() if name not in there}
     if jobs:
-        parts = load_stable_diffusion(args.checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
-        if device.type == "cuda" and config.dtype != torch.float32:
-            parts.vae.half()  # of bf16's few digits bands are seen
-        add_words(parts, vectors)
-        if args.projections:
-            set_weights(parts.unet, read_weights(args.projections, parts.unet))
-        counts = {word: len(rows) for word, rows in vectors.items()}
-        prompts = [expand(concept.prompts[k], counts) for concept, k, _ in jobs]
-        for prompt in dict.fromkeys(prompts):
-            length = len(parts.tokenizer(prompt).input_ids)
-            if length > parts.tokenizer.model_max_length:
-                tqdm.write(f"note: a prompt has {length} tokens, the model reads {parts.tokenizer.model_max_length}: the end of {prompt!r} is lost")
-        names = [f"{concept.token}/{concept.prompts[k]}/{i}" for concept, k, i in jobs]
+        parts = prepare(args.checkpoint, device, config, vectors, args.projections)
+        prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
+        check_lengths(parts, prompts, vectors)
         announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
         with tqdm(total=len(jobs), unit="picture", desc="drawing") as bar:
-            for (concept, k, i), picture in zip(jobs, draw(parts, prompts, names, config, progress=bar)):
-                save_image(Image.fromarray(picture), picture_path(args.output, concept.number, k, i))
-    there = sum(len(c.prompts) for c in concepts) * args.num_images - len(jobs)
-    print(f"wrote {len(jobs)} pictures to {args.output} in {time.perf_counter() - started:.1f} s" + (f"; {there} were there already" if there else "")
+            for name, picture in zip(jobs, draw(parts, prompts, names, config, progress=bar)):
+                save_image(picture, args.output / name, made.with_own(own[name]).as_json())
+    print(f"wrote {len(jobs)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
           + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")
+
+
+def local(checkpoint):
+    """A path that is good from anywhere, or a hub's name as it is."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else str(checkpoint)
+
+
+def noise_name(own):
+    """By which the noise of a picture is seeded."""
+    return f"{own['token']}/{own['prompt']}/{own['number']}"
+
+
+def expanded(own, names, vectors):
+    """The prompts of the pictures `names`, with learned words written out."""
+    counts = {word: len(rows) for word, rows in vectors.items()}
+    return [expand(own[name]["prompt"], counts) for name in names]
+
+
+def prepare(checkpoint, device, config, vectors, projections=None):
+    """The model, with words and projections."""
+    parts = load_stable_diffusion(checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
+    if device.type == "cuda" and config.dtype != torch.float32:
+        parts.vae.half()  # of bf16's few digits bands are seen
+    add_words(parts, vectors)
+    if projections:
+        set_weights(parts.unet, read_weights(projections, parts.unet))
+    return parts
+
+
+def check_lengths(parts, prompts, vectors):
+    """Notes the prompts that the model does not read to their end; a `UserError` where that end has a learned word, which would go unseen."""
+    limit = parts.tokenizer.model_max_length
+    for prompt in dict.fromkeys(prompts):
+        ids = parts.tokenizer(prompt).input_ids
+        if len(ids) <= limit:
+            continue
+        lost = parts.tokenizer.convert_ids_to_tokens(ids[limit - 1:])
+        cut = [word for word, rows in vectors.items() if set(tokens_of(word, len(rows))) & set(lost)]
+        if cut:
+            raise UserError(f"the model reads {limit} tokens, and {cut[0]} comes after them, or not whole, in {prompt[:80]!r}; shorten the prompt")
+        note(f"a prompt has {len(ids)} tokens, the model reads {limit}: the end of {prompt!r} is lost")
 
 
 if __name__ == "__main__":

@@ -251,17 +251,16 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, tiny_checkpoint, tmp_path):
-    """Two at once in one folder leave all of them, a run stopped by kill -9 in the middle of the fourth picture leaves three."""
+    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
     arguments, out, killed = ["--checkpoint", tiny_checkpoint, *DRAW], tmp_path / "märz 数字 out", tmp_path / "killed"
     victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p1_cfg_ddpm.inference", killed, *arguments])), cwd=ROOT, stderr=subprocess.DEVNULL)
     both = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False) for _ in range(2)]
     assert call("inference", tmp_path / "one", *arguments)[0] == 0
-    for process in both:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
+    assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by process" in said[0] for said, code in ends), ends
     assert victim.wait() == -signal.SIGKILL
     expected = pictures(tmp_path / "one")
-    assert len(expected) == 6 and len(list(out.rglob("*.*"))) == 6
+    assert len(expected) == 6 and len(list(out.rglob("[!.]*.*"))) == 6
     for folder, count in ((out, 6), (killed, 3)):
         found = pictures(folder)
         assert len(found) == count and all((found[name] == expected[name]).all() for name in found)

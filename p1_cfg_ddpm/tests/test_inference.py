@@ -38,7 +38,7 @@ def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path
     code, text, err = command(INFER, out, "--checkpoint", tiny_checkpoint, "--images-per-digit", 3, "--steps", 2)
     assert code == 0, err
     expected = {f"{domain}/{digit}_{index:03d}.png" for domain in ("mnistm", "svhn") for digit in range(10) for index in (1, 2, 3)}
-    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == expected
+    assert {str(path.relative_to(out)) for path in out.rglob("[!.]*.*")} == expected
     with Image.open(out / "svhn" / "7_002.png") as image:
         assert image.size == (28, 28) and image.mode == "RGB"
     assert "wrote 60 images" in text and "next: bash scripts/p1_grade.sh" in text

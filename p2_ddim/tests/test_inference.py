@@ -46,7 +46,7 @@ def test_the_command_and_its_grading(command, files):
     out = files / "a folder, Ünïcode"
     code, text, err = command("p2_ddim.inference", files / "noise", out, files / "UNet.pt", "--steps", 3)
     assert code == 0 and "wrote 3 images" in text, err
-    assert sorted(path.name for path in out.iterdir()) == ["00.png", "01.png", "02.png"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["00.png", "01.png", "02.png"]
     with Image.open(out / "01.png") as image:
         assert image.size == (16, 16) and image.mode == "RGB" and np.asarray(image).max() == 255
     code, text, err = command("p2_ddim.evaluate", out, out, "--report", files / "grade")

@@ -1,0 +1,51 @@
+"""Draws a picture of a prompt again from what its PNG tells: settings, seed, model and words, in the batch that it was drawn in.
+
+    python -m p3_clip_textual_inversion.redraw OUT/0/0/source0_prompt0_3.png
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from .defaults import row_of
+from .device import DTYPES, pick_device
+from .embedding import model_name, read_embeddings
+from .files import UserError, fingerprint, note, run
+from .identity import identify
+from .inference import DrawConfig, expanded, noise_name, prepare
+from .inference import draw as draw_pictures
+from .provenance import redraw
+from .stable_diffusion import MINI_SD
+from .tensors import tensor_fingerprint
+
+
+def draw(made, name, batch, where, args):
+    """uint8 [H, W, 3] of the picture `name`, drawn with the others of its batch."""
+    checkpoint = args.checkpoint or where.get("checkpoint", str(MINI_SD))
+    identity = identify(checkpoint)
+    if model_name(row_of(identity.side), identity) != made["made_of"]["model"]:
+        note(f"{checkpoint} is another model than the one that drew {args.picture}")
+    config = DrawConfig(**{field.name: made["settings"][field.name] for field in fields(DrawConfig) if field.name not in ("batch_size", "dtype")},
+                        batch_size=len(batch), dtype=DTYPES[made["settings"]["dtype"]])
+    wanted = {word: print_ for own in batch.values() for word, print_ in own["words"].items()}
+    vectors = {word: rows for word, rows in read_embeddings(where.get("words", "."), wanted).items() if word in wanted}
+    for word, rows in vectors.items():
+        if tensor_fingerprint(rows) != wanted[word]:
+            note(f"the word {word} of {where.get('words')} is another one than that of {args.picture}")
+    projections = None
+    if "projections" in made["made_of"]:
+        projections = Path(where.get("projections", "projections.safetensors"))
+        if not projections.is_file():
+            raise UserError(f"the projections {projections} are no longer there")
+        if fingerprint(projections) != made["made_of"]["projections"]:
+            note(f"{projections} are others than those of {args.picture}")
+    parts = prepare(checkpoint, pick_device("auto"), config, vectors, projections)
+    pictures = draw_pictures(parts, expanded(batch, batch, vectors), [noise_name(own) for own in batch.values()], config)
+    return dict(zip(batch, pictures))[name]
+
+
+def main():
+    redraw("p3_clip_textual_inversion.inference", draw, __doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    run(main)
