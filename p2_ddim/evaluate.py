@@ -28,8 +28,6 @@ def read_pairs(output, truth):
     """{name: (result, reference)}, uint8 [H, W, 3] each, for every reference image."""
     for folder in (output, truth):
         existing_folder(folder, "folder")
-    if output.resolve() == truth.resolve():
-        note(f"{output} is both OUT and GT: the references are compared with themselves")
     names = sorted(path.name for path in truth.glob("[!.]*.png"))
     if not names:
         raise UserError(f"{truth} has no .png files; expected the reference images 00.png, 01.png, ...")
@@ -96,6 +94,8 @@ def main():
     write_json(report / "grade.json", {"images": scores, "mean_mse": mean, "passed": passed, "made": made, "pictures": digest(paths)})
     save_image(comparison(pairs, scores), report / "comparison.png")
     print("\n".join([f"{args.output}, {told(made)}", *lines, f"mean  MSE {mean:8.4f}  {passed} of {len(scores)} pass (below {LIMIT:g})"]))
+    if args.output.resolve() == args.truth.resolve():
+        note(f"{args.output} is both OUT and GT: the references were compared with themselves")
     print(f"wrote grade.json and comparison.png to {report}")
 
 

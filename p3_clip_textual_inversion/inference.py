@@ -19,7 +19,7 @@ from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings, tokens_of
 from .estimate import announce
-from .files import UserError, check_flags, fingerprint, lock, note, run, writable_folder
+from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
 from .identity import identify
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
@@ -136,6 +136,8 @@ def main():
     tokens = [concept.token for concept in concepts]
     words = args.embeddings or find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words")
     vectors = read_embeddings(words, tokens)
+    if args.projections:
+        existing_file(args.projections, "projections")
     args.words = Path(words)
     print("\n".join([f"words: {', '.join(tokens)} of {words}", *check_models(words, tokens, model)]), flush=True)
     for concept in concepts:

@@ -29,11 +29,11 @@ KILLED = """
 import io, os, runpy, signal, sys
 from PIL import Image
 save, count = Image.Image.save, 0
-def half(self, path):
+def half(self, path, **options):
     global count
     count += 1
     if count < 4:
-        return save(self, path)
+        return save(self, path, **options)
     save(self, whole := io.BytesIO(), "PNG")
     with open(path, "wb") as file:
         file.write(whole.getvalue()[:len(whole.getvalue()) // 2])

@@ -34,11 +34,11 @@ KILLED = """
 import io, os, runpy, signal, sys
 from PIL import Image
 save, count = Image.Image.save, 0
-def half(self, path):
+def half(self, path, **options):
     global count
     count += 1
     if count < 2:
-        return save(self, path)
+        return save(self, path, **options)
     save(self, whole := io.BytesIO(), "PNG")
     with open(path, "wb") as file:
         file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
@@ -91,7 +91,7 @@ ARGUMENTS = {
     ("inference", ["--device=meta"], "the device 'meta' cannot be used"),
     ("inference", ["--num-images=0"], "--num-images must be at least 1, not 0"),
     ("inference", ["--embeddings={t}/file"], "cannot read the embedding {t}/file"),
-    ("inference", ["--projections={t}/no"], "cannot read the projections {t}/no"),
+    ("inference", ["--projections={t}/no"], "no such projections: {t}/no"),
     ("evaluate", ["--num-images=0"], "--num-images must be at least 1, not 0"),
     ("evaluate", ["--model={t}/file"], "{t}/file cannot be read as a checkpoint: it is a text"),
     ("evaluate", ["--report={t}/file"], "cannot write into folder {t}/file"),
@@ -330,7 +330,8 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places, tiny_sd):
-    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the next run adds the others."""
+    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
+    next run adds the others."""
     def arguments(output):
         return [places / "concepts" / "input.json", output, tiny_sd, "--embeddings", places / "words", "--num-images=1", "--steps=1", "--dtype=fp32",
                 "--batch-size=1"]

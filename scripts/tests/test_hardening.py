@@ -142,6 +142,7 @@ def writes_outside(tree):
                 safe in ast.unparse(item.context_expr) for item in node.items for safe in ("atomic_path", "TemporaryDirectory")):
             inside |= {id(child) for child in ast.walk(node)}
     return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name) and id(node) not in inside
+            and ast.unparse(node.func) != "self.save"
             and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id) in WRITERS]
 
 
