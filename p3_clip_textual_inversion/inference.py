@@ -158,10 +158,14 @@ def draw_all(args, config, device, model, concepts, vectors, started):
            for name, (c, k, i) in jobs.items()}
     where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": str(args.words.resolve()),
              "projections": str(args.projections)}
+    parts = None
+    if args.side:  # before anything is written: only the model knows which will do
+        parts = prepare(args.checkpoint, device, config, vectors, args.projections)
+        parts.latent_shape(args.side)
     there = claim(args.output, made, own, config.batch_size, where, args.overwrite)
     jobs = {name: job for name, job in jobs.items() if name not in there}
     if jobs:
-        parts = prepare(args.checkpoint, device, config, vectors, args.projections)
+        parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections)
         prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
         check_lengths(parts, prompts, vectors)
         announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)

@@ -107,7 +107,7 @@ def places(tmp_path):
     ("train", ["--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
     ("train", ["--min-snr-gamma=-1"], "--min-snr-gamma must be a number above 0, not -1.0"),
     ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
-    ("train", ["--ema=nan"], "--ema must be between 0 and 1, not nan"),
+    ("train", ["--ema=nan"], "--ema must be between 0.001 and 0.25, not [nan]"),
     ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
     ("train", ["--min-snr-gamma=inf"], "--min-snr-gamma must be a number above 0, not inf"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--epochs=0"], "--epochs must be at least 1, not 0"),
@@ -144,11 +144,11 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
     whole = [image for _, image in generate(model, diffusion, jobs, sampling, 4, progress=False)]
     sizes, states = [], inference.states
 
-    def short_of_memory(model, diffusion, batch, sampling):
+    def short_of_memory(model, diffusion, batch, *others):
         sizes.append(len(batch))
         if len(batch) > 1:
             raise torch.cuda.OutOfMemoryError
-        return states(model, diffusion, batch, sampling)
+        return states(model, diffusion, batch, *others)
 
     monkeypatch.setattr(inference, "states", short_of_memory)
     halved = list(generate(model, diffusion, jobs, sampling, 4, progress=False))
