@@ -1,12 +1,12 @@
 """Custom Diffusion (Kumari et al. 2023): beside new words, the key and value projections of every cross-attention learn. Their files and their merging."""
 
-from pathlib import Path
+import re
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .files import UserError, atomic_path
+from .tensors import check_numbers, read_tensors
 
 
 def projections(unet):
@@ -32,17 +32,43 @@ def save_weights(path, weights, metadata=None):
 
 
 def read_weights(path, unet):
-    """{name: weight} of a file that `save_weights` wrote, checked against a UNet."""
-    path = Path(path)
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read the projections {path}: {error}") from None
+    """{name: weight} of a file that `save_weights` wrote, or of Custom Diffusion's weights as diffusers (pytorch_custom_diffusion_weights.bin) or the paper's
+    authors (delta*.bin, delta*.ckpt) save them; checked against a UNet."""
+    content = read_tensors(path, "file of projections", "keys and values of Custom Diffusion", foreign=True)
+    for key in ("unet", "state_dict"):  # the authors' own: beside them lie the words
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, no projections by name")
+    found = {diffusers_name(name): value for name, value in content.items() if isinstance(name, str)}
+    weights = {}
     for name, module in projections(unet).items():
-        if name not in weights or weights[name].shape != module.weight.shape:
-            found = tuple(weights[name].shape) if name in weights else "missing"
-            raise UserError(f"{path} does not fit this model: {name} is {found}, expected {tuple(module.weight.shape)}")
+        weight = found.get(name)
+        if isinstance(weight, dict) and all(isinstance(weight.get(part), torch.Tensor) for part in "uv"):  # the authors' compressed ones: a difference of low rank
+            weight = module.weight.detach().float().cpu() + weight["u"].float() @ weight["v"].float()
+        if not isinstance(weight, torch.Tensor) or weight.shape != module.weight.shape:
+            shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else "missing"
+            raise UserError(f"{path} does not fit this model: {name} is {shape}, expected {tuple(module.weight.shape)}")
+        check_numbers(name, weight, path)
+        weights[name] = weight.float()
+    others = [name for name in found if name not in weights and name.endswith((".weight", ".bias"))]
+    if others:
+        raise UserError(f"{path} also changes {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}; expected keys and values of "
+                        "cross-attention only")
     return weights
+
+
+def diffusers_name(name):
+    """The name in diffusers' UNet of a key or value that diffusers' processors, or the original layout, call otherwise."""
+    name = re.sub(r"processor\.(to_[kv])_custom_diffusion", r"\1", name.removeprefix("unet.")).removeprefix("model.diffusion_model.")
+    place = re.match(r"(input|output)_blocks\.(\d+)\.1\.|middle_block\.1\.", name)
+    if not place:
+        return name
+    rest = name[place.end():]
+    if place[1] is None:
+        return f"mid_block.attentions.0.{rest}"
+    number = int(place[2])
+    block, layer = divmod(number - 1, 3) if place[1] == "input" else divmod(number, 3)
+    return f"{'down' if place[1] == 'input' else 'up'}_blocks.{block}.attentions.{layer}.{rest}"
 
 
 def merge(base, tuned, targets, regular, ridge=1e-4):

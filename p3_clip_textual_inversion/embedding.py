@@ -6,14 +6,15 @@ A concept is one word of the prompt, such as <new1>, and one or several vectors.
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import ROOT, UserError, atomic_path
+from .words import gather, read_words, word_files
 
 INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
 
@@ -132,39 +133,17 @@ def save_embedding(path, word, rows, metadata=None):
 
 
 def read_embedding(path):
-    """(word, rows [n, dim] float32, metadata) of a file that `save_embedding` or diffusers wrote."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            if len(names) != 1:
-                raise UserError(f"{path} has {len(names)} tensors; expected one, named after the learned word")
-            rows = file.get_tensor(names[0])
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read the embedding {path}: {error}") from None
-    if names[0].split() != names:
-        raise UserError(f"{path} names its word {names[0]!r}; expected one word without spaces, such as <new1>")
-    rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not rows.is_floating_point() or 0 in rows.shape or not rows.float().isfinite().all():
-        raise UserError(f"{path} holds {names[0]} as {rows.dtype} {tuple(rows.shape)}; expected finite floating point [vectors, dim]")
-    return names[0], rows.float(), metadata
+    """(word, rows [n, dim] float32, metadata) of a file of one word; the word is "" where the file does not tell it."""
+    found, _, metadata = read_words(path)
+    if len(found) != 1:
+        raise UserError(f"{path} has {len(found)} words; expected one")
+    (word, rows), = found.items()
+    return word, rows, metadata
 
 
 def read_embeddings(folder, needed=()):
-    """{word: rows} of every .safetensors in a folder, or of one file; the words `needed` must be among them."""
-    folder = Path(folder)
-    paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder} has no embeddings; expected .safetensors files, as scripts/p3_train.sh writes them")
-    vectors = {}
-    for path in paths:
-        word, rows, _ = read_embedding(path)
-        if word in vectors:
-            raise UserError(f"{path}: the word {word} is in two files of {folder}")
-        vectors[word] = rows
-    for word in needed:
-        if word not in vectors:
-            raise UserError(f"{folder} has no embedding of {word} (only {', '.join(vectors)}); learn it with scripts/p3_train.sh")
-    return vectors
+    """{word: rows} of the files of words in a folder, or of one file: of the words `needed`, if any are, or of all."""
+    return gather([folder], list(needed))[0]
 
 
 def model_name(row, identity):
@@ -178,23 +157,25 @@ def installed_folder(name):
 
 
 def models_of(folder):
-    """{file: (word, name of its model or None)} of the .safetensors in a folder, or of one file; what is no word's file is left out."""
-    folder, found = Path(folder), {}
-    for path in [folder] if folder.is_file() else sorted(folder.glob("[!.]*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names, model = list(file.keys()), (file.metadata() or {}).get("model", "")
-        except (SafetensorError, OSError, ValueError):
-            continue
-        if len(names) == 1:
-            found[path] = names[0], model if re.fullmatch(r"\w+-[0-9a-f]{12}-[0-9a-f]{12}", model) else None
+    """{file: (word, name of its model or None)} of the files of one word in a folder, or of one file; what is no word's file is left out."""
+    found = {}
+    for path in word_files(folder):
+        with suppress(UserError):
+            word, _, metadata = read_embedding(path)
+            found[path] = word, told_model(metadata)
     return found
 
 
-def check_models(folder, words, name):
-    """Notes, a line each, on the words of a folder that were learned with another model than the one of this name."""
+def told_model(metadata):
+    """The name of a word's model that its file tells, or None."""
+    model = metadata.get("model", "")
+    return model if re.fullmatch(r"\w+-[0-9a-f]{12}-[0-9a-f]{12}", model) else None
+
+
+def check_models(found, words, name):
+    """Notes, a line each, on the words of files, {path: (word, name of its model or None)}, that were learned with another model than the one of this name."""
     notes = []
-    for path, (word, model) in models_of(folder).items():
+    for path, (word, model) in found.items():
         if word not in words or model in (None, name):
             continue
         if model.split("-")[1] != name.split("-")[1]:
@@ -225,7 +206,9 @@ def install(source, name=None):
         raise UserError(f"{source} has no words; expected .safetensors files, as scripts/p3_train.sh writes them")
     installed = []
     for path, (word, model) in found.items():
-        rows, told = read_embedding(path)[1:]  # or says what is wrong with it
+        _, rows, told = read_embedding(path)
+        if not word:
+            raise UserError(f"{path} does not tell its word; draw with it by --embeddings '<new1>={path}'")
         if not (model or name):
             raise UserError(f"{path} does not tell which model {word} was learned with; give that by --checkpoint")
         target = installed_folder(model or name) / file_of("", word).name
@@ -234,8 +217,7 @@ def install(source, name=None):
             replaced = target.parent / "replaced"
             replaced.mkdir(exist_ok=True)
             shutil.copyfile(target, next(p for i in range(10**6) if not (p := replaced / f"{target.stem}_{i}.safetensors").exists()))
-        with atomic_path(target) as temporary:
-            shutil.copyfile(path, temporary)
+        save_embedding(target, word, rows, told)
         installed.append(target)
     return installed
 

@@ -24,13 +24,14 @@ FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "unet", "c
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint of Stable Diffusion is, wherever it lies and in whatever form. side: of its pictures, in pixels.
+    """What a checkpoint of Stable Diffusion is, wherever it lies and in whatever form. side: of its pictures, in pixels; width: of its words' vectors.
 
     words: of the token table, which decides what learned words mean; unet: of the UNet's first convolution, which finetuning changes. 12 digits each, of
     the values in half precision, so that a .ckpt, an fp16 file and a folder of one model have the same."""
     side: int
     words: str
     unet: str
+    width: int = 0
 
     def __str__(self):
         return f"{self.words}-{self.unet}"
@@ -66,7 +67,7 @@ def identify(source):
         side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source} does not tell the size of its pictures: {type(error).__name__}: {error}") from None
-    return Identity(side, fingerprint(tensors[0][:VOCABULARY]), fingerprint(tensors[1]))
+    return Identity(side, fingerprint(tensors[0][:VOCABULARY]), fingerprint(tensors[1]), tensors[0].shape[-1])
 
 
 def fingerprint(tensor):

@@ -17,7 +17,7 @@ from .data import read_concepts
 from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
-from .embedding import add_words, check_models, expand, find_words, model_name, read_embeddings, tokens_of
+from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
 from .identity import identify
@@ -25,6 +25,7 @@ from .pictures import save_image, to_uint8
 from .provenance import Made, claim
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
+from .words import gather
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def add_arguments(parser):
 
 
 def settings_of(args):
-    """(DrawConfig, device, the model's row of the table, its name) of parsed arguments, checked; prints what is in use."""
+    """(DrawConfig, device, the model's row of the table, its name) of parsed arguments, checked; prints what is in use, and leaves args.width, of its words."""
     identity = identify(args.checkpoint)
-    row = row_of(identity.side)
+    row, args.width = row_of(identity.side), identity.width
     name, told = model_name(row, identity), fill_in(args, row.drawing)
     check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     if not 1 <= args.steps <= 1000:
@@ -123,9 +124,11 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("checkpoint", nargs="?", default=str(MINI_SD), metavar="CKPT",
                         help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
-    parser.add_argument("--embeddings", type=Path, default=None, help="folder of the learned words' .safetensors (default: those that "
+    parser.add_argument("--embeddings", action="append", default=None, metavar="WORDS", help="a folder of learned words' files, or one; '<new1>=FILE' where "
+                        "a file does not tell its word; '<new1>=dog+FILE' for a difference to dog's row; may be given several times (default: those that "
                         "scripts/install.sh installed for this model)")
-    parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion")
+    parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion, or "
+                        "Custom Diffusion's weights as diffusers or its authors' code save them")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
     add_arguments(parser)
@@ -134,38 +137,39 @@ def main():
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
     tokens = [concept.token for concept in concepts]
-    words = args.embeddings or find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words")
-    vectors = read_embeddings(words, tokens)
+    args.words = args.embeddings or [str(find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words"))]
+    texts = [prompt for concept in concepts for prompt in concept.prompts]
+    vectors, initials, origin = gather(args.words, tokens, texts, args.width, model)
     if args.projections:
         existing_file(args.projections, "projections")
-    args.words = Path(words)
-    print("\n".join([f"words: {', '.join(tokens)} of {words}", *check_models(words, tokens, model)]), flush=True)
+    told = {path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}
+    print("\n".join([f"words: {', '.join(tokens)} of {', '.join(args.words)}", *check_models(told, tokens, model)]), flush=True)
     for concept in concepts:
         for k in range(len(concept.prompts)):
             writable_folder(args.output / concept.number / str(k))
     with lock(args.output):
-        draw_all(args, config, device, model, concepts, vectors, started)
+        draw_all(args, config, device, model, concepts, vectors, initials, started)
 
 
-def draw_all(args, config, device, model, concepts, vectors, started):
+def draw_all(args, config, device, model, concepts, vectors, initials, started):
     """The grader's files: those that are not there yet, whole and made in this way."""
     jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
     settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
     made_of = {"model": model} | ({"projections": fingerprint(args.projections)} if args.projections else {})
     made = Made("p3_clip_textual_inversion.inference", settings, made_of)
-    prints = {word: tensor_fingerprint(rows) for word, rows in vectors.items()}
+    prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
     own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}
            for name, (c, k, i) in jobs.items()}
     where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": str(args.words.resolve()),
              "projections": str(args.projections)}
     parts = None
     if args.side:  # before anything is written: only the model knows which will do
-        parts = prepare(args.checkpoint, device, config, vectors, args.projections)
+        parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         parts.latent_shape(args.side)
     there = claim(args.output, made, own, config.batch_size, where, args.overwrite)
     jobs = {name: job for name, job in jobs.items() if name not in there}
     if jobs:
-        parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections)
+        parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
         check_lengths(parts, prompts, vectors)
         announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
@@ -181,6 +185,16 @@ def local(checkpoint):
     return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else str(checkpoint)
 
 
+def absolute(words, needed):
+    """What --embeddings was given, with a path that is good from anywhere: <new1>=dog+FILE, too."""
+    if Path(words).exists():
+        return str(Path(words).resolve())
+    word = next(word for word in needed if words.startswith(f"{word}="))
+    rest = words[len(word) + 1:]
+    initial, file = ("", rest) if Path(rest).exists() else rest.split("+", 1)
+    return f"{word}={initial}{'+' if initial else ''}{Path(file).resolve()}"
+
+
 def noise_name(own):
     """By which the noise of a picture is seeded."""
     return f"{own['token']}/{own['prompt']}/{own['number']}"
@@ -192,12 +206,12 @@ def expanded(own, names, vectors):
     return [expand(own[name]["prompt"], counts) for name in names]
 
 
-def prepare(checkpoint, device, config, vectors, projections=None):
-    """The model, with words and projections."""
+def prepare(checkpoint, device, config, vectors, projections=None, initials=None):
+    """The model, with words and projections. initials: {word: ordinary words to whose rows its vectors are a difference}"""
     parts = load_stable_diffusion(checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
     if device.type == "cuda" and config.dtype != torch.float32:
         parts.vae.half()  # of bf16's few digits bands are seen
-    add_words(parts, vectors)
+    add_words(parts, {word: rows + initial_rows(parts, initials[word], len(rows)) if word in (initials or {}) else rows for word, rows in vectors.items()})
     if projections:
         set_weights(parts.unet, read_weights(projections, parts.unet))
     return parts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .defaults import row_of
 from .device import DTYPES, pick_device
-from .embedding import model_name, read_embeddings
+from .embedding import model_name
 from .files import UserError, fingerprint, note, run
 from .identity import identify
 from .inference import DrawConfig, expanded, noise_name, prepare
@@ -16,6 +16,7 @@ from .inference import draw as draw_pictures
 from .provenance import redraw
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
+from .words import gather
 
 
 def draw(made, name, batch, where, args):
@@ -27,9 +28,10 @@ def draw(made, name, batch, where, args):
     config = DrawConfig(**{field.name: made["settings"][field.name] for field in fields(DrawConfig) if field.name not in ("batch_size", "dtype")},
                         batch_size=len(batch), dtype=DTYPES[made["settings"]["dtype"]])
     wanted = {word: print_ for own in batch.values() for word, print_ in own["words"].items()}
-    vectors = {word: rows for word, rows in read_embeddings(where.get("words", "."), wanted).items() if word in wanted}
+    sources = where.get("words", ".")
+    vectors, initials, _ = gather([sources] if isinstance(sources, str) else sources, list(wanted))
     for word, rows in vectors.items():
-        if tensor_fingerprint(rows) != wanted[word]:
+        if tensor_fingerprint(rows) != wanted[word].rpartition("+")[2]:
             note(f"the word {word} of {where.get('words')} is another one than that of {args.picture}")
     projections = None
     if "projections" in made["made_of"]:
@@ -38,7 +40,7 @@ def draw(made, name, batch, where, args):
             raise UserError(f"the projections {projections} are no longer there")
         if fingerprint(projections) != made["made_of"]["projections"]:
             note(f"{projections} are others than those of {args.picture}")
-    parts = prepare(checkpoint, pick_device("auto"), config, vectors, projections)
+    parts = prepare(checkpoint, pick_device("auto"), config, vectors, projections, initials)
     pictures = draw_pictures(parts, expanded(batch, batch, vectors), [noise_name(own) for own in batch.values()], config)
     return dict(zip(batch, pictures))[name]
 

@@ -240,10 +240,11 @@ def test_words_are_found_by_their_model(call, concepts_json, tiny_sd, tmp_path, 
 def test_words_of_another_model_are_told(tmp_path):
     for i, model in enumerate(["sd_v1-0123456789ab-0123456789ab", "sd_v1-0123456789ab-ffffffffffff", "sd_v1-ffffffffffff-0123456789ab", "32836059 bytes"]):
         save_embedding(tmp_path / f"{i}.safetensors", f"<new{i}>", torch.ones(1, 8), {"model": model})
-    notes = check_models(tmp_path, [f"<new{i}>" for i in range(4)], "sd_v1-0123456789ab-0123456789ab")
+    notes = check_models(models_of(tmp_path), [f"<new{i}>" for i in range(4)], "sd_v1-0123456789ab-0123456789ab")
     assert len(notes) == 2 and "<new1>" in notes[0] and "another UNet of the same text encoder" in notes[0]
     assert "<new2>" in notes[1] and "was learned with another model" in notes[1]
-    assert check_models(tmp_path, ["<new0>"], "sd_v1-ffffffffffff-0123456789ab") and not check_models(tmp_path, ["<new3>"], "sd_v1-ffffffffffff-0123456789ab")
+    assert check_models(models_of(tmp_path), ["<new0>"], "sd_v1-ffffffffffff-0123456789ab")
+    assert not check_models(models_of(tmp_path), ["<new3>"], "sd_v1-ffffffffffff-0123456789ab")
 
 
 def test_installing_keeps_what_was_there(installed, tmp_path):

@@ -49,7 +49,7 @@ def test_projections_that_do_not_fit_are_named(tiny_sd, tmp_path):
         with pytest.raises(UserError, match="does not fit this model"):
             read_weights(tmp_path / "wrong.safetensors", unet)
     (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(UserError, match="cannot read the projections"):
+    with pytest.raises(UserError, match="cannot be read as a file of projections: it is a text"):
         read_weights(tmp_path / "text.safetensors", unet)
 
 
