@@ -108,7 +108,7 @@ def read_tensors(path, what, expected="", foreign=False):
 def unpickle(path, kind, foreign):
     """torch's reader of weights, which builds tensors and plain containers only."""
     options = {"mmap": True} if kind == "torch" and foreign else {}  # a large file: what is not used is not read
-    if not foreign:
+    if not foreign or kind == "legacy":  # whose classes torch cannot list
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in names]):

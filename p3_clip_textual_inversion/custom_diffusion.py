@@ -43,7 +43,7 @@ def read_weights(path, unet):
     weights = {}
     for name, module in projections(unet).items():
         weight = found.get(name)
-        if isinstance(weight, dict) and all(isinstance(weight.get(part), torch.Tensor) for part in "uv"):  # the authors' compressed ones: a difference of low rank
+        if isinstance(weight, dict) and all(isinstance(weight.get(part), torch.Tensor) for part in "uv"):  # the authors' compressed ones, of low rank
             weight = module.weight.detach().float().cpu() + weight["u"].float() @ weight["v"].float()
         if not isinstance(weight, torch.Tensor) or weight.shape != module.weight.shape:
             shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else "missing"

@@ -160,8 +160,8 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started):
     prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
     own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}
            for name, (c, k, i) in jobs.items()}
-    where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": str(args.words.resolve()),
-             "projections": str(args.projections)}
+    where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": [absolute(words, vectors) for words in args.words],
+             "projections": str(args.projections and args.projections.resolve())}
     parts = None
     if args.side:  # before anything is written: only the model knows which will do
         parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)

@@ -25,7 +25,8 @@ KINDS = {  # name of the file: (content, what --embeddings says, the word's rows
     "new1.safetensors": ({"emb_params": ROWS}, "folder", ROWS), "g.safetensors": ({"emb_params": ROWS}, "named", ROWS),
     "h.safetensors": ({"<new1>": ROW.half()}, "folder", ROW), "i.pt": ({"<new1>": ROW, "<new2>": ROWS}, "folder", ROW),
     "j.pt": ({"weight": ROW}, "named", ROW), "k.pt": (TABLE, "named", ROW), "l.bin": ({"<cat-toy>": ROW}, "named", ROW),
-    "m.safetensors": ({"<new1>": ROW, "<new1>_1": ROW + 1}, "folder", torch.cat([ROW, ROW + 1])), "n.ckpt": ({"modifier_token": {"<new1>": ROW[0]}}, "folder", ROW),
+    "m.safetensors": ({"<new1>": ROW, "<new1>_1": ROW + 1}, "folder", torch.cat([ROW, ROW + 1])),
+    "n.ckpt": ({"modifier_token": {"<new1>": ROW[0]}}, "folder", ROW),
 }
 
 
@@ -76,7 +77,7 @@ def test_what_is_not_needed_is_left_out_with_a_note(tmp_path, capsys):
     found, _, _ = gather([tmp_path], ["<new1>"], ["a <new1> as <style>"], 8)
     err = capsys.readouterr().err
     assert list(found) == ["<new1>", "<style>"] and found["<new1>"].equal(ROW)
-    for said in ("cat (cat.pt)", "'two words'", "its vectors have 16 numbers", "Stable Diffusion XL", "<new3>", "a web page"):
+    for said in ("a nameless one (cat.pt)", "'two words'", "its vectors have 16 numbers", "Stable Diffusion XL", "<new3>", "a web page"):
         assert said in err, said
     assert "notes.txt" not in err
 
