@@ -3,17 +3,20 @@
     python -m p2_ddim.benchmark      # writes report/results/p2_benchmark.json
 
 Each way runs in a process of its own, so that its peak memory is its own. A step is timed, as the median of several, and multiplied by the
-50 of a face. What bf16 costs in quality is measured on the miniature: the MSE of its pictures against its reference images.
+50 of a face. Where the time goes, per kind of layer, stands beside how fast a large matrix product is in the same process: the machine's peak. What
+bf16 costs in quality is measured on the miniature: the MSE of its pictures against its reference images.
 """
 
 import argparse
 import json
 import subprocess
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .data import read_noises
@@ -23,7 +26,7 @@ from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .guard import command as command_of
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
-from .model import UNet, UNetConfig, load_unet
+from .model import SelfAttention, UNet, UNetConfig, load_unet
 from .samplers import ddim
 
 RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
@@ -43,8 +46,78 @@ class Plain(Denoiser):
         return getattr(answer, "sample", answer)
 
 
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def matrix_peak(dtype, device, size=4096, repeats=5):
+    """Operations a second of a product of two square matrices, the best of several: two for each multiplication and addition."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def kind_and_operations(module, x, output):
+    """(kind of layer, multiplications and additions) of one call. Norms and what is left have a few a value, not counted: memory is their limit."""
+    if isinstance(module, nn.Conv2d):
+        kind = "3x3 convolutions" if module.kernel_size == (3, 3) else "1x1 convolutions"
+        return kind if module.stride == (1, 1) else f"{kind}, stride 2", 2 * output.numel() * module.weight[0].numel()
+    if isinstance(module, nn.Linear):
+        return "linear", 2 * output.numel() * module.in_features
+    if isinstance(module, SelfAttention):
+        return "attention", 4 * output.numel() * output.shape[-2] * output.shape[-1]  # q k and the weighted sum of v, each of all positions
+    return ("norms" if isinstance(module, nn.GroupNorm) else "activations, concatenations, sums"), 0
+
+
+@torch.inference_mode()
+def by_kind(unet, call, repeats, device):
+    """{kind of layer: {"seconds", "operations"}} of call(), which runs the network once; the median of several, after one to warm up.
+
+    A layer's time is its own, without the layers inside it; each is waited for, so that the sum is a little more than the whole."""
+    runs, operations, open_calls = [], {}, []
+
+    def before(module, inputs):
+        wait(device)
+        open_calls.append([time.perf_counter(), 0.0])
+
+    def after(module, inputs, output):
+        wait(device)
+        started, inner = open_calls.pop()
+        took = time.perf_counter() - started
+        if open_calls:
+            open_calls[-1][1] += took
+        kind, count = kind_and_operations(module, inputs[0], output)
+        runs[-1][kind] += took - inner
+        operations[len(runs), kind] = operations.get((len(runs), kind), 0) + count
+
+    timed = [unet, *(module for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, SelfAttention)))]
+    hooks = [hook for module in timed for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))]
+    for _ in range(repeats + 1):
+        runs.append(defaultdict(float))
+        call()
+    for hook in hooks:
+        hook.remove()
+    return {kind: {"seconds": float(np.median([run[kind] for run in runs[1:]])), "operations": operations[1, kind]} for kind in runs[0]}
+
+
+def shares_of_peak(kinds, peak, seconds):
+    """kinds, each with its share of the time and, where it computes, its speed as a share of the machine's; and all of them, in `seconds` a step."""
+    total, whole = sum(row["operations"] for row in kinds.values()), sum(row["seconds"] for row in kinds.values())
+    for row in kinds.values():
+        row["share_of_time"] = row["seconds"] / whole
+        row["share_of_peak"] = row["operations"] / row["seconds"] / peak if row["operations"] else None
+    return {"peak": peak, "operations": total, "share_of_peak": total / seconds / peak, "kinds": kinds}
+
+
 def measure(way, batch_size, side, repeats, device):
-    """Seconds per image and step, and peak memory in GB, of one way."""
+    """Seconds per image and step, and peak memory in GB, of one way; of this project's, also where they go."""
     kind, dtype, channels_last, own_batch = WAYS[way]
     torch.manual_seed(0)
     unet = UNet(UNetConfig()).eval().requires_grad_(False)
@@ -62,7 +135,13 @@ def measure(way, batch_size, side, repeats, device):
             state.x.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
-    return {"seconds_per_step": float(np.median(seconds[1:])) / n, "batch_size": n, "peak_memory_gb": peak_memory(device) / 1e9}  # the first is a warm-up
+    a_step = float(np.median(seconds[1:]))  # the first is a warm-up
+    row = {"seconds_per_step": a_step / n, "batch_size": n, "peak_memory_gb": peak_memory(device) / 1e9}
+    if channels_last:
+        x = torch.randn(n, 3, side, side, device=device)
+        kinds = by_kind(unet, lambda: model.eps(x, 500), repeats, device)
+        row["arithmetic"] = shares_of_peak(kinds, matrix_peak(DTYPES[dtype], device), a_step)
+    return row
 
 
 def miniature_mse(device):
@@ -104,6 +183,14 @@ def main():
         row |= {"seconds_per_image": 50 * row["seconds_per_step"], "speed_up": plain / row["seconds_per_step"]}
         print(f"{way:22} {row['seconds_per_step']:7.3f} s a step  {row['seconds_per_image']:7.1f} s an image  "
               f"{row['speed_up']:5.2f} x  {row['peak_memory_gb']:5.2f} GB  batch {row['batch_size']}")
+    for way, row in rows.items():
+        if "arithmetic" in row:
+            told = row["arithmetic"]
+            print(f"{way}: {told['operations'] / 1e12:.2f} T operations a step, at {told['share_of_peak']:.0%} of a "
+                  f"matrix product's {told['peak'] / 1e9:.0f} G/s")
+            for kind, part in sorted(told["kinds"].items(), key=lambda item: -item[1]["seconds"]):
+                speed = "" if part["share_of_peak"] is None else f"at {part['share_of_peak']:4.0%} of it"
+                print(f"  {kind:34} {part['share_of_time']:4.0%} of the time  {speed}")
     results = {"machine": machine(device), "side": args.side, "ways": rows}
     if (MINI / "UNet.pt").is_file():
         results["miniature_mse"] = miniature_mse(device)

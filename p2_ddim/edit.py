@@ -2,9 +2,11 @@
 
     python -m p2_ddim.edit invert PICTURES OUT UNet.pt          # then: bash scripts/p2_infer.sh OUT AGAIN UNet.pt --sampler belm
     python -m p2_ddim.edit morph PICTURE PICTURE ... OUT        # OUT/strip.png and OUT/morph.webp
+    python -m p2_ddim.edit measure                              # how exactly, in three number formats: report/results/p2_exact.json
 """
 
 import argparse
+import copy
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .device import DTYPES, describe, in_batches, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress, use_tf32
 from .diffusion import Denoiser
-from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .evaluate import mse, psnr
+from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
 from .inversion import to_pair
@@ -73,6 +76,33 @@ def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
     return [to_pictures(x[None], *ranges[name])[0] for name, x in generate(unet, starts, config, batch_size, dtype=dtype)]
 
 
+def round_trip(unet, pictures, config, batch_size):
+    """{number format: {"psnr": dB before rounding, "mse": squared grey levels after}} of {name: uint8 [H, W, 3]} to pairs and back; the worst picture's."""
+    results = {}
+    for name, network, dtype in (("fp64", copy.deepcopy(unet).double(), torch.float64), ("fp32", unet, torch.float32), ("bf16", unet, torch.bfloat16)):
+        before, after = [], []
+        pairs = invert_all(network, pictures, config, batch_size, dtype)
+        for key, x in generate(network, pairs, config, batch_size, dtype=dtype):
+            picture = pictures[key]
+            before.append(float((x - to_model(np.stack([picture]))[0].double()).square().mean()) * 127.5**2)
+            after.append(mse(to_pictures(x[None], *value_range(picture))[0], picture))
+        results[name] = {"psnr": psnr(max(before)), "mse": max(after)}
+    return results
+
+
+def measure(unet, args, config, batch_size):
+    """The `measure` command: round trips of pictures that the network drew, and of others."""
+    results = {"machine": machine(args.device), "checkpoint": args.checkpoint.name, "steps": config.num_steps}
+    for kind in ("references", "drawings"):
+        found = read_pictures(getattr(args, kind))[0]
+        chosen = list(found)[::max(len(found) // args.count, 1)][:args.count]  # spread over the folder
+        results[kind] = {"pictures": len(chosen), **round_trip(unet, {name: square(found[name], args.side) for name in chosen}, config, batch_size)}
+        for name in ("fp64", "fp32", "bf16"):
+            print(f"{kind}, {name}: {results[kind][name]['psnr']:.1f} dB, after rounding an MSE of at most {results[kind][name]['mse']:g}", flush=True)
+    write_json(args.output, results)
+    print(f"wrote {args.output}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Pictures to noises and back.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -88,11 +118,19 @@ def parse_args():
     way.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
     way.add_argument("--frames", type=int, default=8, help="from one picture to the next")
     way.add_argument("--milliseconds", type=int, default=120, help="a frame of the animation")
-    for command in (invert, way):
+    check = commands.add_parser("measure", help="how exactly pictures come back", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                description="Measures round trips in float64, float32 and bfloat16.")
+    check.add_argument("--references", type=Path, default=MINI / "GT", help="folder of pictures that the network drew")
+    check.add_argument("--drawings", type=Path, default=ROOT / "hw2_data" / "mini" / "clip_zeroshot" / "val", help="folder of others, of the same size")
+    check.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    check.add_argument("--count", type=int, default=10, help="pictures of each")
+    check.add_argument("--output", type=Path, default=RESULTS / "p2_exact.json", help="the JSON file to write")
+    for command in (invert, way, check):
         command.add_argument("--side", type=int, default=None, help="crop pictures to their middle square and bring it to this side (default: as they are)")
         command.add_argument("--steps", type=int, default=50, help="network calls a picture, each way")
         command.add_argument("--batch-size", type=int, default=None, help="pictures at a time (default: 2 on a CPU, 10 on a GPU)")
-        command.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network, the same for both ways")
+        if command is not check:
+            command.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network, the same for both ways")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     return parser.parse_args()
 
@@ -109,9 +147,14 @@ def main():
         if len(args.pictures) < 2:
             raise UserError("a way needs two pictures at least: PICTURE PICTURE ... OUT")
     use_tf32(False)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    args.device = device = pick_device(args.device)
     batch_size = args.batch_size or (2 if device.type == "cpu" else 10)
+    if args.command == "measure":
+        check_flags(args, ("count",), lambda value: value >= 1, "at least 1")
+        writable_file(args.output)
+        measure(load_unet(args.checkpoint, device), args, config, batch_size)
+        return
+    dtype = pick_dtype(args.dtype, device)
     read = read_pictures(args.pictures)[0] if args.command == "invert" else {f"{i} {path.name}": read_picture(path) for i, path in enumerate(args.pictures)}
     pictures = {name: square(picture, args.side) for name, picture in read.items()}
     sizes = {name: f"{picture.shape[1]}x{picture.shape[0]}" for name, picture in pictures.items()}

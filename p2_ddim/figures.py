@@ -2,12 +2,15 @@
 
     python -m p2_ddim.figures        # writes report/figures/p2_*.png and report/results/p2_figures.json
 
-The eta grid (noise 00-03 by eta), the slerp row and the lerp row, and three that explain: the norm of the interpolated noise (why lerp fails),
-the predicted x0 along the steps, and an inversion round trip with its error.
+The eta grid (noise 00-03 by eta) and how far apart the fresh noise's seeds draw; slerp and lerp in two rows; and those that explain: norm and spectrum
+(why lerp loses detail), mixtures of four noises as a map, the predicted x0 along the steps, inversion round trips with their errors, and, from what
+p2_ddim.sweep wrote, the samplers by their number of evaluations.
 """
 
 import argparse
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +20,18 @@ from PIL import Image, ImageDraw, ImageFont
 from .data import read_noises
 from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
-from .files import ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, read_json, run, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, settings_of, to_pictures
-from .interpolation import lerp, slerp
+from .interpolation import lerp, mix, slerp
 from .inversion import invert
 from .model import load_unet
 from .pictures import save_image
-from .samplers import ddim, finish
+from .quality import high_frequency
+from .samplers import ImageNoise, ddim, finish
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHAS = tuple(i / 10 for i in range(11))
-ROUND_TRIP_STEPS = (20, 50, 100, 250)
+ROUND_TRIP_STEPS = (20, 50, 100)
 
 
 def grid(rows, row_titles, column_titles, left=64):
@@ -49,23 +53,114 @@ def drawn(unet, noises, config, batch_size, seed, dtype):
     return [to_pictures(x[None])[0] for _, x in generate(unet, noises, config, batch_size, seed, dtype)]
 
 
-def norm_chart(a, b, path):
-    """The norm of slerp and lerp along alpha, as shares of what standard normal noise has, with the band in which nearly all noise lies."""
+def chart(path, *panels):
+    """A picture of panels side by side; each: a function that draws on matplotlib's axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    alphas, expected = np.linspace(0, 1, 101), a.numel() ** 0.5
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for name, function in (("slerp", slerp), ("lerp", lerp)):
-        axis.plot(alphas, [function(a, b, float(alpha)).norm().item() / expected for alpha in alphas], label=name)
-    spread = 4 / (2 * a.numel()) ** 0.5  # the norm of n standard normals has standard deviation 1/sqrt(2), around sqrt(n)
-    axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 standard deviations of noise")
-    axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="lerp leaves the sphere the network was trained on, slerp stays on it")
-    axis.legend()
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        panel(axis)
+        axis.legend(fontsize=8)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def norm_panel(a, b):
+    """The norm of slerp and lerp along alpha, as shares of what standard normal noise has, with the band in which nearly all noise lies."""
+    def panel(axis):
+        alphas, expected = np.linspace(0, 1, 101), a.numel() ** 0.5
+        for name, function in (("slerp", slerp), ("lerp", lerp)):
+            axis.plot(alphas, [function(a, b, float(alpha)).norm().item() / expected for alpha in alphas], label=name)
+        spread = 4 / (2 * a.numel()) ** 0.5  # the norm of n standard normals has standard deviation 1/sqrt(2), around sqrt(n)
+        axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 standard deviations of noise")
+        axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="noise: lerp leaves the sphere, slerp stays on it")
+    return panel
+
+
+def halfway(unet, config, shape, count, batch_size, seed, dtype):
+    """Final states, as grey levels [count, H, W, 3], not stretched as a picture is: {"ends", "slerp", "lerp"} at alpha 0.5, of fresh pairs of noises."""
+    names = [f"pair/{i}" for i in range(2 * count)]
+    noises = list(ImageNoise(seed, names, shape)())
+    pairs = list(zip(noises[::2], noises[1::2]))
+    starts = {"ends": noises, **{function.__name__: [function(*pair, 0.5) for pair in pairs] for function in (slerp, lerp)}}
+    return {name: torch.stack([x for _, x in generate(unet, dict(enumerate(some)), config, batch_size, seed, dtype)]).permute(0, 2, 3, 1).numpy() * 127.5
+            for name, some in starts.items()}
+
+
+def spectrum(pictures):
+    """(frequencies, in cycles a pixel, mean power there) of pictures [N, H, W, 3], over all directions and channels, without their mean."""
+    x = pictures.astype(float) - pictures.mean(axis=(1, 2), keepdims=True)
+    power = (np.abs(np.fft.fft2(x, axes=(1, 2), norm="ortho")) ** 2).mean(axis=(0, 3))
+    y, x = (np.fft.fftfreq(n) for n in power.shape)
+    radius = np.hypot(y[:, None], x[None])
+    edges = np.arange(0.5, min(power.shape) // 2 + 1) / min(power.shape)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return middles, np.array([power[(low <= radius) & (radius < high)].mean() for low, high in pairwise(edges)])
+
+
+def spectrum_panel(pictures):
+    """What frequencies the pictures halfway have, as a share of what the ends have."""
+    def panel(axis):
+        frequencies, own = spectrum(pictures["ends"])
+        for name in ("slerp", "lerp"):
+            axis.plot(frequencies, spectrum(pictures[name])[1] / own, label=name)
+        axis.axhline(1, color="tab:gray", label="the ends")
+        axis.set(xlabel="frequency, cycles a pixel", ylabel="power / that of the ends", ylim=(0, None),
+                 title=f"pictures at alpha 0.5, {len(pictures['lerp'])} pairs")
+    return panel
+
+
+def deviations(grid_rows, draw, seeds):
+    """[eta, noise]: the standard deviation of each pixel over the seeds of the fresh noise, in grey levels, as a mean over the picture.
+
+    grid_rows: {eta: [uint8 [H, W, 3], ...]} of the first seed; draw(eta, seed) -> such a list, of another."""
+    result = []
+    for eta, first in grid_rows.items():
+        over_seeds = np.stack([first, *(draw(eta, seed) for seed in seeds[1:])]) if eta else np.stack([first] * 2)  # at eta 0 none is drawn
+        result.append(over_seeds.std(axis=0, ddof=1, dtype=float).mean(axis=(1, 2, 3)))
+    return np.stack(result)
+
+
+def deviation_panel(spread, names):
+    def panel(axis):
+        for name, row in zip(names, spread.T):
+            axis.plot(ETAS, row, "o-", label=f"noise {name}")
+        axis.set(xlabel="eta", ylabel="deviation over seeds, grey levels", title="how much of the picture the fresh noise decides")
+    return panel
+
+
+def corner_map(unet, corners, config, batch_size, dtype, side=5):
+    """side x side pictures: each a mixture of four noises, which stand in the corners, by the distances to them."""
+    shares = np.linspace(0, 1, side)
+    mixtures = {f"{v} {u}": mix(corners, ((1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v)) for v in shares for u in shares}
+    pictures = drawn(unet, mixtures, config, batch_size, 0, dtype)
+    return [pictures[row * side:(row + 1) * side] for row in range(side)]
+
+
+def sampler_panels(results):
+    """What p2_ddim.sweep measured, by evaluations: a panel for each of its measures that there is."""
+    told = {"distance": ("distance to {truth_steps} steps of ddim, no clamp, {faces} faces", "root mean square, grey levels"),
+            "clamped": ("the same with the clamp of x0, {faces} faces", "root mean square, grey levels"),
+            "frechet": ("Fréchet distance of {faces} faces", "Fréchet distance, features of CLIP")}
+    samplers = dict.fromkeys((row["sampler"], row["spacing"]) for part in results.values() for row in part["rows"])
+
+    def panel(axis, part, title, ylabel):
+        for color, (sampler, spacing) in enumerate(samplers):
+            own = [row for row in part["rows"] if (row["sampler"], row["spacing"]) == (sampler, spacing)]
+            label = f"--quality {sampler}" if sampler == "exact" else sampler if spacing == "trailing" else f"{sampler}, {spacing}"
+            if own:
+                axis.plot([row["evaluations"] for row in own], [row["value"] for row in own], "k*" if sampler == "exact" else f"C{color}o-", label=label)
+        asked = sorted({row["asked"] for row in part["rows"]})
+        axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=ylabel, title=title.format(**part))
+        axis.set_xticks(asked, map(str, asked))
+        axis.xaxis.minorticks_off()
+        if "of_drawn" in part:
+            axis.axhline(part["of_drawn"], color="tab:gray", label="drawn faces")
+    return [partial(panel, part=results[name], title=title, ylabel=ylabel) for name, (title, ylabel) in told.items() if name in results]
 
 
 @torch.inference_mode()
@@ -90,46 +185,65 @@ def main():
     parser.add_argument("--noise", type=Path, default=MINI / "noise", help="folder with 00.pt .. 03.pt")
     parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "p2_figures.json", help="where the numbers go")
+    parser.add_argument("--results", type=Path, default=None, help="where the numbers go (default: report/results/p2_figures.json, or the folder of --output)")
+    parser.add_argument("--samplers", type=Path, default=RESULTS / "p2_samplers.json", help="what p2_ddim.sweep wrote")
     parser.add_argument("--iterations", type=int, default=3, help="fixed-point iterations per step of the inversion; 1 is the usual inversion")
     parser.add_argument("--round-trips", type=int, nargs="+", default=ROUND_TRIP_STEPS, metavar="STEPS", help="steps of the inversion's round trips")
+    parser.add_argument("--seeds", type=int, default=4, help="of the fresh noise, over which pictures deviate")
+    parser.add_argument("--pairs", type=int, default=16, help="of noises, whose pictures halfway have their spectrum measured")
     add_arguments(parser)
     args = parser.parse_args()
     config, device, dtype, batch_size = settings_of(args)
-    check_flags(args, ("iterations",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("iterations", "pairs"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("seeds",), lambda value: value >= 2, "at least 2")
+    if config.sampler != "ddim":
+        raise UserError(f"the figures show eta and inversion, which are ddim's, not {config.sampler}'s; leave --sampler and --quality out")
     noises = read_noises(args.noise)
     if len(noises) < 4:
         raise UserError(f"{args.noise} has {len(noises)} noises; the figures need four")
-    writable_folder(args.output)
-    writable_file(args.results)
+    folder = writable_folder(args.output)
+    default = folder == ROOT / "report" / "figures"
+    results = writable_file(args.results or (RESULTS if default else folder) / "p2_figures.json")
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape)
-    unet = torch.compile(unet) if args.compile else unet
+    compiled = torch.compile(unet) if args.compile else unet
     names = list(noises)[:4]
+    four = {name: noises[name] for name in names}
     a, b = noises[names[0]], noises[names[1]]
 
-    rows = [drawn(unet, {name: noises[name] for name in names}, replace(config, eta=eta), batch_size, args.seed, dtype) for eta in ETAS]
-    save_image(grid(rows, [f"eta {eta:g}" for eta in ETAS], names), args.output / "p2_eta.png")
-    rows = [drawn(unet, {f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}, replace(config, eta=0.0), batch_size, args.seed, dtype)
-            for function in (slerp, lerp)]
-    save_image(grid(rows, ["slerp", "lerp"], ALPHAS), args.output / "p2_interpolation.png")
-    norm_chart(a, b, args.output / "p2_norm.png")
+    def draw(some, settings=config, seed=args.seed):
+        return drawn(compiled, some, settings, batch_size, seed, dtype)
+
+    by_eta = {eta: draw(four, replace(config, eta=eta)) for eta in ETAS}
+    save_image(grid(list(by_eta.values()), [f"eta {eta:g}" for eta in ETAS], names), folder / "p2_eta.png")
+    spread = deviations(by_eta, lambda eta, seed: draw(four, replace(config, eta=eta), seed), range(args.seed, args.seed + args.seeds))
+    chart(folder / "p2_deviation.png", deviation_panel(spread, names))
+    rows = [draw({f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}) for function in (slerp, lerp)]
+    save_image(grid(rows, ["slerp", "lerp"], [f"alpha {alpha:g}" for alpha in ALPHAS]), folder / "p2_interpolation.png")
+    between = halfway(compiled, config, a.shape, args.pairs, batch_size, args.seed, dtype)
+    chart(folder / "p2_norm.png", norm_panel(a, b), spectrum_panel(between))
+    rows = corner_map(compiled, list(four.values()), config, batch_size, dtype)
+    save_image(grid(rows, [f"{names[0]} .. {names[1]}", "", "", "", f"{names[2]} .. {names[3]}"], [names[0], "", "", "", names[1]]), folder / "p2_corners.png")
     with torch.inference_mode():
-        states = list(replace(config, eta=0.0).states(unet, a[None].to(device), dtype=dtype))
+        states = list(config.states(compiled, a[None].to(device), dtype=dtype))
     chosen = [states[i] for i in np.linspace(0, len(states) - 1, 10).round().astype(int)]
     rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
-    save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), args.output / "p2_steps.png")
-    four = torch.stack([noises[name] for name in names]).to(device)
-    trips, usual = (round_trips(unet, four, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
+    save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), folder / "p2_steps.png")
+    start = torch.stack(list(four.values())[:2]).to(device)
+    trips, usual = (round_trips(compiled, start, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
-    save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), args.output / "p2_inversion.png")
+    save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), folder / "p2_inversion.png")
+    if args.samplers.is_file():
+        chart(folder / "p2_samplers.png", *sampler_panels(read_json(args.samplers)))
     mini = args.checkpoint.resolve() == (MINI / "UNet.pt").resolve()
-    numbers = {"network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,
-               **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
-                  for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))}}
-    write_json(args.results, numbers)
-    print(f"wrote p2_eta, p2_interpolation, p2_norm, p2_steps and p2_inversion .png to {args.output}, {args.results.name} to {args.results.parent}")
+    write_json(results, {
+        "network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,
+        **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
+           for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))},
+        "deviation": {f"{eta:g}": float(row.mean()) for eta, row in zip(ETAS, spread)},
+        "high_frequency_at_half": {name: high_frequency(between[name]) / high_frequency(between["ends"]) for name in ("slerp", "lerp")}})
+    print(f"wrote p2_*.png to {folder}, {results.name} to {results.parent}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pictures to noises and exactly back, through the commands' own `main`, with a small untrained network."""
 
+import json
 import sys
 
 import numpy as np
@@ -113,6 +114,16 @@ def test_the_references_and_faces_that_the_network_never_made_come_back():
             picture = {"reference": reference, "drawn": drawn}[name]
             again = inference.to_pictures(x[None], *edit.value_range(picture))[0]
             assert np.square(again.astype(float) - picture).mean() < (0.1 if name == "reference" else 1)
+
+
+def test_how_exactly_is_measured(call, files):
+    """100 dB in float64, 0.1 squared grey levels of what the network drew, 1 of what it never made, in every number format."""
+    call(edit, "measure", "--references", files / "pictures", "--drawings", files / "pictures", "--checkpoint", files / "UNet.pt", "--count", 2, "--steps", 12,
+         "--output", files / "exact.json")
+    results = json.loads((files / "exact.json").read_text())
+    for kind, limit in (("references", 0.1), ("drawings", 1)):
+        assert results[kind]["pictures"] == 2 and results[kind]["fp64"]["psnr"] > 100
+        assert all(results[kind][name]["mse"] <= limit for name in ("fp64", "fp32", "bf16"))
 
 
 def test_mixtures_of_noises_are_noise():

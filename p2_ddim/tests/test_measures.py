@@ -1,0 +1,69 @@
+"""What measures: the samplers' sweep, arithmetic by kind of layer, the spectrum of pictures; with a small untrained network."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from p2_ddim import sweep
+from p2_ddim.benchmark import by_kind, shares_of_peak
+from p2_ddim.diffusion import Denoiser
+from p2_ddim.figures import deviations, spectrum
+from p2_ddim.files import UserError, write_json
+from p2_ddim.model import UNet, UNetConfig
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return UNet(UNetConfig((32, 32), (1,), 1)).eval().requires_grad_(False)
+
+
+def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch):
+    """To the answer of the one equation that all of them solve; what the file has of the other measure stays."""
+    torch.save(unet.state_dict(), tmp_path / "UNet.pt")
+    write_json(tmp_path / "s.json", {"frechet": {"rows": []}})
+    arguments = ["--checkpoint", tmp_path / "UNet.pt", "--output", tmp_path / "s.json", "--side", 8, "--near", 1, "--truth", 100, "--evaluations", 4, 16]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--measure", "distance"])
+    sweep.main()
+    results = json.loads((tmp_path / "s.json").read_text())
+    assert results["frechet"] == {"rows": []}
+    rows = {(row["sampler"], row["asked"]): row for row in results["distance"]["rows"] if row["spacing"] == "trailing"}
+    assert {name for name, _ in rows} == {"ddim", "dpmpp_2m", "heun", "unipc", "ipndm"} and rows["heun", 16]["evaluations"] == 15
+    for sampler, _ in rows:
+        assert rows[sampler, 16]["value"] < rows[sampler, 4]["value"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments)])
+    with pytest.raises(UserError, match="frechet needs --faces"):
+        sweep.main()
+
+
+def test_arithmetic_is_counted_by_kind_of_layer(unet):
+    """As torch counts it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = Denoiser(unet), torch.randn(2, 3, 16, 16)
+    kinds = by_kind(unet, lambda: model.eps(x, 500), 2, torch.device("cpu"))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products it sees
+        model.eps(x, 500)
+    told = shares_of_peak(kinds, 1e9, 0.5)
+    assert told["operations"] == pytest.approx(counter.get_total_flops())
+    assert told["share_of_peak"] == pytest.approx(told["operations"] / 0.5e9)
+    assert sum(row["share_of_time"] for row in kinds.values()) == pytest.approx(1)
+    assert {"3x3 convolutions", "3x3 convolutions, stride 2", "1x1 convolutions", "linear", "attention", "norms"} < set(kinds)
+    assert not unet.down1._forward_hooks
+
+
+def test_the_spectrum_of_a_wave_is_where_it_should_be():
+    y, x = np.mgrid[:32, :32]
+    waves = np.stack([np.repeat((100 * np.sin(2 * np.pi * 5 * axis / 32))[..., None], 3, axis=2) for axis in (x, y)])
+    frequencies, power = spectrum(waves)
+    assert frequencies[power.argmax()] == pytest.approx(5 / 32) and power.max() > 1e6 * np.sort(power)[-2]
+
+
+def test_pictures_deviate_by_their_seeds():
+    first = [np.zeros((2, 2, 3), np.uint8)]
+    assert deviations({0.0: first, 0.5: first}, lambda eta, seed: [np.full((2, 2, 3), 20, np.uint8)], range(2)) == pytest.approx(
+        np.array([[0], [20 / 2**0.5]]))
