@@ -52,9 +52,13 @@ def transductive_limits(features, logits, truth):
     limits = {}
     for name, chosen in (("two_a_class", within <= 2), ("a_fifth_of_the_classes", truth < -(-logits.shape[1] // 5))):
         some, zero = features[chosen], logits[chosen]
-        adapted, plain = ((ranking(scores)[:, 0] == truth[chosen]).double().mean().item() for scores in (transduce(some, zero), zero))
-        limits[name] = {"images": len(some), "top1": adapted, "difference": adapted - plain}
+        adapted, plain = (hits_of(scores, truth[chosen]) for scores in (transduce(some, zero), zero))
+        limits[name] = {"images": len(some), "top1": adapted / len(some), "difference": (adapted - plain) / len(some)}
     return limits
+
+
+def hits_of(scores, truth):
+    return int((ranking(scores)[:, 0] == truth).sum())
 
 
 def tip_adapter(logits, affinity, labels, alpha, beta):
@@ -98,7 +102,7 @@ def few_shot(grader, features, logits, classes, data, zero_shot, shots, output):
         return [{"shots": len(paths), "folder": Path(shots[0]).name, "alpha": alpha, "beta": beta, **way}]
     rows = []
     for number in map(int, shots):
-        shares = []
+        hits = []
         for seed in range(DRAWS):
             mixed = torch.from_numpy(np.random.default_rng(seed).permutation(len(data.truth)))
             chosen = torch.zeros(len(mixed), dtype=torch.bool)
@@ -107,10 +111,10 @@ def few_shot(grader, features, logits, classes, data, zero_shot, shots, output):
                 raise UserError(f"--shots {number} leaves no picture to be classified")
             alpha, beta = choose_strength(features[chosen], logits[chosen], data.truth[chosen])
             adapted = tip_adapter(logits[~chosen], features[~chosen] @ features[chosen].T, data.truth[chosen], alpha, beta)
-            shares.append([(ranking(scores)[:, 0] == data.truth[~chosen]).double().mean().item() for scores in (adapted, logits[~chosen])])
-        few, zero = np.array(shares).T
-        rows.append({"shots": number, "draws": DRAWS, "images": int((~chosen).sum()), "top1": few.mean(), "lowest": few.min(), "highest": few.max(),
-                     "zero_shot": zero.mean()})
+            hits.append([hits_of(scores, data.truth[~chosen]) for scores in (adapted, logits[~chosen])])
+        (few, zero), count = zip(*hits), int((~chosen).sum())  # the same at each draw
+        rows.append({"shots": number, "draws": DRAWS, "images": count, "top1": sum(few) / (count * DRAWS), "lowest": min(few) / count,
+                     "highest": max(few) / count, "zero_shot": sum(zero) / (count * DRAWS)})
     return rows
 
 

@@ -123,7 +123,7 @@ def labelled_pictures(folder):
     entries = sorted(path for path in existing_folder(folder, "folder of pictures").iterdir() if not path.name.startswith("."))
     types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = [path for path in entries if path.suffix.lower() in types and path.is_file()]
-    return pictures, [path.name for path in entries if path not in set(pictures)]
+    return pictures, [path.name for path in sorted({*entries}.difference(pictures))]
 
 
 def read_data(folder):

@@ -4,6 +4,7 @@ Scores are float64 [N, classes], the larger the likelier; truth is int [N]; `rig
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -35,8 +36,15 @@ def recalls(right, truth):
     return {k: (int(right[truth == k].sum()), int((truth == k).sum())) for k in truth.unique().tolist()}
 
 
+def mean(counts):
+    """The mean of shares (hits, count), as near as a float can be to the fraction that it is."""
+    shares = [Fraction(hits, count) for hits, count in counts]
+    return float(sum(shares) / len(shares))
+
+
 def percentiles(draws):
-    return [float(q) for q in np.percentile(draws, [2.5, 97.5])]
+    """Of sums of fractions, whose last bits are the additions'."""
+    return [round(float(q), 12) for q in np.percentile(draws, [2.5, 97.5])]
 
 
 def mean_recall_interval(counts, seed=0):

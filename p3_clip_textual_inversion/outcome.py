@@ -9,7 +9,7 @@ import torch
 
 from .data import read_data
 from .files import atomic_path, note
-from .measures import cross_fit_temperature, expected_calibration_error, mean_recall_interval, ranking, ranks, recalls, wilson
+from .measures import cross_fit_temperature, expected_calibration_error, mean, mean_recall_interval, ranking, ranks, recalls, wilson
 
 TOP = 5
 DIGITS = 6  # of a probability, in the CSV and so in everything that is computed of it
@@ -79,7 +79,7 @@ def score(outcome, truth, names):
     confused = Counter((names[t], names[p]) for t, p in zip(truth.tolist(), outcome.order[:, 0].tolist()) if t != p)
     hits, top_hits = int(right.sum()), int(top.sum())
     return {
-        "top1": hits / count, "top5": top_hits / count, "mean_per_class_recall": float(np.mean([h / n for h, n in per_class.values()])),
+        "top1": hits / count, "top5": top_hits / count, "mean_per_class_recall": mean(per_class.values()),
         "ece": expected_calibration_error(outcome.confidence, right), "ece_calibrated": expected_calibration_error(outcome.calibrated, right),
         "temperature": float(np.mean([outcome.temperature[outcome.fold == f][0] for f in outcome.fold.unique()])),
         "intervals": {"top1": wilson(hits, count), "top5": wilson(top_hits, count), "mean_per_class_recall": mean_recall_interval(per_class)},

@@ -74,7 +74,7 @@ def compare_templates(features, texts, sets, data):
     captions = list(texts)
     return rows, {"captions": len(captions), "best": {"template": captions[best], "top1": int(single[best].sum()) / len(data.truth)},
                   "worst": {"template": captions[worst], "top1": int(single[worst].sum()) / len(data.truth)},
-                  "mean": shares.mean().item(), "deviation": shares.std(correction=0).item(), "chosen_on_other_half": float(np.mean(other))}
+                  "mean": int(single.sum()) / single.numel(), "deviation": shares.std(correction=0).item(), "chosen_on_other_half": float(np.mean(other))}
 
 
 def classify(grader, data, sets, args, output):
@@ -123,9 +123,10 @@ def report(results, data):
     print(f"{results['pictures_read']} pictures read, {results['pictures_per_second']:.0f} a second" if not known else
           f"{known} pictures were known already, {results['pictures_read']} were read now")
     print(f"calibration: error {results['ece']:.1%}, {results['ece_calibrated']:.1%} at a temperature of {results['temperature']:.2f}")
-    for row in results["template_sets"] if len(results["template_sets"]) > 1 else ():
-        print(f"  captions {row['templates']:12} ({row['captions']:2}): top-1 {row['top1']:.2%}, {row['difference']:+.2%} "
-              f"({row['difference_interval'][0]:+.1%} to {row['difference_interval'][1]:+.1%}), p {row['mcnemar_p']:.2g}")
+    for i, row in enumerate(results["template_sets"] if len(results["template_sets"]) > 1 else ()):
+        low, high = row["difference_interval"]
+        print(f"  captions {row['templates']:12} ({row['captions']:2}): top-1 {row['top1']:.2%}"
+              + (f", {row['difference']:+.2%} ({low:+.1%} to {high:+.1%}), p {row['mcnemar_p']:.2g}" if i else ""))
     single = results["single_templates"]
     if single["captions"] > 1:
         best = single["best"]
@@ -137,7 +138,7 @@ def report(results, data):
         print(f"transductive: top-1 {way['top1']:.2%}, {way['difference']:+.2%} ({low:+.1%} to {high:+.1%}); where classes come but twice "
               f"{way['two_a_class']['difference']:+.2%}, where four of five classes are absent {way['a_fifth_of_the_classes']['difference']:+.2%}")
     for row in results.get("few_shot", ()):
-        print(f"few-shot, {row['shots']} labelled pictures{'' if 'folder' in row else ' a class'}: top-1 {row['top1']:.2%}"
+        print(f"few-shot, {row['shots']} labelled picture{'s' if row['shots'] > 1 else ''}{'' if 'folder' in row else ' a class'}: top-1 {row['top1']:.2%}"
               + (f", {row['difference']:+.2%}" if "folder" in row else f" (zero-shot on the same pictures {row['zero_shot']:.2%})"))
     worst = sorted(results["per_class"].items(), key=lambda item: item[1])[:5]
     print("worst classes: " + ", ".join(f"{name} {recall:.0%}" for name, recall in worst))

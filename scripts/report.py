@@ -106,8 +106,6 @@ def figure(match):
     """<img> of a Markdown picture -> a <figure>; with a title "slider ...", one with a slider over the picture's columns or rows."""
     attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[0]))
     path, caption = REPORT / attributes["src"], attributes.get("alt", "")
-    if not path.is_file():
-        return f"<p><em>{caption}: not drawn yet</em></p>"
     title = html.unescape(attributes.get("title", ""))
     if not title.startswith("slider "):
         return f'<figure><img src="{data_url(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
@@ -124,7 +122,8 @@ def figure(match):
 
 
 def render(text):
-    """Writes report.md and index.html."""
+    """Writes report.md and index.html. A picture that is not there is said to be missing."""
+    text = re.sub(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)", lambda match: match[0] if (REPORT / match[2]).is_file() else f"*{match[1]}: not drawn yet*\n", text)
     write_whole(REPORT / "report.md", re.sub(r'(\]\([^)\s]+) "slider [^"]*"\)', r"\1)", text))
     body = markdown.markdown(text, extensions=["tables"])
     body = re.sub(r"<table>.*?</table>", lambda match: f'<div class="table">{match[0]}</div>', body, flags=re.DOTALL)

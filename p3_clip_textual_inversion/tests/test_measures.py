@@ -23,6 +23,11 @@ def test_ranks_and_the_first_guess_agree_on_ties():
     assert measures.ranks(order, torch.tensor([0, 1, 2])).tolist() == [1, 2, 3]
 
 
+def test_a_mean_of_shares_is_the_fraction_that_it_is():
+    assert measures.mean([(1, 10), (2, 10), (3, 10)]) == 0.2 != (0.1 + 0.2 + 0.3) / 3
+    assert measures.percentiles([0.1 + 0.2] * 3) == [0.3, 0.3]
+
+
 def test_recalls_are_exact_counts():
     right, truth = torch.tensor([1, 0, 1, 1], dtype=torch.bool), torch.tensor([2, 2, 0, 2])
     assert measures.recalls(right, truth) == {0: (1, 1), 2: (2, 3)}

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import open_clip
@@ -72,6 +73,11 @@ def test_everything_follows_from_the_csv(results):
     labels = np.array([row["label"] for row in rows])
     per_class = {label: sum(ranks[labels == label] == 1) / sum(labels == label) for label in ("dog", "bus", "red apple")}
     assert results["per_class"] == per_class and results["mean_per_class_recall"] == pytest.approx(np.mean(list(per_class.values())), abs=1e-12)
+    p, n = results["top1"], count  # Wilson's interval: where the true share lies 1.96 of its own deviations from the one seen
+    for bound in results["intervals"]["top1"]:
+        assert n * (p - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound), abs=1e-9)
+    pairs = Counter((row["label"], row["predicted_1"]) for row in rows if row["rank"] != "1")
+    assert {(pair["truth"], pair["predicted"]): pair["count"] for pair in results["confused"]} == pairs
     for column, key in (("probability_1", "ece"), ("calibrated", "ece_calibrated")):
         sure = np.array([float(row[column]) for row in rows])
         bins = np.digitize(sure, np.linspace(0, 1, 16), right=True)

@@ -51,7 +51,7 @@ def test_the_page_is_self_contained(report, tmp_path):
     assert "<title>Title</title>" in page and '<div class="table"><table>' in page and "later: not drawn yet" in page
     settings = json.loads(html.unescape(re.search(r'data-slider="(.*?)"', page)[1]))
     assert settings == {"along": "columns", "left": 64, "top": 22, "step": 68, "width": 68, "height": 68, "full": 268, "labels": ["t 1", "t 2", "t 3"]}
-    assert "![a strip](figures/strip.png)" in text and "slider" not in text
+    assert "![a strip](figures/strip.png)" in text and "*later: not drawn yet*" in text and "none.png" not in text and "slider" not in text
 
 
 def test_the_text_of_the_project_can_be_filled_in(report):
