@@ -98,7 +98,7 @@ def commands(folder):
         "P2 inference, half": (f"{p2}.inference", [folder / "noise", out / "faces2", out / "p2/UNet.pt", "--steps", 2, "--dtype", "auto", "--eta", 1]),
         "P2 evaluate": (f"{p2}.evaluate", [out / "faces", out / "faces2"]),
         "P2 figures": (f"{p2}.figures", ["--noise", folder / "noise", "--checkpoint", out / "p2/UNet.pt", "--steps", 2, "--iterations", 1,
-                                         "--round-trips", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
+                                         "--round-trips", 2, "--pairs", 1, "--seeds", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
         "P2 benchmark": (f"{p2}.benchmark", ["--way", "this project, bf16", "--side", 32, "--batch-size", 1, "--repeats", 1]),
         "P3 zero_shot": (f"{p3}.zero_shot", ["--data", folder / "classes", "--model", clip, "--dtype", "auto", "--output", out / "zero"]),
         "P3 train": (f"{p3}.train", [*words, "--steps", 2, "--sample-every", 2, "--output", out / "words"]),
