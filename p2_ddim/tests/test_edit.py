@@ -10,7 +10,7 @@ from PIL import Image
 
 from p2_ddim import edit, inference
 from p2_ddim.data import read_noise, read_pairs
-from p2_ddim.files import UserError
+from p2_ddim.files import RESULTS, UserError
 from p2_ddim.inference import MINI, DrawConfig
 from p2_ddim.interpolation import mix, slerp
 from p2_ddim.model import UNet, UNetConfig, load_unet
@@ -124,6 +124,12 @@ def test_how_exactly_is_measured(call, files):
     for kind, limit in (("references", 0.1), ("drawings", 1)):
         assert results[kind]["pictures"] == 2 and results[kind]["fp64"]["psnr"] > 100
         assert all(results[kind][name]["mse"] <= limit for name in ("fp64", "fp32", "bf16"))
+
+
+def test_the_numbers_reported_of_exact_inversion_keep_their_limits():
+    results = json.loads((RESULTS / "p2_exact.json").read_text())
+    for kind, limit in (("references", 0.1), ("drawings", 1)):
+        assert results[kind]["fp64"]["psnr"] >= 100 and all(results[kind][name]["mse"] <= limit for name in ("fp64", "fp32", "bf16"))
 
 
 def test_mixtures_of_noises_are_noise():
