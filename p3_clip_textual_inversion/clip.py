@@ -23,6 +23,7 @@ from .tensors import fill, is_finite, what_is
 
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
+DOWNLOADS = ("ViT-B-32", "ViT-L-14")  # OpenAI's files that scripts/download_weights.sh fetches
 FOLDER_FILES = (*open_clip_folder.WEIGHTS, *hugging_face.WEIGHTS)
 
 
@@ -69,7 +70,7 @@ def load_clip(name, pretrained=None, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # the hub's and the loaders' libraries raise many kinds
-        hint = "" if folder.is_dir() or file.is_file() else "; without internet, give a local file or folder"
+        hint = "" if folder.is_dir() or file.is_file() else "; without internet, give a local file or folder" + where_to_get(name)
         raise UserError(f"cannot load the CLIP {name} {pretrained or ''}: {first_line(error)}{hint}") from None
     wrong = next((n for n, tensor in clip.state_dict().items() if not is_finite(tensor)), None)
     if wrong:
@@ -86,12 +87,18 @@ def check_clip(name, pretrained=None):
     if known not in open_clip.list_models():
         close = difflib.get_close_matches(known, open_clip.list_models(), 3, 0.3)
         raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json or config.json, nor a file, nor a model of open_clip "
-                        f"({', '.join(close)}, ...)")
+                        f"({', '.join(close)}, ...){where_to_get(name)}")
     tags = open_clip.list_pretrained_tags_by_model(known)
     if not pretrained:
-        raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}")
+        raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}{where_to_get(name)}")
     if not Path(pretrained).is_file() and pretrained not in tags:
         raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
+
+
+def where_to_get(name):
+    """What an error adds for a CLIP that scripts/download_weights.sh has."""
+    model = next((model for model in DOWNLOADS if open_clip_name(name).removesuffix(".pt").endswith(model)), None)
+    return f"; bash scripts/download_weights.sh {model} fetches hw2_data/weights/{model}.pt, which --model takes as it is" if model else ""
 
 
 def reads_thumbnails(name):

@@ -131,6 +131,8 @@ def read_data(folder):
 
     What is no picture is left out, with a note that names it."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder of labelled pictures: {folder}; bash scripts/download_data.sh fetches the course's to hw2_data/clip_zeroshot")
     labels = read_json(folder / "id2label.json")
     if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"{folder / 'id2label.json'} must be an object of labels, {{\"class id\": \"label\"}}")

@@ -260,7 +260,8 @@ def test_bad_data_ends_in_one_line(data):
 @pytest.mark.parametrize("flags, message", [
     (["--model", "ViT-Z-99"], "ViT-Z-99"),
     (["--model", "ViT-B-32", "--pretrained", "no-such-tag"], "no-such-tag"),
-    (["--model", "ViT-B-32"], "--pretrained"),
+    (["--model", "ViT-B-32"], "--pretrained"), (["--model", "none/ViT-L-14.pt"], "download_weights.sh ViT-L-14 fetches hw2_data/weights/ViT-L-14.pt"),
+    (["--data", "none"], "no such folder of labelled pictures: none; bash scripts/download_data.sh"),
     (["--template", "a picture"], "must have {} once"), (["--template", "a {} {x}"], "must have {} once"),
     (["--templates", "imagenet8"], "--templates imagenet8 is neither plain, photo, course"),
     (["--templates", "plain", "--template", "a {}"], "not both"),
