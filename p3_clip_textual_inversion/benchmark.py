@@ -29,7 +29,7 @@ from tqdm import tqdm
 from . import diffusion
 from .clip import compute_in, image_features, load_clip, load_pictures
 from .data import example_pictures, read_concepts, varied
-from .defaults import MINIATURE
+from .defaults import MINIATURE, HelpFormatter
 from .device import DTYPES, autocast, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
@@ -187,7 +187,7 @@ def rows_to_keep(path, machine):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times classification, learning and drawing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Times classification, learning and drawing.", formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     parser.add_argument("--images", type=int, default=256, help="pictures through each CLIP")
     parser.add_argument("--steps", type=int, default=60, help="timed steps of textual inversion")

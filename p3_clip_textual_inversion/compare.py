@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import example_pictures, read_concepts
-from .defaults import input_of
+from .defaults import HelpFormatter, input_of
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
 from .files import ROOT, check_flags, run, writable_file, writable_folder, write_json
@@ -66,7 +66,7 @@ def summary_of(prompt, rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Compares learned words with the words they started from and with untrained ones.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--learned", type=Path, nargs="+", required=True, help="folders of embeddings, one for each seed of the training")
     parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .clip import Grader
 from .data import example_pictures, read_concepts
-from .defaults import ROWS, SD_V1, WEIGHTS, row_of
+from .defaults import ROWS, SD_V1, WEIGHTS, HelpFormatter, row_of
 from .device import DTYPES, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
 from .inference import picture_path
@@ -46,7 +46,8 @@ def passes(image, text, baseline):
 def add_judge_arguments(parser):
     """The flags of the CLIP that judges, which evaluate, compare and multi share."""
     told = ", ".join(f"{Path(row.judge).name} for {row.name}" for row in ROWS)
-    parser.add_argument("--model", default=None, help=f"the CLIP that judges: a model of open_clip, or a folder with open_clip_config.json (default: {told})")
+    parser.add_argument("--model", default=None, help=f"the CLIP that judges: a file of OpenAI's such as ViT-B-32.pt, a folder "
+                        f"of open_clip's or Hugging Face's, or a model of open_clip (default: {told})")
     parser.add_argument("--pretrained", default=None, help="its weights, for a named model: a tag, such as openai, or a file")
 
 
@@ -81,7 +82,7 @@ def sheet(rows, side=128, columns=BEST):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Grades pictures of learned words by CLIP.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Grades pictures of learned words by CLIP.", formatter_class=HelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that inference wrote")
     parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts; their example pictures are in folders beside it")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and best.png (default: OUT_grade beside OUT)")

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .data import example_pictures, read_concepts
-from .defaults import input_of
+from .defaults import HelpFormatter, input_of
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
 from .files import ROOT, UserError, atomic_path, first_line, read_json, run, writable_folder
@@ -59,7 +59,7 @@ def draw_learning(concepts, runs, parts, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws the figures of textual inversion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws the figures of textual inversion.", formatter_class=HelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")

@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .defaults import HelpFormatter
 from .files import MINI, UserError, atomic_path, run, writable_folder
 from .guard import command as command_of
 from .stable_diffusion import CONFIGS, TEXT_PREFIX
@@ -104,9 +105,9 @@ def write_checkpoint(path, weights):
 
 def main():
     parser = argparse.ArgumentParser(description="Loads and runs a full-size Stable Diffusion v1 of random weights from one .ckpt.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("path", type=Path, metavar="CKPT", help="the checkpoint; made with random weights if it is not there")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="number format of the UNet")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="number format of the UNet; auto: bf16 where it is native")
     args = parser.parse_args()
     if not args.path.exists():
         writable_folder(args.path.parent)

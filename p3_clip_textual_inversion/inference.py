@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
-from .defaults import SD_V1, add_argument, fill_in, row_of
+from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
@@ -119,7 +119,7 @@ def settings_of(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws prompts with learned words.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws prompts with learned words.", formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts and prompts")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("checkpoint", nargs="?", default=str(MINI_SD), metavar="CKPT",

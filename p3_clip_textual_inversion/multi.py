@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_concepts, read_data
-from .defaults import ROWS, add_argument, fill_in, input_of
+from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of, sheet
@@ -221,7 +221,7 @@ def make_prompts(args, concepts, finders):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Compares ways to draw several learned concepts in one picture.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON", help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/p3_multi"), help="folder for the trainings")

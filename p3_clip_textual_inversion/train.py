@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions, read_concepts
-from .defaults import ROWS, add_argument, fill_in, input_of, row_of
+from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .identity import identify
@@ -255,7 +255,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
 
 def parse_args():
     """(arguments, the model's `Defaults`, its name, a line that tells them)"""
-    parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON",
                         help="the concepts; their pictures are in folders 0, 1, ... beside it (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")

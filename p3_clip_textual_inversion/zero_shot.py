@@ -18,6 +18,7 @@ import torch
 from .adapters import another_way, few_shot, transduce, transductive_limits
 from .cache import make_grader
 from .clip import check_clip, ensemble, reads_thumbnails
+from .defaults import HelpFormatter
 from .device import DTYPES, name_of, pick_device, pick_dtype
 from .files import MINI, UserError, check_flags, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
@@ -147,7 +148,7 @@ def report(results, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="CLIP zero-shot classification.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="CLIP zero-shot classification.", formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, default=MINI / "clip_zeroshot", help="folder with val/{class id}_{number}.png (or .jpg, ...) and id2label.json")
     parser.add_argument("--output", type=Path, default=Path("out/p3_clip"), help="folder for results.json, predictions.csv and the pictures; of several "
                         "models, a folder for each in it, and models.json")

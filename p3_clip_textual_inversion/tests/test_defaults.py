@@ -283,3 +283,11 @@ def test_models_that_cannot_be_known_end_in_one_line(tiny_sd, tmp_path, spoil, s
     with pytest.raises(UserError, match=said) as error:
         identify(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "compare", "multi", "benchmark", "fullsize"])
+def test_help_tells_of_each_flag_and_its_default_once(call, command):
+    code, out, _ = call(f"p3_clip_textual_inversion.{command}", "--help")
+    flags = re.split(r"\n  (?=\S)", out.partition("options:")[2])
+    assert not code and len(flags) > 2 and all(len(re.split(r"\s{2,}", flag.strip(), maxsplit=1)) == 2 for flag in flags[1:]), out
+    assert all(flag.count("(default:") <= 1 for flag in flags) and "default: None" not in out and "default: False" not in out
