@@ -25,7 +25,8 @@ DRAW = {  # problem: (module, arguments with OUT for the folder, the files it wr
 
 
 def start(module, arguments, output, **options):
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # two at once: threads that wait for each other would double the time
     command = [sys.executable, "-m", module, *(str(output) if argument == "OUT" else str(argument) for argument in arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
