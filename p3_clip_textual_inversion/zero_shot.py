@@ -164,7 +164,8 @@ def main():
                         "every class has several pictures")
     parser.add_argument("--shots", nargs="+", default=None, metavar="DIR", help="also classify with labelled pictures (Tip-Adapter): a folder of your own, "
                         "named {class id}_{number}.png; or numbers of pictures a class, drawn from the data, five times, and judged on the rest")
-    parser.add_argument("--no-cache", action="store_true", help="read every picture and caption again, and keep nothing")
+    parser.add_argument("--no-cache", action="store_true", help="read every picture and caption again, and keep nothing; otherwise what was read once is "
+                        "found in $XDG_CACHE_HOME or ~/.cache, in the folder p3_clip, which may be deleted")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; the result does not depend on it")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the image tower; auto: bf16 where it is native (of the "
                         "miniature's 500 pictures it changes the rank of one), otherwise fp32")
