@@ -6,7 +6,6 @@
 """
 
 import argparse
-import csv
 import math
 import time
 from functools import lru_cache
@@ -14,28 +13,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 from .data import default_data, load_digits
-from .device import DTYPES, pick_device, pick_dtype
 from .diffusion import Diffusion, DiffusionConfig, Guided, ImageNoise, dpmpp_2m, moment_density, spaced_timesteps
-from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
-from .tensors import read_tensors
+from .tensors import fill, load_weights
+from .training import (
+    WATCHING,
+    Log,
+    Validation,
+    add_arguments,
+    first_line_of,
+    fitting,
+    guarded,
+    is_flat,
+    load_state,
+    make_optimizer,
+    prepare,
+    refuse_nonfinite,
+    seed_dropout,
+    share,
+)
 
 LOG_EVERY = 50
-BANDS = ((0, 50), (50, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of t, in thousandths of the schedule
-FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_every", "validate_every", "stop_when_flat", "compile", "device")
+FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_every", "compile", *WATCHING)  # between a run and its continuation
+ADVICE = "lower --batch-size, or choose a smaller --size"
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/p1"), help="folder of the run: its state, sample grids and model.safetensors")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="the network: small for a CPU, medium (the bundled one) or base for a GPU")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="the network: small (the bundled one) for a CPU, medium or base for a GPU")
+    parser.add_argument("--init", type=Path, default=None, help="begin with these weights, of the same --size, to go on with a result")
     parser.add_argument("--steps", type=int, default=3800, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps; the learning rate falls to zero by then")
     parser.add_argument("--batch-size", type=int, default=128, help="images per step, over all processes together")
@@ -52,13 +65,10 @@ def parse_args():
                         help="which noise levels are trained on: the normal distribution of ln(sigma / alpha); STD 0: t uniform")
     parser.add_argument("--min-snr-gamma", type=float, default=None, help="min-SNR loss weighting (5 is usual); none if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: a minute at the start, then faster on a GPU")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=1000, help="steps between two sample grids; 0 for none")
-    parser.add_argument("--validate-every", type=int, default=500, help="steps between two measurements of the validation loss; 0 for none")
-    parser.add_argument("--stop-when-flat", type=int, default=0, metavar="N", help="stop when N validations in a row have not improved on the best; 0: never")
+    add_arguments(parser)
     args = parser.parse_args()
     check_flags(args, ("steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
     from_zero = ("lr", "weight_decay", "warmup", "sample_every", "validate_every", "stop_when_flat")
@@ -75,98 +85,104 @@ def parse_args():
 def main():
     args = parse_args()
     clock = Clock(args.minutes)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
-    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world} processes")
-    if args.minutes and world > 1:
-        raise UserError("--minutes is for one process: several would not stop at the same step; give --steps")
     folder = writable_folder(args.output)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    state_file = folder / "state.pt"
-    state = load_state(state_file, settings) if state_file.exists() else None
+    accelerator, dtype = prepare(args, folder)
+    if args.minutes and accelerator.num_processes > 1:
+        raise UserError("--minutes is for one process: several would not stop at the same step; give --steps")
+    with guarded(ADVICE):
+        train(args, clock, folder, accelerator, dtype)
 
+
+def train(args, clock, folder, accelerator, dtype):
+    device = accelerator.device
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    state_file = folder / "state.pt"
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer")) if state_file.exists() else None
     with accelerator.local_main_process_first():
         data, held_out = (load_digits(args.data, split) for split in ("train", "val"))
-    images, digits, domains = (torch.from_numpy(a).to(device) for a in (data.images, data.digit, data.domain))
+    (images, digits, domains), kept = ([torch.from_numpy(a).to(device) for a in (part.images, part.digit, part.domain)] for part in (data, held_out))
 
     torch.manual_seed(args.seed)
-    net = UNet(SIZES[args.size])
+    net = UNet(SIZES[args.size]).to(device=device, memory_format=torch.channels_last)
+    if args.init:
+        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
+        net.to(device=device, memory_format=torch.channels_last)
     diffusion = Diffusion(DiffusionConfig(args.schedule, args.prediction))
-    step, history, validations, recent = 0, [], [], []
-    if state:
-        net.load_state_dict(state["model"])
-        step, history, validations = state["step"], state["history"], state["validations"]
-        recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
-    net.to(device=device, memory_format=torch.channels_last)
     ema = PowerEMA(net, args.ema)
-    model, *optimizers = accelerator.prepare(net, *make_optimizers(net, args))
+    model, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
+    step, history, recent = 0, [], []
     if state:
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        with fitting(state_file):
+            net.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
     if args.compile:
         compile_blocks(net)
 
-    accelerator.print(f"{len(data)} images from {args.data}, {args.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
-                      f"parameters on {world} x {device}, {precision if precision != 'no' else 'fp32'}" + (f", going on at step {step}" if step else ""))
-    first_step, done = step, step >= args.steps and not args.minutes
+    first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {args.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
+                  "parameters" + (f", going on at step {step}," if step else ""))
+    log = Log(accelerator, folder, "training P1", args, step, history)
+    if args.minutes:
+        log.bar.total = None
+    validate = Validation(len(held_out), (3, IMAGE_SIZE, IMAGE_SIZE), num_timesteps=diffusion.config.num_timesteps)
     steps_until = cumulative_density(diffusion, args, device)
-    bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step", desc="training P1", disable=not accelerator.is_main_process)
-    while not done:
-        index, t, eps, drop = (part.chunk(world)[rank] for part in draw_batch(step, args, len(data), steps_until, device))
-        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # dropout draws from the global generator
-        rate = args.lr * learning_rate(step, clock.share() if args.minutes else step / args.steps, args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+
+    def came():  # what share of the training is done
+        return clock.share() if args.minutes else step / args.steps
+
+    averaged, all_told = None, torch.zeros(1, dtype=torch.bool, device=device)
+
+    def validation_loss(index, t, eps):
+        x0, digit, domain = (part[index] for part in kept)
+        return diffusion.loss(averaged, to_model(x0), digit, domain, t, eps, all_told)
+
+    last = came() >= 1
+    while not last:
+        index, t, eps, drop = share(accelerator, *draw_batch(step, args, len(data), steps_until, device))
+        seed_dropout(args.seed, step, accelerator.process_index)
+        rate = args.lr * learning_rate(step, came(), args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         loss = diffusion.loss(model, to_model(images[index]), digits[index], domains[index], t, eps, drop, args.min_snr_gamma).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        net.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         step += 1
         ema.update(net, step)
-        bar.update()
-
+        log.bar.update()
         recent.append(accelerator.reduce(loss.detach(), "mean"))
-        done = clock.share() >= 1 if args.minutes else step >= args.steps
-        done = done or is_flat(validations, args.stop_when_flat)
-        if step % LOG_EVERY == 0 or done:
-            history.append([step, torch.stack(recent).mean().item()])
+
+        done = came() >= 1
+        validating = args.validate_every and (step % args.validate_every == 0 or done)
+        if step % LOG_EVERY == 0 or done or validating:
+            refuse_nonfinite(step, recent, state_file)
+            numbers = {"loss": torch.stack(recent).mean().item(), "lr": rate}
+            if validating:
+                averaged = ema.network(net.config, device)
+                numbers |= validate(validation_loss, accelerator, args.batch_size)
+            log.add(step, **numbers)
             recent = []
-            bar.set_postfix_str(f"loss {history[-1][1]:.4f}")
-            if not math.isfinite(history[-1][1]):
-                raise UserError(f"the loss is no longer finite at step {step}; the last good state is in {state_file}. Try a smaller --lr, or --dtype fp32")
-        if accelerator.is_main_process:
-            if args.sample_every and step % args.sample_every == 0:
-                save_image(sample_grid(ema.into(args.size, device), diffusion, device, args.seed), folder / f"samples_{step:06d}.png")
-            if args.validate_every and (step % args.validate_every == 0 or done):
-                losses = validation_loss(ema.into(args.size, device), diffusion, held_out, device)
-                validations.append([step, losses])
-                write_log(folder / "validation.csv", validations)
-                bar.write(f"step {step}: validation loss {np.mean(losses):.5f}; by t: {', '.join(f'{loss:.4f}' for loss in losses)}")
-            if step % args.save_every == 0 or done:
-                content = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                           "step": step, "history": history, "validations": validations, "recent": [loss.item() for loss in recent], "settings": settings}
-                with atomic_path(state_file) as temporary:
-                    torch.save(content, temporary)
-                write_json(folder / "history.json", history)
-                training = {**settings, "steps": step, "images": len(data), "loss": history[-1][1] if history else None}
-                for number, length in enumerate(args.ema):  # half precision: half the size, no measurable difference
-                    save_model(folder / ("model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"),
-                               ema.into(args.size, device, number).half(), diffusion, {**training, "ema": length})
-    bar.close()
+        last = done or is_flat(history, args.stop_when_flat)
+        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
+            save_image(sample_grid(ema.network(net.config, device), diffusion, device, args.seed), folder / f"samples_{step:06d}.png")
+        if accelerator.is_main_process and (step % args.save_every == 0 or last):
+            refuse_nonfinite(step, [*recent, *net.parameters(), *ema.averages[0].values()], state_file)
+            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,
+                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
+            with atomic_path(state_file) as temporary:
+                torch.save(content, temporary)
+            for number, length in enumerate(args.ema):  # half precision: half the size, no measurable difference
+                name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
+                facts = {**settings, "init": args.init and args.init.name, "ema": length, "steps": step, "images": len(data)}
+                save_model(folder / name, ema.network(net.config, device, number).half(), diffusion, facts)
+    log.close()
     if accelerator.is_main_process:
         path = folder / "model.safetensors"
-        print(f"wrote {path} after {step - first_step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
-    accelerator.end_training()
+        print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
 
 
 def compile_blocks(net):
@@ -223,57 +239,6 @@ def learning_rate(step, share, args):
     return min((step + 1) / max(args.warmup, 1), 1, (1 - share) / max(args.decay, 1e-9))
 
 
-def make_optimizers(net, args):
-    """Muon for the convolutions, AdamW for the rest, without weight decay on embeddings, norms and biases.
-
-    With AdamW alone (learning rate 1e-3) the small network needed 500 steps for the loss that this reaches in 200."""
-    kernels = [p for name, p in net.named_parameters() if p.ndim == 4 and not name.startswith(("stem", "head"))]
-    rest = {name: p for name, p in net.named_parameters() if not any(p is kernel for kernel in kernels)}
-    decayed = [p for name, p in rest.items() if p.ndim > 1 and "embedding" not in name]
-    kept = [p for name, p in rest.items() if p.ndim <= 1 or "embedding" in name]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return (torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=next(net.parameters()).is_cuda),
-            ConvolutionMuon(kernels, lr=args.lr, weight_decay=args.weight_decay))
-
-
-class ConvolutionMuon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for convolution kernels, each taken as a matrix [out, k * k * in]: the step is the momentum with its singular values
-    made (about) equal, scaled to the size of an AdamW step (Liu et al. 2025). torch.optim.Muon takes matrices one by one; this takes the kernels of
-    one shape together, ten times fewer launches on a GPU, and the kernels themselves, so that a gradient scaler sees each gradient once."""
-
-    def __init__(self, kernels, lr, weight_decay=0.0, momentum=0.95):
-        shapes = {}
-        for kernel in kernels:
-            shapes.setdefault(kernel.shape, []).append(kernel)
-        super().__init__([{"params": alike} for alike in shapes.values()], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            kernels, momentum = group["params"], group["momentum"]
-            out, inner, k, _ = kernels[0].shape
-            gradient = torch.stack([kernel.grad.permute(0, 2, 3, 1).flatten(1) for kernel in kernels])
-            average = self.state[kernels[0]].setdefault("momentum", torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - momentum)
-            matrices = orthogonalised(gradient.lerp(average, momentum))  # Nesterov
-            rate = group["lr"] * 0.2 * math.sqrt(max(out, k * k * inner))
-            torch._foreach_mul_(kernels, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(kernels, [m.unflatten(1, (k, k, inner)).permute(0, 3, 1, 2) for m in matrices.to(kernels[0].dtype)], alpha=-rate)
-
-
-def orthogonalised(matrices, steps=5):
-    """[N, rows, columns] with all singular values near 1: five steps of a Newton-Schulz iteration, with Jordan's coefficients, in bf16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
 class PowerEMA:
     """Averages of the weights with a power function for their memory (Karras et al. 2024, section 3.1): `length` is the average's width as a share of
     the training so far, whatever its number of steps, and the random start is forgotten by itself. Several lengths cost little; one is chosen afterwards."""
@@ -290,59 +255,16 @@ class PowerEMA:
         for gamma, average in zip(self.gammas, self.averages):
             torch._foreach_lerp_(list(average.values()), current, 1 - (1 - 1 / step) ** (gamma + 1))
 
-    def into(self, size, device, number=0):
+    def network(self, config, device, number=0):
         """A network of its own with one of the averages, in eval mode."""
-        net = UNet(SIZES[size])
+        net = UNet(config)
         net.load_state_dict(self.averages[number])
         return net.to(device=device, memory_format=torch.channels_last).eval()
-
-    def state_dict(self):
-        return self.averages
 
     def load_state_dict(self, averages):
         for own, saved in zip(self.averages, averages):
             for name in own:
                 own[name].copy_(saved[name])
-
-
-def is_flat(validations, patience):
-    """Whether the last `patience` validations were all no better than the best before them; never with patience 0."""
-    means = [np.mean(losses) for _, losses in validations]
-    return bool(patience) and len(means) > patience and min(means[-patience:]) >= min(means[:-patience])
-
-
-@torch.inference_mode()
-def validation_loss(net, diffusion, data, device, num_images=256):
-    """The loss on held-out images in each band of t, float. Always the same images, noise and t: two steps, or two runs, differ by their weights alone."""
-    choice = np.random.default_rng(0).permutation(len(data))[:num_images]
-    x0 = to_model(data.images[choice]).to(device)
-    digit, domain = (torch.from_numpy(a[choice]).to(device) for a in (data.digit, data.domain))
-    generator, drop, losses = torch.Generator().manual_seed(0), torch.zeros(len(x0), dtype=torch.bool, device=device), []
-    for low, high in BANDS:
-        spread = low + (high - low) * (torch.arange(len(x0)) + 0.5) / len(x0)
-        t = (spread * diffusion.config.num_timesteps / 1000).long().to(device)
-        eps = torch.randn(x0.shape, generator=generator).to(device)
-        losses.append(diffusion.loss(net, x0, digit, domain, t, eps, drop).mean().item())
-    return losses
-
-
-def write_log(path, rows):
-    """step, mean validation loss, loss of each band, as CSV."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "validation_loss", *(f"t{low}-{high}" for low, high in BANDS)])
-        writer.writerows([step, *(f"{loss:.6f}" for loss in (np.mean(losses), *losses))] for step, losses in rows)
-
-
-def load_state(path, settings):
-    """The state that a run of these settings saved; another run's is refused."""
-    state = read_tensors(path, "training state")
-    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-        raise UserError(f"{path} is not a training state of this script; choose another --output")
-    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
-    return state
 
 
 @torch.inference_mode()

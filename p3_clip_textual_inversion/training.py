@@ -4,6 +4,7 @@ three folders. The loops stand in the train.py files; everything random in them 
 import copy
 import csv
 import importlib.util
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -103,40 +104,66 @@ def make_optimizer(net, lr, weight_decay, betas, edges=()):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon (Jordan et al. 2024), which takes matrices only, on convolution kernels, each as a matrix that shares its memory; AdamW on the rest.
+    """Muon (Jordan et al. 2024) on convolution kernels, each taken as a matrix [out, in * k * k]: the step is the momentum with its singular values made
+    (about) equal, as large as an AdamW step (Liu et al. 2025, eq. 4); AdamW on the rest. torch.optim.Muon goes through the matrices one by one; here
+    those of one shape go together, which on a GPU, where each launch counts, is several times as fast.
 
     One optimiser for accelerate and its GradScaler: gradients are unscaled once, and where any overflowed neither of the two steps."""
 
-    def __init__(self, kernels, decayed, kept, lr, weight_decay, betas):
+    def __init__(self, kernels, decayed, kept, lr, weight_decay, betas, momentum=0.95):
         super().__init__([*kernels, *decayed, *kept], {"lr": lr})
-        self.kernels = kernels
+        self.weight_decay, self.momentum = weight_decay, momentum
         self.adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}], lr=lr, betas=betas)
-        self.muon = torch.optim.Muon([torch.nn.Parameter(as_matrix(kernel, kernel)) for kernel in kernels], lr=lr, weight_decay=weight_decay,
-                                     adjust_lr_fn="match_rms_adamw")
+        alike = {}
+        for kernel in kernels:
+            alike.setdefault(kernel.shape, []).append(kernel)
+        self.stacks = list(alike.values())
+        self.averages = [kernels[0].new_zeros(len(kernels), len(kernels[0]), kernels[0][0].numel()) for kernels in self.stacks]
 
     @torch.no_grad()
     def step(self, closure=None):
-        for matrix, kernel in zip(self.muon.param_groups[0]["params"], self.kernels):
-            matrix.grad = as_matrix(kernel.grad, kernel)
-        for optimizer in (self.adamw, self.muon):
-            for group in optimizer.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
-            optimizer.step()
+        lr = self.param_groups[0]["lr"]
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for kernels, average in zip(self.stacks, self.averages):
+            gradient = torch.stack([as_matrix(kernel.grad) for kernel in kernels])
+            average.lerp_(gradient, 1 - self.momentum)
+            steps = orthogonalised(gradient.lerp(average, self.momentum)).to(gradient.dtype)  # Nesterov's momentum
+            torch._foreach_mul_(kernels, 1 - lr * self.weight_decay)
+            torch._foreach_add_(kernels, [as_kernel(matrix, kernels[0]) for matrix in steps], alpha=-lr * 0.2 * math.sqrt(max(steps.shape[1:])))
 
     def state_dict(self):
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
+        return {"adamw": self.adamw.state_dict(), "averages": self.averages}
 
     def load_state_dict(self, state_dict):
         self.adamw.load_state_dict(state_dict["adamw"])
-        self.muon.load_state_dict(state_dict["muon"])
+        for own, saved in zip(self.averages, state_dict["averages"], strict=True):
+            own.copy_(saved)
 
 
-def as_matrix(tensor, kernel):
-    """A tensor like `kernel` [out, in, k, k] as a matrix, in whichever of the two layouts the kernel has: [out, in * k * k], or channels-last
-    [out, k * k * in]. The kernel itself shares its memory with the matrix."""
-    plain = kernel.is_contiguous()
-    tensor = tensor.detach().contiguous(memory_format=torch.contiguous_format if plain else torch.channels_last)
-    return (tensor if plain else tensor.permute(0, 2, 3, 1)).flatten(1)
+def as_matrix(kernel):
+    """[out, in, k, k] -> [out, k * k * in], which is no copy where the memory is channels-last."""
+    return kernel.permute(0, 2, 3, 1).flatten(1)
+
+
+def as_kernel(matrix, like):
+    """The way back, to the shape of `like`."""
+    out, inner, *sides = like.shape
+    return matrix.reshape(out, *sides, inner).permute(0, 3, 1, 2)
+
+
+def orthogonalised(matrices, steps=5):
+    """[N, rows, columns] with all singular values near 1: a Newton-Schulz iteration with Jordan's coefficients, in bf16, which is exact enough."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def averaged_copy(net):
