@@ -2,9 +2,9 @@
 
     python -m p1_cfg_ddpm.benchmark            # writes report/results/p1_benchmark.json
 
-The ladder: seconds for the grader's images (the network loaded, files not written), accuracy and Frechet distance by the bundled
-classifiers, for each sampler and number of steps; with the classic 500-step guided DDPM as reference, on fewer images. The sweep: the
-same scores for a range of guidance weights. Formats: the network's images per second in fp32, bf16 and fp16.
+The ladder: seconds for the grader's images (the network loaded, files not written), accuracy by the bundled classifiers, and in the frozen embedding
+Frechet distance, precision and coverage as ratios to as many real images (quality.py), for each sampler and number of steps; with the classic 500-step
+guided DDPM as reference, on fewer images. The sweep: the same scores for a range of guidance weights. Formats: the network's images per second.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from .files import ROOT, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
+from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
 LADDER = [("ddpm", 50, "trailing"), ("ddim", 50, "trailing"), ("ddim", 20, "trailing"), ("dpmpp_2m", 20, "trailing"), ("dpmpp_2m", 10, "trailing"),
@@ -32,8 +33,9 @@ CLASSIC = Sampling(sampler="ddpm", steps=500, spacing="trailing")
 WEIGHTS = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0]
 
 
-def measure(model, diffusion, sampling, images_per_digit, batch_size):
-    """Draws and grades images_per_digit x 20 images. Returns the row: settings, seconds, images per second and scores."""
+def measure(model, diffusion, sampling, images_per_digit, batch_size, judges):
+    """Draws and grades images_per_digit x 20 images. Returns the row: settings, seconds, images per second and scores; Frechet distance, precision and
+    coverage as ratios to as many real images, in the embedding (None for fewer than two images of a digit)."""
     jobs = all_jobs(images_per_digit)
     started = time.perf_counter()
     images = np.stack([image for _, image in generate(model, diffusion, jobs, sampling, batch_size, progress=False)])
@@ -42,11 +44,13 @@ def measure(model, diffusion, sampling, images_per_digit, batch_size):
     for domain in DOMAINS:
         keep = np.array([job.domain == domain for job in jobs])
         found[domain] = (images[keep], np.array([job.digit for job in jobs])[keep], None)
-    scores, _ = grade(found, device=next(model.parameters()).device)
+    scores, _ = grade(found, judges=judges)
     row = asdict(sampling) | {"images": len(jobs), "seconds": seconds, "images_per_second": len(jobs) / seconds, "mean_accuracy": scores["mean_accuracy"]}
     for domain in DOMAINS:
-        row[domain] = {name: scores[domain][name] for name in ("accuracy", "frechet_distance", "feature_diversity", "pixel_diversity")}
-        row[domain]["worst_digit"] = min(scores[domain]["accuracy_per_digit"].values())
+        embedding = scores[domain]["embedding"]
+        row[domain] = {name: scores[domain][name] for name in ("accuracy", "second_accuracy", "accuracy_per_digit", "pixel_diversity")}
+        row[domain] |= {"worst_digit": min(scores[domain]["accuracy_per_digit"].values())}
+        row[domain] |= {name: embedding and embedding[name]["ratio"] for name in ("frechet", "precision", "coverage")}
     return row
 
 
@@ -54,10 +58,10 @@ def show(row):
     low, high = row["guidance_interval"]
     print(f"{row['sampler']:9} {row['steps']:4} {row['spacing']:8} steps  w {row['guidance_weight']:<4g} in {low:g}-{high:g}  "
           f"{row['images']:5} images {row['seconds']:7.1f} s {row['images_per_second']:7.1f} img/s  accuracy "
-          f"{row['mnistm']['accuracy']:.1%} {row['svhn']['accuracy']:.1%}  "
-          f"Frechet {row['mnistm']['frechet_distance']:.2f} {row['svhn']['frechet_distance']:.2f}  "
-          f"diversity {row['mnistm']['feature_diversity']:.2f} {row['svhn']['feature_diversity']:.2f} in features, "
-          f"{row['mnistm']['pixel_diversity']:.2f} {row['svhn']['pixel_diversity']:.2f} in pixels", flush=True)
+          f"{row['mnistm']['accuracy']:.1%} {row['svhn']['accuracy']:.1%}", end="")
+    if row["mnistm"]["frechet"] is not None:
+        print("".join(f"  {name} {row['mnistm'][name]:.2f} {row['svhn'][name]:.2f}" for name in ("frechet", "precision", "coverage")), end="")
+    print(flush=True)
 
 
 def formats(checkpoint, device, batch_size=100, repeats=3):
@@ -104,11 +108,11 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
     model, diffusion = load_generator(args.checkpoint, device, dtype)
-    default = Sampling()
+    default, judges = Sampling(), Judges(device)
 
     def rows(samplings, images_per_digit):
         for sampling in samplings:
-            row = measure(model, diffusion, sampling, images_per_digit, args.batch_size)
+            row = measure(model, diffusion, sampling, images_per_digit, args.batch_size, judges)
             show(row)
             yield row
 

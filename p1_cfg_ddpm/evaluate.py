@@ -2,8 +2,8 @@
 
     python -m p1_cfg_ddpm.evaluate OUT
 
-Accuracy: the share of files whose digit (the first character of the name) a classifier reads back. Frechet distance and diversity
-compare with the real validation images, in the features of the bundled classifiers. The nearest training images show
+Accuracy: the share of files whose digit (the first character of the name) a classifier reads back, and a second judge, by which nothing was chosen.
+Quality (quality.py): Frechet distance, precision and coverage, as ratios to what as many real images score. The nearest training images show
 that nothing was memorised; that check runs where the training data is.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .classifier import bundled_classifier, classify, course_classifier, load_classifier
+from .classifier import classify, course_classifier, load_classifier
 from .data import COURSE_DATA, load_digits, read_image
 from .device import pick_device
 from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
 from .pictures import left_out, note_left_out, save_image
 from .provenance import check_made, digest, told
-from .reference import frechet_distance, load_reference, statistics
+from .quality import Judges
 
 
 def read_folder(folder):
@@ -43,37 +43,28 @@ def read_folder(folder):
     return found
 
 
-def grade_domain(classifier, images, digit, reference):
-    """Scores of one domain's images: accuracies in [0, 1] and, with `reference` statistics, distance and diversity."""
-    predicted, features = classify(classifier, images)
-    predicted = predicted.numpy()
+def confusion_of(digit, read):
+    """int [10][10]: rows are what was wanted, columns what was read."""
     confusion = np.zeros((NUM_DIGITS, NUM_DIGITS), dtype=int)
-    np.add.at(confusion, (digit, predicted), 1)
-    per_digit = {str(d): float((predicted[digit == d] == d).mean()) for d in range(NUM_DIGITS) if (digit == d).any()}
-    scores = {"images": len(images), "accuracy": float((predicted == digit).mean()), "accuracy_per_digit": per_digit, "confusion": confusion.tolist()}
-    if reference and len(images) > 1:
-        own = statistics(images, digit, features)
-        scores |= {"frechet_distance": frechet_distance(own, reference),
-                   # as shares of the real images' diversity, over the digits that have at least two images
-                   "feature_diversity": (own.feature_diversity / reference.feature_diversity).nanmean().item(),
-                   "pixel_diversity": (own.pixel_diversity / reference.pixel_diversity).nanmean().item()}
-    return scores, predicted
+    np.add.at(confusion, (digit, read), 1)
+    return confusion.tolist()
 
 
-def grade(found, classifiers=None, device="cpu"):
-    """Grades {domain: (images, digit, names)}. `classifiers`: {domain: path} in place of the bundled ones.
+def grade(found, classifiers=None, device="cpu", judges=None):
+    """Grades {domain: (images, digit, names)}. `classifiers`: {domain: path} whose accuracy counts in place of the bundled ones'.
 
-    Returns (scores, {domain: predicted digits}). Distance and diversity are measured by the bundled classifiers only."""
-    references, facts = load_reference()
+    Returns (scores, {domain: predicted digits}). Quality is measured by the bundled judges only."""
+    judges = judges or Judges(device)
     scores, predictions = {}, {}
     for domain, (images, digit, _) in found.items():
-        bundled = load_classifier(bundled_classifier(domain), device)
-        scores[domain], predictions[domain] = grade_domain(bundled, images, digit, references[domain])
-        scores[domain]["real"] = facts[domain]
-        if classifiers and classifiers.get(domain):
-            other, predictions[domain] = grade_domain(load_classifier(classifiers[domain], device), images, digit, None)
-            scores[domain] |= other
-        scores[domain]["classifier"] = str((classifiers or {}).get(domain) or "bundled")
+        scores[domain], read = judges.scores(domain, images, digit)
+        other = (classifiers or {}).get(domain)
+        if other:
+            read = classify(load_classifier(other, device), images)[0].numpy()
+            scores[domain] |= {"accuracy": float((read == digit).mean()),
+                               "accuracy_per_digit": {str(d): float((read[digit == d] == d).mean()) for d in range(NUM_DIGITS) if (digit == d).any()}}
+        scores[domain] |= {"confusion": confusion_of(digit, read), "classifier": str(other or "bundled"), "real": judges.facts[domain]}
+        predictions[domain] = read
     scores["mean_accuracy"] = float(np.mean([scores[domain]["accuracy"] for domain in found]))
     return scores, predictions
 
@@ -134,14 +125,14 @@ def nearest_of(images, others):
 
 
 def print_table(scores):
-    print(f"{'domain':8} {'images':>6} {'accuracy':>9} {'worst digit':>12} {'Frechet':>8} {'(500 real)':>10} {'diversity: features':>20} {'pixels':>7}"
-          "  classifier")
+    print("ratios to as many real images, in the embedding: 1 is as good as real\n"
+          f"{'domain':8} {'images':>6} {'accuracy':>9} {'worst digit':>12} {'second judge':>13} {'Frechet':>8} {'precision':>10} {'coverage':>9}  classifier")
     for domain in DOMAINS:
         s = scores[domain]
         digit, worst = min(s["accuracy_per_digit"].items(), key=lambda item: item[1])
-        distance, in_features, in_pixels = (s.get(name, np.nan) for name in ("frechet_distance", "feature_diversity", "pixel_diversity"))  # one image has none
-        print(f"{domain:8} {s['images']:6} {s['accuracy']:9.2%} {f'{digit}: {worst:.0%}':>12} {distance:8.2f} "
-              f"{s['real']['frechet_of_500_real']:10.2f} {in_features:20.2f} {in_pixels:7.2f}  {s['classifier']}")
+        ratios = [s["embedding"][name]["ratio"] if s["embedding"] else np.nan for name in ("frechet", "precision", "coverage")]  # too few images have none
+        print(f"{domain:8} {s['images']:6} {s['accuracy']:9.2%} {f'{digit}: {worst:.0%}':>12} {s['second_accuracy']:13.2%} "
+              f"{ratios[0]:8.2f} {ratios[1]:10.2f} {ratios[2]:9.2f}  {s['classifier']}")
     print(f"mean accuracy {scores['mean_accuracy']:.2%}")
 
 

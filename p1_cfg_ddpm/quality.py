@@ -14,7 +14,7 @@ import torch
 
 from .classifier import bundled_classifier, classify, load_classifier
 from .data import load_digits
-from .embedding import bundled_embedding, embed
+from .embedding import bundled_embedding, embed, load_embedding
 from .files import UserError, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .tensors import load_weights, save_weights
@@ -22,6 +22,7 @@ from .tensors import load_weights, save_weights
 REFERENCE = BUNDLED / "reference.safetensors"
 PER_DIGIT = 50  # real images of each digit that take the place of generated ones, as many as the grader's files
 NEIGHBOURS = 5
+SPLITS = range(5)  # of the real images into a reference and those that stand for generated ones
 MEASURES = ("frechet", "precision", "recall", "density", "coverage")
 
 
@@ -76,6 +77,59 @@ def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT):
     some, others = split_real(real_digit, seed, per_digit)
     ours, theirs = compare(features, real[others]), compare(real[some], real[others])
     return {name: {"value": ours[name], "real": theirs[name], "ratio": ours[name] / theirs[name] if theirs[name] else float("nan")} for name in MEASURES}
+
+
+def over_splits(features, digit, real, real_digit, splits=SPLITS):
+    """`against_real` over several splits of the real images: the mean of each measure, and the ratio of the means. None for too few images.
+
+    digit int [N]: what the images shall be; as many real ones of each digit stand for them, at most `PER_DIGIT`."""
+    per_digit = min(len(digit) // NUM_DIGITS, PER_DIGIT)
+    if per_digit < 2:
+        return None
+    scores = [against_real(features, real, real_digit, seed, per_digit) for seed in splits]
+    means = {name: {part: float(np.mean([score[name][part] for score in scores])) for part in ("value", "real")} for name in MEASURES}
+    return {name: mean | {"ratio": mean["value"] / mean["real"] if mean["real"] else float("nan")} for name, mean in means.items()}
+
+
+def by_digit(features, digit, real, real_digit, splits=SPLITS):
+    """Precision and coverage of each digit among its like, as ratios to real: {digit: {"precision", "coverage"}}."""
+    scores = {}
+    for d in range(NUM_DIGITS):
+        own, theirs = features[digit == d], real[real_digit == d]
+        if len(own) > NEIGHBOURS and len(theirs) > PER_DIGIT + NEIGHBOURS:
+            rows = []
+            for seed in splits:
+                order = np.random.default_rng(seed).permutation(len(theirs))
+                some, others = theirs[order[:min(len(own), PER_DIGIT)]], theirs[order[PER_DIGIT:]]
+                rows.append([neighbourhood_measures(x, others) for x in (own, some)])
+            scores[str(d)] = {name: float(np.mean([ours[name] for ours, _ in rows]) / np.mean([real_[name] for _, real_ in rows]))
+                              for name in ("precision", "coverage")}
+    return scores
+
+
+class Judges:
+    """All that judges images here: the classifier and the second classifier of each domain, the embedding, and the features of real images."""
+
+    def __init__(self, device="cpu", folder=BUNDLED):
+        self.embedding = load_embedding(folder / "embedding.safetensors", device)
+        self.first, self.second = ({domain: load_classifier(folder / f"{judge}_{domain}.safetensors", device) for domain in DOMAINS}
+                                   for judge in ("classifier", "second"))
+        self.reference, self.facts = load_reference(folder / REFERENCE.name)
+
+    def scores(self, domain, images, digit):
+        """images uint8 [N, 28, 28, 3], digit int [N]: what they shall be. Returns (scores, digits that the classifier reads, int [N])."""
+        reference = self.reference[domain]
+        (read, features), (read_again, _) = (classify(judge[domain], images) for judge in (self.first, self.second))
+        read, embedded = read.numpy(), embed(self.embedding, images)
+        groups = [np.flatnonzero(digit == d) for d in range(NUM_DIGITS)]
+        scores = {"images": len(images), "accuracy": float((read == digit).mean()), "second_accuracy": float((read_again.numpy() == digit).mean()),
+                  "accuracy_per_digit": {str(d): float((read[group] == d).mean()) for d, group in enumerate(groups) if len(group)},
+                  # as a share of the real images' diversity, over the digits that have at least two images
+                  "pixel_diversity": (pixel_diversity(images, digit) / reference["pixel_diversity"]).nanmean().item(),
+                  "embedding": over_splits(embedded, digit, reference["embedding"], reference["digit"]),
+                  "classifier_features": over_splits(features, digit, reference["classifier"], reference["digit"]),
+                  "embedding_per_digit": by_digit(embedded, digit, reference["embedding"], reference["digit"])}
+        return scores, read
 
 
 def mean_pairwise_distance(x):

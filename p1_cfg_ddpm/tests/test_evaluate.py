@@ -10,11 +10,12 @@ from PIL import Image
 from p1_cfg_ddpm import classifier
 from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, bundled_classifier, classify, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits
+from p1_cfg_ddpm.embedding import embed
 from p1_cfg_ddpm.evaluate import grade, main, nearest_of, read_folder
 from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS
-from p1_cfg_ddpm.reference import Statistics, frechet_distance, load_reference, mean_pairwise_distance
+from p1_cfg_ddpm.quality import Judges, load_reference
 
 GRADE = "p1_cfg_ddpm.evaluate"
 
@@ -30,25 +31,6 @@ def drawn(tmp_path_factory):
     return folder
 
 
-def gaussian(mean, covariance):
-    return Statistics(torch.as_tensor(mean).double(), torch.as_tensor(covariance).double(), None, None)
-
-
-def test_frechet_distance_in_closed_form():
-    a, b = gaussian([0.0, 0.0], [[4.0, 0.0], [0.0, 1.0]]), gaussian([3.0, 4.0], [[1.0, 0.0], [0.0, 9.0]])
-    assert frechet_distance(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (1 - 3) ** 2)  # commuting: sum of (s1 - s2)^2
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    a, b = gaussian(torch.zeros(5), x @ x.T), gaussian(torch.zeros(5), y @ y.T)
-    root = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real.sum()  # a second way to the same trace
-    assert frechet_distance(a, b) == pytest.approx(float((a.covariance + b.covariance).trace() - 2 * root), rel=1e-6)
-
-
-def test_mean_pairwise_distance():
-    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])).item() == pytest.approx(10 / 3)
-
-
 def test_the_nearest_image_is_found():
     images = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
     distance, index = nearest_of(images[[7, 3]], images)
@@ -62,7 +44,8 @@ def test_the_bundled_model_draws_what_it_is_asked_for(drawn):
     for domain in DOMAINS:
         assert scores[domain]["images"] == 50
         assert scores[domain]["accuracy"] >= 0.92
-        assert 0.6 < scores[domain]["pixel_diversity"] < 1.4
+        assert 0.6 < scores[domain]["pixel_diversity"] < 1.4 and scores[domain]["second_accuracy"] >= 0.92
+        assert scores[domain]["embedding"]["precision"]["ratio"] > 0.8 and scores[domain]["embedding"]["coverage"]["ratio"] > 0.4
 
 
 def test_wrong_images_score_badly(drawn, tmp_path):
@@ -75,16 +58,27 @@ def test_wrong_images_score_badly(drawn, tmp_path):
     assert scores["mean_accuracy"] < 0.1
     noise = {d: (np.random.default_rng(0).integers(0, 256, (50, 28, 28, 3), dtype=np.uint8), np.arange(50) % 10, None) for d in DOMAINS}
     good, bad = grade(read_folder(drawn))[0], grade(noise)[0]
-    assert all(bad[d]["frechet_distance"] > 3 * good[d]["frechet_distance"] for d in DOMAINS)
+    for domain in DOMAINS:
+        for features in ("embedding", "classifier_features"):
+            ours, noisy = good[domain][features], bad[domain][features]
+            assert noisy["frechet"]["ratio"] > 3 * ours["frechet"]["ratio"] and noisy["coverage"]["value"] < 0.5 * ours["coverage"]["value"]
+    one = {d: (noise[d][0][:1], noise[d][1][:1], None) for d in DOMAINS}
+    assert grade(one)[0]["svhn"]["embedding"] is None  # too few to tell
 
 
 def test_the_bundled_classifiers_and_reference():
-    _, facts = load_reference()
-    assert facts["mnistm"]["accuracy_on_real"] >= 0.97 and facts["svhn"]["accuracy_on_real"] >= 0.92
+    reference, facts = load_reference()
+    for domain, lowest in (("mnistm", 0.97), ("svhn", 0.92)):
+        assert facts[domain]["accuracy_on_real"] >= lowest and facts[domain]["second_accuracy_on_real"] >= lowest
+        assert reference[domain]["embedding"].shape == (2000, 128) and np.bincount(reference[domain]["digit"]).min() > 50
     # on real recipe MNIST-M of other photographs, which no training here has seen
     data = load_digits(MINI_DATA, "train", ("mnistm",))
-    predicted, _ = classify(load_classifier(bundled_classifier("mnistm")), data.images)
-    assert (predicted.numpy() == data.digit).mean() >= 0.9
+    for judge in ("classifier", "second"):
+        predicted, _ = classify(load_classifier(bundled_classifier("mnistm", judge)), data.images)
+        assert (predicted.numpy() == data.digit).mean() >= 0.9
+    # an image's features are its own, whatever else is in the batch
+    judges, images = Judges(), data.images[:6]
+    torch.testing.assert_close(embed(judges.embedding, images)[:2], embed(judges.embedding, images[:2]))
 
 
 def test_the_command(command, drawn, tmp_path):
