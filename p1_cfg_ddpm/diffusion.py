@@ -112,7 +112,7 @@ def moment_density(alpha_bar, mean, std):
 class Guided:
     """A network with its condition and its guidance: callable as `guided(x, t)` -> (x0, eps), for any sampler.
 
-    digit, domain: int [B]. w: the guidance weight. `interval` (low, high): guide only where low <= t/T <= high
+    digit, domain: int [B]. w: the guidance weight, a number or float [B]. `interval` (low, high): guide only where low <= t/T <= high
     (Kynkaanniemi et al. 2024); outside, the unconditional half is not computed. `guide`: a weaker network, told the same condition, in place of the
     unconditional half (autoguidance, Karras et al. 2024): away from its mistakes, not from what other digits look like. `clip`: clamp x0 to [-1, 1]
     and take the eps that belongs to it: with strong guidance the network's own no longer fits, and DDIM, which uses both, goes astray."""
@@ -120,20 +120,27 @@ class Guided:
     def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), guide=None, clip=True):
         self.model, self.diffusion, self.w, self.interval, self.guide, self.clip = model, diffusion, w, interval, guide, clip
         self.digit, self.domain = digit, domain
+        if torch.is_tensor(w):
+            self.w = w[:, None, None, None]
 
     def output(self, x, t):
         """The network's guided output, float32. v is linear in eps at a given x_t, so guiding either is the same."""
-        model, low, high = self.model, *self.interval
-        x = x.to(next(model.parameters()).dtype)
-        if self.w == 0 or not low <= t / self.diffusion.config.num_timesteps <= high:
-            return model(x, torch.full_like(self.digit, t), self.digit, self.domain).float()
+        low, high = self.interval
+        x, steps = x.to(next(self.model.parameters()).dtype), torch.full_like(self.digit, t)
+        if (not torch.is_tensor(self.w) and self.w == 0) or not low <= t / self.diffusion.config.num_timesteps <= high:
+            return self.model(x, steps, self.digit, self.domain).float()
+        return self.extrapolated(x, steps, self.w)
+
+    def extrapolated(self, x, steps, w):
+        """(1 + w) cond - w uncond for steps int [B], each image at its own; w a number or float [B, 1, 1, 1]."""
+        model = self.model
         if self.guide is not None:
-            steps = torch.full_like(self.digit, t)
-            return (1 + self.w) * model(x, steps, self.digit, self.domain).float() - self.w * self.guide(x, steps, self.digit, self.domain).float()
-        digit = torch.cat([self.digit, torch.full_like(self.digit, model.null_digit)])
-        domain = torch.cat([self.domain, torch.full_like(self.domain, model.null_domain)])
-        cond, uncond = model(torch.cat([x, x]), torch.full_like(digit, t), digit, domain).float().chunk(2)
-        return (1 + self.w) * cond - self.w * uncond
+            cond, uncond = (net(x, steps, self.digit, self.domain).float() for net in (model, self.guide))
+        else:
+            digit = torch.cat([self.digit, torch.full_like(self.digit, model.null_digit)])
+            domain = torch.cat([self.domain, torch.full_like(self.domain, model.null_domain)])
+            cond, uncond = model(torch.cat([x, x]), torch.cat([steps, steps]), digit, domain).float().chunk(2)
+        return (1 + w) * cond - w * uncond
 
     def __call__(self, x, t):
         steps = torch.full_like(self.digit, t)
@@ -143,6 +150,19 @@ class Guided:
             signal, noise = self.diffusion.coefficients(steps)
             eps = (x - signal * x0) / noise
         return x0, eps
+
+
+class Distilled:
+    """A student (distill.py) with its condition, callable as `Guided` is. The guidance is inside the network: w, a number or float [B], is its input."""
+
+    def __init__(self, model, diffusion, digit, domain, w):
+        self.model, self.diffusion, self.digit, self.domain = model, diffusion, digit, domain
+        self.w = w if torch.is_tensor(w) else torch.full_like(digit, w, dtype=torch.float32)
+
+    def __call__(self, x, t):
+        steps = torch.full_like(self.digit, t)
+        output = self.model(x.to(next(self.model.parameters()).dtype), steps, self.digit, self.domain, self.w)
+        return self.diffusion.x0_and_eps(output.float(), x, steps)
 
 
 def spaced_timesteps(num_steps, num_timesteps=1000):

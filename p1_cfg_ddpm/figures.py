@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .benchmark import RESULTS
 from .diffusion import ImageNoise
 from .files import ROOT, UserError, atomic_path, run, writable_folder
-from .inference import Job, add_arguments, all_jobs, generate, load_generator, settings_of, states
+from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import save_image, to_uint8
 
@@ -70,17 +70,17 @@ def charts(results, folder):
     rows = results["guidance"]
     weights = [row["guidance_weight"] for row in rows]
     for (above, below), domain in zip(axes.T, DOMAINS):
-        distance = [row[domain]["frechet_distance"] for row in rows]
+        distance = [row[domain]["frechet"] for row in rows]
         accuracy = [100 * row[domain]["accuracy"] for row in rows]
         above.plot(distance, accuracy, "o-", color="tab:blue")
         for i, (x, y, w) in enumerate(zip(distance, accuracy, weights)):
             above.annotate(f"w={w:g}", (x, y), fontsize=8, textcoords="offset points", xytext=(-4, 6 + 9 * (i % 2)))
-        above.set(title=f"{domain}, {rows[0]['images'] // 2} images each", xlabel="Fréchet distance to real images (less is better)", ylabel="accuracy, %")
+        above.set(title=f"{domain}, {rows[0]['images'] // 2} images each", xlabel="Fréchet distance, as many real images = 1", ylabel="accuracy, %")
         above.margins(0.15)
-        below.plot(weights, [row[domain]["pixel_diversity"] for row in rows], "o-", label="in pixels")
-        below.plot(weights, [row[domain]["feature_diversity"] for row in rows], "o-", label="in features")
+        for name in ("precision", "coverage"):
+            below.plot(weights, [row[domain][name] for row in rows], "o-", label=name)
         below.axhline(1, color="gray", linewidth=1)
-        below.set(xlabel="guidance weight w", ylabel="diversity, real images = 1")
+        below.set(xlabel="guidance weight w", ylabel="as many real images = 1")
         below.legend()
     paths = [save_chart(figure, folder / "p1_guidance.png")]
 
@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
     add_arguments(parser)
     args = parser.parse_args()
-    sampling, device, dtype, batch_size = settings_of(args)
+    model, diffusion, sampling, batch_size, _ = load_with_settings(args)
     writable_folder(args.output)
     written = []
     if args.results.is_file():
@@ -118,7 +118,6 @@ def main():
             written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
-    model, diffusion = load_generator(args.checkpoint, device, dtype)
     for domain in DOMAINS:
         images = np.stack([image for _, image in generate(model, diffusion, all_jobs(10, [domain], range(NUM_DIGITS)), sampling, batch_size)])
         written += [args.output / f"p1_grid_{domain}.png", args.output / f"p1_reverse_{domain}.png"]

@@ -7,27 +7,31 @@ import argparse
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-from .device import DTYPES, describe, name_of, pick_device, pick_dtype
-from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Guided, ImageNoise, logsnr_timesteps, sample, spaced_timesteps
+from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, processes
+from .device import progress as progress_bar
+from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Distilled, Guided, ImageNoise, ddim, logsnr_timesteps, sample, spaced_timesteps
 from .estimate import announce
-from .files import UserError, atomic_path, fingerprint, lock, run, writable_folder
+from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
 
 CHECKPOINT = BUNDLED / "small.safetensors"
+STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
+OF_THE_TEACHER = ("sampler", "steps", "spacing", "guidance_interval", "eta")  # what a student has no choice of
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. The defaults draw the grader's files in about 20 seconds on 2 cores; `scripts/p1_benchmark.sh` has the others."""
+    """How images are drawn. The defaults are those of a network that is no student; `scripts/p1_benchmark.sh` has the others."""
 
     sampler: str = "dpmpp_2m"
     steps: int = 6
@@ -51,6 +55,10 @@ class Sampling:
             raise UserError(f"--eta must be between 0 and 1, not {self.eta}")
 
 
+TEACHER = Sampling()
+STUDENT = Sampling(sampler="ddim", guidance_weight=4.0)  # its steps are its own, its weight an input
+
+
 @dataclass(frozen=True)
 class Job:
     """One image to draw."""
@@ -72,6 +80,7 @@ def load_generator(checkpoint, device, dtype):
     """Returns (UNet in eval mode, Diffusion) of a checkpoint."""
     model, metadata = load_model(checkpoint, device, dtype)
     try:
+        model.max_weight = float(metadata["training"]["max_weight"]) if model.config.times else None  # a student has learned guidance weights up to it
         return model, Diffusion(DiffusionConfig(**metadata["diffusion"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of this project (its diffusion settings: {error})") from None
@@ -94,107 +103,142 @@ def install(path):
     return INSTALLED
 
 
+def timesteps_of(sampling, diffusion):
+    """The steps that a sampling takes, decreasing."""
+    if sampling.spacing == "logsnr":
+        return logsnr_timesteps(sampling.steps, diffusion.alpha_bar)
+    return spaced_timesteps(sampling.steps, diffusion.config.num_timesteps)
+
+
 def states(model, diffusion, jobs, sampling, guide=None):
     """Yields a `State` per step for a batch of jobs; the last one's `x` is the finished images, float [B, 3, 28, 28]."""
     device = next(model.parameters()).device
     digit = torch.tensor([job.digit for job in jobs], device=device)
     domain = torch.tensor([DOMAINS.index(job.domain) for job in jobs], device=device)
     noise = ImageNoise(sampling.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
+    if model.config.times:
+        yield from ddim(Distilled(model, diffusion, digit, domain, sampling.guidance_weight), diffusion, noise(), model.config.times)
+        return
     predict = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval, guide)
-    if sampling.spacing == "logsnr":
-        timesteps = logsnr_timesteps(sampling.steps, diffusion.alpha_bar)
-    else:
-        timesteps = spaced_timesteps(sampling.steps, diffusion.config.num_timesteps)
-    yield from sample(sampling.sampler, predict, diffusion, noise(), timesteps, sampling.eta, noise)
+    yield from sample(sampling.sampler, predict, diffusion, noise(), timesteps_of(sampling, diffusion), sampling.eta, noise)
 
 
 @torch.inference_mode()
-def generate(model, diffusion, jobs, sampling, batch_size, progress=True, guide=None):
-    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that a GPU has no memory for is halved."""
-    with tqdm(total=len(jobs) * sampling.steps, unit="step", desc="drawing digits", unit_scale=1 / sampling.steps, disable=not progress,
-              bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
-        start = 0
-        while start < len(jobs):
-            batch = jobs[start:start + batch_size]
-            try:
-                for state in states(model, diffusion, batch, sampling, guide):
-                    bar.update(len(batch))
-                    last = state
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
-                    raise UserError("the GPU has no memory for even one image; try --device cpu") from None
-                batch_size //= 2
-                torch.cuda.empty_cache()
-                continue
-            if not last.x.isfinite().all():
+def generate(model, diffusion, jobs, sampling, batch_size, progress=True, guide=None, share=(0, 1)):
+    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that memory cannot hold is halved. share: (rank, processes) of this one."""
+    with progress_bar(total=len(jobs) * sampling.steps // share[1], unit="step", desc="drawing digits", unit_scale=1 / sampling.steps, disable=not progress,
+                      bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
+        def draw(batch):
+            for state in states(model, diffusion, batch, sampling, guide):
+                bar.update(len(batch))
+                last = state
+            return last.x
+
+        for batch, x in in_batches(jobs, batch_size, draw, "image", "--device cpu", share):
+            if not x.isfinite().all():
                 raise UserError(f"an image among {batch[0].name} to {batch[-1].name} is not finite; try --dtype fp32 or a smaller --guidance-weight")
-            yield from zip(batch, to_uint8(last.x))
-            start += len(batch)
+            yield from zip(batch, to_uint8(x))
 
 
 def add_arguments(parser):
-    """The flags that inference and figures share."""
-    defaults = Sampling()
-    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
-    parser.add_argument("--sampler", choices=SAMPLERS, default=defaults.sampler, help="the update rule")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of the sampler")
-    parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=defaults.spacing,
-                        help="which steps: even in the log of the signal-to-noise ratio (best for few), or even in t")
-    parser.add_argument("--guidance-weight", type=float, default=defaults.guidance_weight, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=defaults.guidance_interval,
-                        help="guide only at noise levels LOW <= t/1000 <= HIGH")
-    parser.add_argument("--eta", type=float, default=defaults.eta, help="fresh noise in ddim: 0 none, 1 as much as ddpm")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all images")
+    """The flags that inference and figures share. Where none is given, `settings_of` takes the checkpoint's own."""
+    parser.add_argument("--checkpoint", type=Path, default=None, help="a model.safetensors of p1_cfg_ddpm.train or p1_cfg_ddpm.distill "
+                        f"(default: the installed one, or the bundled {CHECKPOINT.name})")
+    parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
+    parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
+                        f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=None, help=f"the update rule; not for students, as the next four (default: {TEACHER.sampler})")
+    parser.add_argument("--steps", type=int, default=None, help=f"steps of the sampler (default: {TEACHER.steps})")
+    parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=None, help="which steps: even in the log of the signal-to-noise ratio, best "
+                        f"for few, or even in t (default: {TEACHER.spacing})")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
+                        help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
+    parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
+    parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 100 on a CPU, 1000 on a GPU)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format; auto: bf16 or fp16 where it is fast (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1 (default: auto)")
 
 
-def settings_of(args):
-    """The `Sampling`, device, dtype and batch size that parsed arguments ask for, checked."""
-    sampling = Sampling(args.sampler, args.steps, args.spacing, args.guidance_weight, tuple(args.guidance_interval), args.eta, args.seed)
-    sampling.check()
+def load_with_settings(args):
+    """(UNet, Diffusion, `Sampling`, batch size, checkpoint) that parsed arguments ask for, checked."""
+    if args.student and args.checkpoint:
+        raise UserError("--student is the bundled one; give it or --checkpoint, not both")
+    given = {name: getattr(args, name) for name in (*OF_THE_TEACHER, "guidance_weight") if getattr(args, name) is not None}
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
+    replace(TEACHER, **given).check()
     device = pick_device(args.device)
     batch_size = args.batch_size if args.batch_size is not None else 100 if device.type == "cpu" else 1000
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    return sampling, device, pick_dtype(args.dtype, device), batch_size
+    checkpoint = args.checkpoint or (STUDENT_CHECKPOINT if args.student else default_checkpoint())
+    model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
+    if not model.config.times:
+        return model, diffusion, replace(TEACHER, **given, seed=args.seed), batch_size, checkpoint
+    for name in OF_THE_TEACHER:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
+                            "only other networks have it")
+    sampling = replace(STUDENT, steps=len(model.config.times), seed=args.seed, **given)
+    if not 0 <= sampling.guidance_weight <= model.max_weight:
+        raise UserError(f"--guidance-weight of {checkpoint.name} must be between 0 and {model.max_weight:g}, which it has learned, "
+                        f"not {sampling.guidance_weight:g}")
+    return model, diffusion, sampling, batch_size, checkpoint
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model, or the student of it.")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
-    parser.add_argument("--images-per-digit", type=int, default=50, help="per domain")
+    parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")
     parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused otherwise")
     args = parser.parse_args()
-    sampling, device, dtype, batch_size = settings_of(args)
-    if not 1 <= args.images_per_digit <= 999:
-        raise UserError(f"--images-per-digit must be between 1 and 999, not {args.images_per_digit}")
-    for domain in args.domains:
-        writable_folder(args.output / domain)
-    with lock(args.output):
-        draw(args, sampling, device, dtype, batch_size)
-
-
-def draw(args, sampling, device, dtype, batch_size):
-    """The grader's files."""
+    check_flags(args, ("images_per_digit",), lambda value: 1 <= value <= 999, "between 1 and 999")
     started = time.perf_counter()
-    model, diffusion = load_generator(args.checkpoint, device, dtype)
-    print(f"drawing with {args.checkpoint}", flush=True)
-    jobs = all_jobs(args.images_per_digit, args.domains, args.digits)
-    made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
-    claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size,
-          {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve())}, args.overwrite)
-    calls = sampling.steps * math.ceil(len(jobs) / batch_size)
-    announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, device, started, sampling.steps)
-    for job, image in generate(model, diffusion, jobs, sampling, batch_size):
-        save_image(image, args.output / f"{job.name}.png", made.as_json())
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items())
-    print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
-          f"next: bash scripts/p1_grade.sh {args.output}")
+    with processes() as share:
+        loaded = load_with_settings(args)
+        for domain in args.domains:
+            writable_folder(args.output / domain)
+        with lock(args.output) if share[0] == 0 else nullcontext():
+            draw(args, *loaded, share, started)
+
+
+def draw(args, model, diffusion, sampling, batch_size, checkpoint, share, started):
+    """The grader's files, or this process's share of them."""
+    parameter, jobs = next(model.parameters()), all_jobs(args.images_per_digit, args.domains, args.digits)
+    device = describe(parameter.device, parameter.dtype)
+    made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
+    if share[0] == 0:
+        print(f"drawing with {checkpoint} on {device}", flush=True)
+        claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, {"device": device, "checkpoint": str(checkpoint.resolve())}, args.overwrite)
+    if share[1] > 1:
+        wait_for_the_first()
+    elif not model.config.times:
+        calls = sampling.steps * math.ceil(len(jobs) / batch_size)
+        announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, parameter.device, started, sampling.steps)
+    with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
+        writing = deque()
+        for job, image in generate(model, diffusion, jobs, sampling, batch_size, share=share):
+            writing.append(writer.submit(save_image, image, args.output / f"{job.name}.png", made.as_json()))
+            while writing and writing[0].done():
+                writing.popleft().result()  # raises what went wrong
+        for one in writing:
+            one.result()
+    if share[0] == 0:
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if not model.config.times or name not in OF_THE_TEACHER)
+        print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
+              f"next: bash scripts/p1_grade.sh {args.output}")
+
+
+def wait_for_the_first():
+    """Nothing is drawn before the first process has seen that the folder may be written."""
+    try:
+        torch.distributed.barrier()
+    except RuntimeError:
+        raise UserError("the first process has failed (see its message)") from None
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class UNetConfig:
     num_blocks: int = 2  # residual blocks per level on the way down, and as many on the way up
     attention_levels: tuple = (1, 2)  # levels whose blocks are followed by self-attention (the middle always has one)
     dropout: float = 0.1
+    times: tuple = ()  # of a distilled student: the t at which it is called, one after the other. Its guidance weight is an input
 
 
 SIZES = {
@@ -105,7 +106,7 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """forward(x, t, digit, domain): x float [B, 3, 28, 28] in [-1, 1] plus noise, t int [B] in 0..999, digit int [B] in
-    0..10, domain int [B] in 0..2, where digit 10 (`null_digit`) and domain 2 (`null_domain`) mean "not told".
+    0..10, domain int [B] in 0..2, where digit 10 (`null_digit`) and domain 2 (`null_domain`) mean "not told"; w float [B], of a student only.
     Returns float [B, 3, 28, 28]: what the network was trained to predict (eps or v)."""
 
     null_digit = NUM_DIGITS
@@ -119,6 +120,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(widths[0], dim), nn.SiLU(), nn.Linear(dim, dim))
         self.digit_embedding = nn.Embedding(NUM_DIGITS + 1, dim)  # the last row is the learned null
         self.domain_embedding = nn.Embedding(len(DOMAINS) + 1, dim)
+        self.weight_mlp = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim)) if config.times else None
 
         def block(in_channels, out_channels, level):
             return Block(in_channels, out_channels, dim, config.dropout, level in config.attention_levels)
@@ -147,9 +149,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self, x, t, digit, domain):
+    def forward(self, x, t, digit, domain, w=None):
         time = timestep_embedding(t, self.config.widths[0]).to(self.digit_embedding.weight.dtype)
-        condition = F.silu(self.time_mlp(time) + self.digit_embedding(digit) + self.domain_embedding(domain))
+        condition = self.time_mlp(time) + self.digit_embedding(digit) + self.domain_embedding(domain)
+        if self.weight_mlp is not None:
+            condition = condition + self.weight_mlp(w[:, None].to(condition.dtype))
+        condition = F.silu(condition)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=torch.channels_last))
         kept = [h]
         for layer in self.down:
@@ -171,7 +176,8 @@ def load_model(path, device="cpu", dtype=torch.float32):
     """Reads a checkpoint written by `save_model`. Returns (UNet in eval mode and channels-last, metadata)."""
     state_dict, metadata = load_weights(path)
     try:
-        values = {field.name: metadata["unet"][field.name] for field in fields(UNetConfig)}
+        settings = {"times": ()} | metadata["unet"]  # files from before there were students have none
+        values = {field.name: settings[field.name] for field in fields(UNetConfig)}
         if values["num_blocks"] > len(state_dict):  # it would build for ever
             raise ValueError(f"num_blocks {values['num_blocks']}")
         with torch.device("meta"):  # nor take memory for what the file has not

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from p1_cfg_ddpm import inference
+from p1_cfg_ddpm import device, inference
 from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits, read_image
 from p1_cfg_ddpm.files import ROOT, UserError, run
@@ -116,8 +116,8 @@ def places(tmp_path):
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--dtype=fp16"], "--dtype fp16 is not for training"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}/c"], "cannot read {t}/empty/svhn/train.csv"),
-    ("reference", ["--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
-    ("reference", [f"--data={MINI_DATA}", "--output={t}/r"], "mnistm has 50 validation images; more than 50 of each digit are needed"),
+    ("quality", ["--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
+    ("quality", [f"--data={MINI_DATA}", "--output={t}/r"], "mnistm has 50 validation images; more than 50 of each digit are needed"),
     ("make_mini", ["--output={t}/out", "--seed=-1"], "--seed must be at least 0, not -1"),
     ("make_mini", ["--output={t}/out", "--train=0"], "--train must be at least 1, not 0"),
     ("make_mini", ["--output={t}/file"], "cannot write into folder {t}/file"),
@@ -151,11 +151,12 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
         return states(model, diffusion, batch, *others)
 
     monkeypatch.setattr(inference, "states", short_of_memory)
+    monkeypatch.setattr(device, "FITTED", {})
     halved = list(generate(model, diffusion, jobs, sampling, 4, progress=False))
     assert sizes == [4, 2, 1, 1, 1, 1] and [job for job, _ in halved] == jobs
     assert max(abs(a.astype(int) - b).max() for a, (_, b) in zip(whole, halved)) <= 1
     monkeypatch.setattr(inference, "states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
-    with pytest.raises(UserError, match="no memory for even one image"):
+    with pytest.raises(UserError, match="not enough memory for even one image"):
         list(generate(model, diffusion, jobs, sampling, 4, progress=False))
 
 

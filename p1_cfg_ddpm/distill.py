@@ -1,0 +1,320 @@
+"""Distils a guided teacher, dozens of evaluations an image, into a student of one to three.
+
+    python -m p1_cfg_ddpm.distill --output runs/student                                          # of the bundled teacher
+    python -m p1_cfg_ddpm.distill --teacher runs/p1/model.safetensors --output runs/student      # of your own
+
+**What is learned.** A sampler that adds no fresh noise follows the probability flow: from each noise x_T one path leads to one image x_0. The student
+learns to leap along that path, from its time t to its next, s. Its output is read as the teacher's is, as an x0 predicted from x_t; DDIM takes it from t to s:
+
+    x_s = r x_t + (a_s - r a_t) x0,    r = sigma_s / sigma_t,    a = sqrt(alpha_bar)                                        (1)
+
+The x0 with which DDIM lands exactly where the path is at s is therefore (progressive distillation's target, Salimans and Ho 2022, appendix G)
+
+    x0* = (x_s - r x_t) / (a_s - r a_t)                                                                                     (2)
+
+and for the last leap, to s = clean (a = 1, sigma = 0), x0* is the finished image itself. The student is drawn by DDIM in two lines, at its own times.
+
+**First supervised**: the teacher draws many paths, each with a guidance weight of its own, which becomes an input of the student; the student learns x0* at
+the points of the paths where it will be called. Each path says exactly what is right, so a small network learns quickly; but there are only so many paths.
+
+**Then consistency tuning**, which needs none (Song et al. 2023; over several leaps, Heek et al. 2024; from a trained network and with shrinking gaps, ECT,
+Geng et al. 2024). A real image is noised to any t between two of the student's times; the teacher's guided DDIM step takes it on to r < t; wherever the
+student leaps to from r, it shall leap to from t. Its own leap from r, without gradient, is the x_s of (2). The gap t - r halves five times on the way.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .data import default_data, load_digits
+from .device import progress
+from .diffusion import Distilled, Guided, ddim, sample
+from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .inference import CHECKPOINT, TEACHER, load_generator, timesteps_of
+from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
+from .pictures import to_model
+from .tensors import read_tensors
+from .train import Clock, PowerEMA, compile_blocks, learning_rate
+from .training import WATCHING, Log, add_arguments, first_line_of, fitting, guarded, load_state, make_optimizer, prepare, refuse_nonfinite
+
+LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
+CLEAN = -1  # the time after the last
+CHUNK = 2000  # paths per file
+TUNED_BY = 0.2  # of the learning rate, in the tuning
+LOG_EVERY = 50
+FREE_TO_CHANGE = ("output", "paths_in", "teacher", "guide", "data", "steps", "minutes", "save_every", "compile", *WATCHING)
+
+
+def coefficients(diffusion, t):
+    """(a, sigma) as float32 [B, 1, 1, 1] for t int [B], where `CLEAN` is (1, 0)."""
+    clean = (t == CLEAN)[:, None, None, None]
+    a, sigma = diffusion.coefficients(t.clamp(min=0))
+    return torch.where(clean, 1.0, a), torch.where(clean, 0.0, sigma)
+
+
+def leap(diffusion, x, x0, t, s):
+    """DDIM from x_t to x_s with a predicted x0, equation (1). x, x0: [B, 3, H, W]; t, s: int [B]."""
+    (a_t, sigma_t), (a_s, sigma_s) = coefficients(diffusion, t), coefficients(diffusion, s)
+    r = sigma_s / sigma_t
+    return r * x + (a_s - r * a_t) * x0
+
+
+def needed_x0(diffusion, x, landing, t, s):
+    """The x0 with which `leap` from (x, t) to s lands at `landing`, equation (2)."""
+    (a_t, sigma_t), (a_s, sigma_s) = coefficients(diffusion, t), coefficients(diffusion, s)
+    r = sigma_s / sigma_t
+    return (landing - r * x) / (a_s - r * a_t)
+
+
+def predict_x0(student, diffusion, x, t, digit, domain, w):
+    """What the student takes the clean image to be. t int [B], each image at its own."""
+    return diffusion.x0_and_eps(student(x, t, digit, domain, w).float(), x, t)[0]
+
+
+def distance(a, b):
+    """Pseudo-Huber, one value per image, [B] (Song and Dhariwal 2024, section 3.3): a square near zero, where the mean is meant, and a length far
+    from it, where a squared error would draw the mean of what could be."""
+    c = 0.03 * math.sqrt(a[0].numel())  # as far apart as four grey levels in each value
+    return ((a - b).square().flatten(1).sum(dim=1) + c * c).sqrt() - c
+
+
+def student_times(timesteps, alpha_bar, leaps):
+    """Which of the teacher's timesteps the student is called at: the first, and those nearest to the noise levels of `LEAPS`."""
+    log_sigma = 0.5 * ((1 - alpha_bar) / alpha_bar).log()[timesteps]
+    return [timesteps[0], *(timesteps[int((log_sigma - math.log(level)).abs().argmin())] for level in LEAPS[leaps])]
+
+
+@torch.inference_mode()
+def draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, max_weight, generator):
+    """`count` of the teacher's paths from noise to image: {"x": fp16 [len(points) + 1, N, 3, H, W], where they are at the times `points`, and the images;
+    "digit", "domain": int [N]; "w": float [N], for half of them the weight that is drawn with unasked, for the others any up to `max_weight`}."""
+    device = next(teacher.parameters()).device
+    digit = torch.randint(NUM_DIGITS, (count,), generator=generator).to(device)
+    domain = torch.randint(len(DOMAINS), (count,), generator=generator).to(device)
+    w = torch.rand(count, generator=generator) * max_weight
+    w[: count // 2] = sampling.guidance_weight
+    x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
+    predict, kept = Guided(teacher, diffusion, digit, domain, w, sampling.guidance_interval, guide), [x]
+    for state, after in zip(sample(sampling.sampler, predict, diffusion, x, timesteps), [*timesteps[1:], CLEAN]):
+        if after in points or after == CLEAN:
+            kept.append(state.x)
+    return {"x": torch.stack(kept).half(), "digit": digit, "domain": domain, "w": w}
+
+
+def all_paths(folder, draw, count, seed, points, times, device):
+    """`count` paths, from the files of `folder` or drawn by `draw(count, generator)` into it, with a generator for each file. Of the times `points`, at
+    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`."""
+    rows, chunks = [points.index(t) for t in times] + [len(points)], []
+    for number in progress(range(-(-count // CHUNK)), desc="the teacher draws", unit="file"):
+        path, size = folder / f"paths_{seed}_{number:04d}.pt", min(CHUNK, count - number * CHUNK)
+        if not path.exists():
+            chunk = draw(size, torch.Generator().manual_seed(seed * 1_000_003 + number))
+            with atomic_path(path) as temporary:
+                torch.save({name: tensor.cpu() for name, tensor in chunk.items()} | {"points": points}, temporary)
+        else:
+            chunk = read_tensors(path, "file of the teacher's paths")
+            if not isinstance(chunk, dict) or chunk.get("points") != points or len(chunk["w"]) != size:
+                raise UserError(f"{path} has paths of another teacher or other settings; choose another --paths-in")
+        chunks.append({"x": chunk["x"][rows].to(device), **{name: chunk[name].to(device) for name in ("digit", "domain", "w")}})
+    return {name: torch.cat([chunk[name] for chunk in chunks], dim=1 if name == "x" else 0) for name in chunks[0]}
+
+
+def supervised_loss(student, diffusion, paths, starts, ends, index, leg):
+    """Equation (2) on the teacher's paths. index int [B]: which path; leg int [B]: which of its leaps, which lead from the times `starts`, int [S], to
+    `ends`. One value per image, [B]."""
+    t, s = starts[leg], ends[leg]
+    x, landing = paths["x"][leg, index].float(), paths["x"][leg + 1, index].float()
+    x0 = predict_x0(student, diffusion, x, t, paths["digit"][index], paths["domain"][index], paths["w"][index])
+    return distance(x0, needed_x0(diffusion, x, landing, t, s))
+
+
+def consistency_loss(student, teacher_step, diffusion, starts, ends, x0, digit, domain, w, t, eps, share):
+    """One value per image, [B]. x0: real images [B, 3, H, W], noised to t int [B] by eps; teacher_step(x, t, r, digit, domain, w): its guided step from t to
+    r; share in 0..1: how far the tuning has come."""
+    s = ends[(t[:, None] <= starts).sum(dim=1) - 1]  # the next of the student's times below t
+    r = t - ((t - s) * 0.5 ** (1 + int(5 * share))).long().clamp(min=1)
+    x = diffusion.add_noise(x0, eps, t)
+    with torch.no_grad():
+        further = teacher_step(x, t, r, digit, domain, w)
+        at = r.clamp(min=0)
+        own = leap(diffusion, further, predict_x0(student, diffusion, further, at, digit, domain, w), at, s)
+        landing = torch.where((r == s)[:, None, None, None], further, own)
+    return distance(predict_x0(student, diffusion, x, t, digit, domain, w), needed_x0(diffusion, x, landing, t, s))
+
+
+@torch.inference_mode()
+def grey_levels_apart(student, diffusion, paths, times):
+    """Root mean square, in grey levels, between the student's images and the teacher's from the same noise."""
+    predict = Distilled(student, diffusion, paths["digit"], paths["domain"], paths["w"])
+    for state in ddim(predict, diffusion, paths["x"][0].float(), times):
+        drawn = state.x
+    return (drawn.clamp(-1, 1) - paths["x"][-1].float().clamp(-1, 1)).square().mean().sqrt().item() * 127.5
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--guide", type=Path, default=None, help="a weaker one, for autoguidance in place of the unconditional half")
+    parser.add_argument("--data", type=Path, default=default_data(), help="real digits, for the tuning: a folder in the course's layout, or a .npz of it")
+    parser.add_argument("--output", type=Path, default=Path("runs/student"), help="folder of the run: its state and model.safetensors")
+    parser.add_argument("--paths-in", type=Path, default=None, help="folder of the teacher's paths, which several students may share (default: in --output)")
+    parser.add_argument("--paths", type=int, default=16_000, help="paths that the teacher draws; 24 kB each on the disk")
+    parser.add_argument("--leaps", type=int, choices=list(LEAPS), default=2, help="evaluations per image")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="the student's network")
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER.steps, help="steps of the teacher's sampler")
+    parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
+    parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
+    parser.add_argument("--max-weight", type=float, default=4.0, help="the other half have weights from 0 to this")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
+    parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
+    parser.add_argument("--tuning", type=float, default=0.25, help="last share of the steps, which are consistency tuning")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3, help=f"peak learning rate; {TUNED_BY:g} of it in the tuning")
+    parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
+    parser.add_argument("--decay", type=float, default=0.7, help="last share of each stage, over which it falls to zero")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="not applied to embeddings, norms and biases")
+    parser.add_argument("--ema", type=float, default=0.05, help="length of the average of the weights, as a share of a stage")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: half a minute at the start, then faster on a GPU")
+    add_arguments(parser)
+    args = parser.parse_args()
+    check_flags(args, ("paths", "steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("lr", "weight_decay", "warmup", "max_weight", "validate_every"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("minutes",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("tuning", "decay"), lambda value: 0 <= value <= 1, "between 0 and 1")
+    check_flags(args, ("ema",), lambda value: 0.001 <= value <= 0.25, "between 0.001 and 0.25")
+    if not -10**12 < args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    return args
+
+
+def main():
+    args = parse_args()
+    clock = Clock(args.minutes)
+    folder = writable_folder(args.output)
+    accelerator, dtype = prepare(args, folder)
+    if accelerator.num_processes > 1:
+        raise UserError("distilling is for one process")
+    sampling = replace(TEACHER, steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
+                       guidance_interval=tuple(args.guidance_interval))
+    sampling.check()
+    teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
+    if teacher.config.times:
+        raise UserError(f"{args.teacher} is a student itself; give its teacher")
+    guide = load_generator(args.guide, accelerator.device, torch.float32)[0] if args.guide else None
+    with guarded("lower --batch-size, or choose a smaller --size"):
+        train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion)
+
+
+def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion):
+    device = accelerator.device
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    state_file = folder / "state.pt"
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer", "stage")) if state_file.exists() else None
+    timesteps = timesteps_of(sampling, diffusion)
+    times = student_times(timesteps, diffusion.alpha_bar, args.leaps)
+    points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
+
+    torch.manual_seed(args.seed)
+    net = UNet(replace(SIZES[args.size], times=tuple(times))).to(device=device, memory_format=torch.channels_last)
+    ema = PowerEMA(net, [args.ema])
+    student, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
+    step, history, recent, stage = 0, [], [], {"name": "supervised", "began": 0}
+    if state:
+        with fitting(state_file):
+            net.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, history, recent, stage = state["step"], state["history"], [torch.tensor(x, device=device) for x in state["recent"]], state["stage"]
+    if args.compile:
+        compile_blocks(net)
+        compile_blocks(teacher)
+    first_line_of(accelerator, dtype, f"a {args.size} student of {args.teacher}, called at t = {', '.join(map(str, times))},"
+                  + (f" going on at step {step}," if step else ""))
+
+    def draw(count, generator):
+        with accelerator.autocast():
+            return draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, args.max_weight, generator)
+
+    def teacher_step(x, t, r, digit, domain, w):
+        low, high = (edge * diffusion.config.num_timesteps for edge in sampling.guidance_interval)
+        inside = ((low <= t) & (t <= high))[:, None, None, None]
+        output = Guided(teacher, diffusion, digit, domain, w, guide=guide).extrapolated(x, t, w[:, None, None, None] * inside)
+        return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
+
+    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device)
+    unseen = min(args.paths // 10, 500)
+    held_out = {name: part[:, args.paths - unseen:] if name == "x" else part[args.paths - unseen:] for name, part in paths.items()}
+    data = load_digits(args.data, "train") if args.tuning > 0 else None
+    real = [torch.from_numpy(a).to(device) for a in (data.images, data.digit, data.domain)] if data else None
+    starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
+    log = Log(accelerator, folder, "distilling P1", args, step, history)
+    began = min(clock.share(), 0.99)  # the paths have taken these of the minutes
+    if args.minutes:
+        log.bar.total = None
+
+    def came():
+        return (clock.share() - began) / (1 - began) if args.minutes else step / args.steps
+
+    last = came() >= 1
+    while not last:
+        share = came()
+        if stage["name"] == "supervised" and share >= 1 - args.tuning and args.tuning > 0:
+            stage = {"name": "tuning", "began": step}
+            net.load_state_dict(ema.averages[0])  # tuned is what was averaged, and the average begins anew
+        tuning = stage["name"] == "tuning"
+        within = min(max((share - 1 + args.tuning) / args.tuning if tuning else share / max(1 - args.tuning, 1e-9), 0), 0.999)
+        rate = args.lr * (TUNED_BY if tuning else 1) * learning_rate(step - stage["began"], within, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        options = {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
+        n = args.batch_size
+        if tuning:
+            index = torch.randint(len(real[0]), (n,), **options)
+            t, eps = torch.randint(times[0] + 1, (n,), **options), torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, **options)
+            w = torch.rand(n, **options) * args.max_weight
+            w[::2] = args.guidance_weight
+            x0, digit, domain = (part[index] for part in real)
+            with accelerator.autocast():
+                loss = consistency_loss(student, teacher_step, diffusion, starts, ends, to_model(x0), digit, domain, w, t, eps, within).mean()
+        else:
+            index, leg = torch.randint(args.paths - unseen, (n,), **options), torch.randint(len(times), (n,), **options)
+            loss = supervised_loss(student, diffusion, paths, starts, ends, index, leg).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(net, step - stage["began"])
+        log.bar.update()
+        recent.append(loss.detach())
+
+        last = came() >= 1
+        validating = args.validate_every and unseen and (step % args.validate_every == 0 or last)
+        if step % LOG_EVERY == 0 or last or validating:
+            refuse_nonfinite(step, recent, state_file)
+            numbers = {"loss": torch.stack(recent).mean().item(), "lr": rate}
+            if validating:  # in grey levels, between the student's images and the teacher's from the same noise
+                numbers["validation"] = grey_levels_apart(ema.network(net.config, device), diffusion, held_out, times)
+            log.add(step, **numbers)
+            recent = []
+        if step % args.save_every == 0 or last:
+            refuse_nonfinite(step, [*net.parameters(), *ema.averages[0].values()], state_file)
+            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,
+                       "recent": [x.item() for x in recent], "stage": stage, "settings": settings}
+            with atomic_path(state_file) as temporary:
+                torch.save(content, temporary)
+            facts = {**settings, "teacher": args.teacher.name, "steps": step, "stage": stage["name"]}
+            save_model(folder / "model.safetensors", ema.network(net.config, device).half(), diffusion, facts)
+    log.close()
+    path = folder / "model.safetensors"
+    print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+
+
+if __name__ == "__main__":
+    run(main)

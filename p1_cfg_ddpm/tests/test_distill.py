@@ -1,0 +1,127 @@
+"""A student: its target by hand, the whole way from a teacher to drawn images, and what it is refused."""
+
+import csv
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from p1_cfg_ddpm import distill, inference
+from p1_cfg_ddpm.data import MINI_DATA
+from p1_cfg_ddpm.diffusion import Diffusion, Distilled, Guided
+from p1_cfg_ddpm.files import UserError
+from p1_cfg_ddpm.inference import TEACHER, all_jobs, generate, load_generator, timesteps_of
+from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
+
+SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--paths", 24, "--batch-size", 8, "--steps", 8, "--tuning", 0.5, "--teacher-steps", 4, "--warmup", 1,
+            "--validate-every", 4, "--device", "cpu", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def student(tiny_model, tmp_path):
+    """The path of an untrained one of two leaps, which has learned weights up to 3."""
+    torch.manual_seed(1)
+    net = UNet(replace(SIZES["tiny"], times=(999, 449)))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.05)
+    save_model(tmp_path / "student.safetensors", net, Diffusion(), {"max_weight": 3.0})
+    return tmp_path / "student.safetensors"
+
+
+def call(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def stopping_after(monkeypatch, steps):
+    """The training breaks off in the step after so many."""
+    update, left = distill.PowerEMA.update, iter(range(steps))
+    monkeypatch.setattr(distill.PowerEMA, "update", lambda self, net, step: (update(self, net, step), next(left)))
+
+
+def test_the_target_lands_where_the_path_is():
+    diffusion = Diffusion()
+    x, landing = torch.randn(2, 3, 3, 28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    t, s = torch.tensor([999, 800, 449]), torch.tensor([449, 351, distill.CLEAN])
+    x0 = distill.needed_x0(diffusion, x, landing, t, s)
+    assert torch.allclose(distill.leap(diffusion, x, x0, t, s), landing, atol=1e-4)
+    assert torch.equal(x0[2], landing[2])  # the last leap ends at the image itself
+    # DDIM's own rule, as the samplers have it: x_s = a_s x0 + sigma_s eps
+    a, sigma = diffusion.coefficients(t[:2])
+    a_s, sigma_s = diffusion.coefficients(s[:2])
+    assert torch.allclose(a_s * x0[:2] + sigma_s * (x[:2] - a * x0[:2]) / sigma, landing[:2], atol=1e-4)
+
+
+def test_paths_are_what_the_sampler_draws(tiny_model):
+    """One call draws with many weights what `Guided` draws with each."""
+    diffusion, sampling = Diffusion(), replace(TEACHER, steps=3)
+    timesteps = timesteps_of(sampling, diffusion)
+    paths = distill.draw_paths(tiny_model, None, diffusion, sampling, timesteps, timesteps[:2], 6, 2.0, torch.Generator().manual_seed(0))
+    assert paths["w"][:3].tolist() == [sampling.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
+    for i in (0, 5):
+        predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item())
+        with torch.inference_mode():
+            ways = [state.x for state in distill.sample(sampling.sampler, predict, diffusion, paths["x"][0, i:i + 1].float(), timesteps)]
+        for ours, theirs in ((ways[0], paths["x"][1, i]), (ways[-1], paths["x"][-1, i])):
+            assert (ours - theirs.float()).abs().max() < 0.02  # fp16 on the way in and out
+
+
+def test_the_guidance_weight_is_an_input(student):
+    net, _ = load_model(student)
+    digit, x = torch.tensor([3, 3]), torch.zeros(2, 3, 28, 28)
+    x0, _ = Distilled(net, Diffusion(), digit, torch.zeros_like(digit), torch.tensor([0.0, 3.0]))(x, 999)
+    assert not torch.allclose(x0[0], x0[1])
+
+
+def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoint, tmp_path):
+    settings = ["--teacher", tiny_checkpoint, "--paths-in", tmp_path / "paths", *SETTINGS]
+    call(monkeypatch, distill, *settings, "--output", tmp_path / "whole")
+    for steps in (3, 4):  # once in each stage: in step 4, and from 2 on in step 7
+        with monkeypatch.context() as patch:
+            stopping_after(patch, steps)
+            with pytest.raises(StopIteration):
+                call(patch, distill, *settings, "--output", tmp_path / "stopped", "--save-every", 2)
+    call(monkeypatch, distill, *settings, "--output", tmp_path / "stopped", "--save-every", 2)
+    whole, stopped = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert whole["stage"] == stopped["stage"] == {"name": "tuning", "began": 4}
+    for part in ("model", "ema"):
+        ours, theirs = ((state[part][0] if part == "ema" else state[part]) for state in (whole, stopped))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    model, _ = load_generator(tmp_path / "whole" / "model.safetensors", torch.device("cpu"), torch.float32)
+    assert len(model.config.times) == 2 and model.max_weight == 4.0
+    call(monkeypatch, inference, tmp_path / "out", "--checkpoint", tmp_path / "whole" / "model.safetensors", "--images-per-digit", 1, "--digits", 3)
+    assert len(list((tmp_path / "out").rglob("3_001.png"))) == 2
+    with pytest.raises(UserError, match="is a student itself; give its teacher"):
+        call(monkeypatch, distill, "--teacher", tmp_path / "whole" / "model.safetensors", *SETTINGS, "--output", tmp_path / "again")
+    with pytest.raises(UserError, match="has paths of another teacher or other settings"):
+        call(monkeypatch, distill, *settings, "--teacher-steps", 5, "--output", tmp_path / "other")
+
+
+def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_path):
+    call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS, "--tuning", 0, "--steps", 40, "--lr", 5e-3, "--output", tmp_path / "run",
+         "--validate-every", 10)
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        apart = [float(row["validation"]) for row in csv.DictReader(file) if row["validation"]]  # in grey levels, on paths that it never saw
+    assert apart == sorted(apart, reverse=True) and apart[-1] < 0.97 * apart[0]  # the teacher, which is untrained, draws what is hard to learn
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--steps", 4], "--steps is not for student.safetensors, a student that draws in 2 steps of its own; only other networks have it"),
+    (["--sampler", "ddpm"], "--sampler is not for student.safetensors"),
+    (["--guidance-weight", 3.5], "--guidance-weight of student.safetensors must be between 0 and 3, which it has learned, not 3.5"),
+    (["--student"], "--student is the bundled one; give it or --checkpoint, not both"),
+])
+def test_what_a_student_has_no_choice_of(monkeypatch, student, tmp_path, flags, said):
+    with pytest.raises(UserError, match=said.replace(".", "[.]")):
+        call(monkeypatch, inference, tmp_path, "--checkpoint", student, *flags)
+
+
+def test_a_students_image_does_not_depend_on_the_others(student):
+    model, diffusion = load_generator(student, torch.device("cpu"), torch.float32)
+    sampling, jobs = replace(inference.STUDENT, steps=2, guidance_weight=2.0), all_jobs(1)
+    whole, single = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, sampling, n, progress=False)} for n in (20, 3))
+    assert max(np.abs(whole[name] - single[name]).max() for name in whole) <= 1
