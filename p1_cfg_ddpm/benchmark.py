@@ -4,7 +4,8 @@
 
 The ladder: seconds for the grader's images (the network loaded, files not written), accuracy by the bundled classifiers, and in the frozen embedding
 Frechet distance, precision and coverage as ratios to as many real images (quality.py), for each sampler and number of steps; with the classic 500-step
-guided DDPM as reference, on fewer images. The sweep: the same scores for a range of guidance weights. Formats: the network's images per second.
+guided DDPM as reference, on fewer images. The sweep: the same scores for a range of guidance weights. The student: the bundled one (distill.py), beside the
+defaults. Formats: the network's images per second.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import torch
 
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import grade
-from .files import ROOT, check_flags, run, writable_file, write_json
-from .inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from .files import ROOT, UserError, check_flags, run, writable_file, write_json
+from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, Sampling, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
 from .quality import Judges
@@ -106,18 +107,23 @@ def main():
     writable_file(args.output)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
     model, diffusion = load_generator(args.checkpoint, device, dtype)
+    if model.config.times:
+        raise UserError(f"{args.checkpoint} is a student, which has no samplers to compare; the bundled one is measured beside any other network")
+    results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
     default, judges = Sampling(), Judges(device)
 
-    def rows(samplings, images_per_digit):
+    def rows(samplings, images_per_digit, network=(model, diffusion)):
         for sampling in samplings:
-            row = measure(model, diffusion, sampling, images_per_digit, args.batch_size, judges)
+            row = measure(*network, sampling, images_per_digit, args.batch_size, judges)
             show(row)
             yield row
 
     # the headline is the mean over seeds: a single seed's worst digit moves by two or three images
     results["seeds"] = list(rows([replace(default, seed=seed) for seed in range(args.seeds)], args.images_per_digit))
+    student = load_generator(STUDENT_CHECKPOINT, device, dtype)
+    own = replace(STUDENT, steps=len(student[0].config.times))
+    results["student"] = list(rows([replace(own, seed=seed) for seed in range(args.seeds)], args.images_per_digit, student))
     # Frechet distances grow as the number of images falls: compare only rows with as many images
     rungs = [replace(default, sampler=sampler, steps=steps, spacing=spacing) for sampler, steps, spacing in LADDER]
     results["ladder"] = list(rows(rungs, args.sweep_images_per_digit))

@@ -168,7 +168,7 @@ def parse_args():
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
-    parser.add_argument("--max-weight", type=float, default=4.0, help="the other half have weights from 0 to this")
+    parser.add_argument("--max-weight", type=float, default=6.0, help="the other half have weights from 0 to this")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
     parser.add_argument("--tuning", type=float, default=0.25, help="last share of the steps, which are consistency tuning")

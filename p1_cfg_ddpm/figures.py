@@ -92,6 +92,10 @@ def charts(results, folder):
         axis.plot(seconds, [100 * row["mean_accuracy"] for row in own], "o-", label=", ".join(kind))
         for x, row in zip(seconds, own):
             axis.annotate(row["steps"], (x, 100 * row["mean_accuracy"]), fontsize=8, textcoords="offset points", xytext=(4, 4))
+    if "student" in results:
+        own = results["student"]
+        axis.plot(np.mean([1000 / row["images_per_second"] for row in own]), np.mean([100 * row["mean_accuracy"] for row in own]), "*", markersize=12,
+                  label=f"the student, {own[0]['steps']} step")
     axis.set(xscale="log", xlabel=f"seconds for 1,000 images on {results['machine']['device']}, {results['machine']['threads']} threads",
              ylabel="mean accuracy, %", title="sampler and number of steps")
     axis.legend()

@@ -56,7 +56,7 @@ class Sampling:
 
 
 TEACHER = Sampling()
-STUDENT = Sampling(sampler="ddim", guidance_weight=4.0)  # its steps are its own, its weight an input
+STUDENT = Sampling(sampler="ddim", guidance_weight=5.0)  # its steps are its own, its weight an input, at most the one that it has learned
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def load_with_settings(args):
         if name in given:
             raise UserError(f"--{name.replace('_', '-')} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
                             "only other networks have it")
-    sampling = replace(STUDENT, steps=len(model.config.times), seed=args.seed, **given)
+    weight = min(STUDENT.guidance_weight, model.max_weight)
+    sampling = replace(STUDENT, **{"guidance_weight": weight, **given}, steps=len(model.config.times), seed=args.seed)
     if not 0 <= sampling.guidance_weight <= model.max_weight:
         raise UserError(f"--guidance-weight of {checkpoint.name} must be between 0 and {model.max_weight:g}, which it has learned, "
                         f"not {sampling.guidance_weight:g}")

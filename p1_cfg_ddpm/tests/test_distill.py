@@ -92,7 +92,7 @@ def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoi
         ours, theirs = ((state[part][0] if part == "ema" else state[part]) for state in (whole, stopped))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     model, _ = load_generator(tmp_path / "whole" / "model.safetensors", torch.device("cpu"), torch.float32)
-    assert len(model.config.times) == 2 and model.max_weight == 4.0
+    assert len(model.config.times) == 2 and model.max_weight == 6.0
     call(monkeypatch, inference, tmp_path / "out", "--checkpoint", tmp_path / "whole" / "model.safetensors", "--images-per-digit", 1, "--digits", 3)
     assert len(list((tmp_path / "out").rglob("3_001.png"))) == 2
     with pytest.raises(UserError, match="is a student itself; give its teacher"):

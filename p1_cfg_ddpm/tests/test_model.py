@@ -67,7 +67,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tiny_model, tmp_path):
     path.write_bytes(b"")
     refused("not a readable safetensors file")
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{not json.......")
-    refused("not a readable safetensors file")
+    refused("a damaged safetensors file")
     save_weights(path, {"a": torch.zeros(1)}, {"other": 1})
     refused("not a checkpoint of this UNet")
     save_model(path, UNet(SIZES["small"]), Diffusion())
