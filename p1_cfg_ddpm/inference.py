@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
 from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, processes
 from .device import progress as progress_bar
 from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Distilled, Guided, ImageNoise, ddim, logsnr_timesteps, sample, spaced_timesteps
@@ -214,7 +215,8 @@ def draw(args, model, diffusion, sampling, batch_size, checkpoint, share, starte
     made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
     if share[0] == 0:
         print(f"drawing with {checkpoint} on {device}", flush=True)
-        claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, {"device": device, "checkpoint": str(checkpoint.resolve())}, args.overwrite)
+        where = {"device": device, "checkpoint": str(checkpoint.resolve())}
+        claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite)
     if share[1] > 1:
         wait_for_the_first()
     elif not model.config.times:
