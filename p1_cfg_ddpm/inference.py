@@ -142,7 +142,7 @@ def generate(model, diffusion, jobs, sampling, batch_size, progress=True, guide=
 
 
 def add_arguments(parser):
-    """The flags that inference and figures share. Where none is given, `settings_of` takes the checkpoint's own."""
+    """The flags that inference and figures share. Where none is given, `load_with_settings` takes the checkpoint's own."""
     parser.add_argument("--checkpoint", type=Path, default=None, help="a model.safetensors of p1_cfg_ddpm.train or p1_cfg_ddpm.distill "
                         f"(default: the installed one, or the bundled {CHECKPOINT.name})")
     parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
