@@ -202,7 +202,8 @@ def main():
     if len(models) > 1:
         print_models(rows, rights)
         write_json(args.output / "models.json", rows)
-    print(f"wrote results.json, predictions.csv, examples.png, confusion.png, calibration.png and retrieval.png to {args.output}")
+    each = "models.json and, in a folder for each model, " if len(models) > 1 else ""
+    print(f"wrote {each}results.json, predictions.csv, examples.png, confusion.png, calibration.png and retrieval.png to {args.output}")
 
 
 def names_of(models, pretrained):
@@ -216,11 +217,11 @@ def names_of(models, pretrained):
 
 def print_models(rows, rights):
     """A table of models, and how each differs from the first on the same pictures, which is also put into its row."""
-    for row, right in zip(rows, rights):
+    for i, (row, right) in enumerate(zip(rows, rights)):
         row |= {"against_first": paired(right, rights[0])}
         against, (low, high) = row["against_first"], row["against_first"]["difference_interval"]
-        print(f"{row['model']:24} top-1 {row['top1']:.2%} ({row['intervals']['top1'][0]:.1%} to {row['intervals']['top1'][1]:.1%})  top-5 {row['top5']:.2%}  "
-              f"{against['difference']:+.2%} ({low:+.1%} to {high:+.1%}), p {against['mcnemar_p']:.2g}")
+        print(f"{row['model']:24} top-1 {row['top1']:.2%} ({row['intervals']['top1'][0]:.1%} to {row['intervals']['top1'][1]:.1%})  top-5 {row['top5']:.2%}"
+              + (f"  {against['difference']:+.2%} ({low:+.1%} to {high:+.1%}), p {against['mcnemar_p']:.2g}" if i else ""))
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def test_pictures_of_the_results(results):
 
 def test_several_models_in_one_table(call, tiny_clip, data, tmp_path):
     other = shutil.copytree(tiny_clip, tmp_path / "other")
-    code, _, err = call(MODULE, "--data", data, "--model", tiny_clip, "--model", other, "--output", tmp_path / "out")
-    assert code == 0, err
+    code, out, err = call(MODULE, "--data", data, "--model", tiny_clip, "--model", other, "--output", tmp_path / "out")
+    assert code == 0 and out.count("+0.00% (+0.0% to +0.0%), p 1") == 1 and "wrote models.json and, in a folder for each model, results.json" in out, err
     first, second = json.loads((tmp_path / "out" / "models.json").read_text())
     assert first["model"] == tiny_clip.name and second["model"] == "other" and first["top1"] == second["top1"] and second["against_first"]["difference"] == 0
     for folder in (tiny_clip.name, "other"):
