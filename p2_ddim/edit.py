@@ -21,7 +21,7 @@ from .evaluate import mse, psnr
 from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
-from .inversion import to_pair
+from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
 
@@ -45,7 +45,7 @@ def invert_all(unet, pictures, config, batch_size, dtype=torch.float32):
         return to_pair(model, to_model(np.stack([pictures[name] for name in batch]), device), config.steps()).cpu()
 
     with progress(total=len(pictures), unit="picture", desc="finding noises") as bar:
-        for batch, found in in_batches(list(pictures), batch_size, work, "face", "--dtype bf16 or --device cpu"):
+        for batch, found in in_batches(list(pictures), exact_batch(batch_size, dtype), work, "face", "--dtype bf16 or --device cpu"):
             pairs |= zip(batch, found)
             bar.update(len(batch))
     for name, pair in pairs.items():

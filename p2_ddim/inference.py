@@ -21,7 +21,7 @@ from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dty
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
 from .files import ROOT, UserError, fingerprint, lock, run, writable_folder
-from .inversion import belm
+from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
 from .provenance import Made, claim
@@ -99,6 +99,8 @@ def to_pictures(x, low=0.0, high=255.0):
 def generate(unet, noises, config, batch_size, seed=0, dtype=torch.float32, shown=True):
     """noises: {name: [3, H, W]}, or pairs [2, 3, H, W] for belm. Yields (name, final x [3, H, W] on the CPU). A batch that memory cannot hold is halved."""
     device = next(unet.parameters()).device
+    if config.sampler == "belm":
+        batch_size = exact_batch(batch_size, dtype)
 
     def draw(batch):
         x = torch.stack([noises[name] for name in batch]).to(device)
