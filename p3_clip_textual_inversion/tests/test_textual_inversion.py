@@ -348,8 +348,8 @@ def test_wrong_use_ends_in_one_line(call, concepts_json, tiny_sd, tmp_path, modu
     if module == "train" and "--checkpoint" not in filled and filled[0] != "missing.json":
         filled += ["--checkpoint", str(tiny_sd), "--output", str(tmp_path / "run")]
     if "/proc/nothing" in filled:
-        save_embedding(tmp_path / "a.safetensors", "<new1>", torch.ones(1, 32))
-        save_embedding(tmp_path / "b.safetensors", "<new2>", torch.ones(1, 32))
+        save_embedding(tmp_path / "a.safetensors", "<new1>", torch.ones(1, 192))
+        save_embedding(tmp_path / "b.safetensors", "<new2>", torch.ones(1, 192))
         filled += ["--embeddings", str(tmp_path)]
     code, _, err = call(f"{PACKAGE}.{module}", *filled)
     assert code == 1 and said in err and "Traceback" not in err, err
