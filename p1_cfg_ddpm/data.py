@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import MINI, ROOT, UserError, atomic_path, first_line
+from .files import MINI, ROOT, UserError, atomic_path, check_file, first_line
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import decode, read_picture
 
@@ -93,6 +93,7 @@ def load_domain(folder, split, domain, cache):
 def read_csv(path):
     """Returns (image names, labels 0..9) of a CSV with the columns image_name,label."""
     try:
+        check_file(path)  # a named pipe would be waited for
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except OSError as error:

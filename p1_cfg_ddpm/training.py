@@ -3,18 +3,20 @@ three folders. The loops stand in the train.py files; everything random in them 
 
 import copy
 import csv
+import hashlib
 import importlib.util
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pick_device, pick_dtype, progress, use_tf32
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, lock
 from .tensors import read_tensors
 
 WATCHING = ("device", "validate_every", "stop_when_flat", "report_to")  # flags that a run may change and still be the same run
@@ -180,17 +182,42 @@ def ema_update(averaged, net, step, decay):
 
 # --- state ---
 
-def load_state(path, settings, needed=("step", "history", "recent")):
-    """The state that a run of these settings saved; another run's, or half a one, is refused."""
+@contextmanager
+def held(accelerator, folder):
+    """Holds a run's folder while it trains: a second run into it says who has it. (Of several processes the main one writes.)"""
+    with lock(folder) if accelerator.is_main_process else nullcontext():
+        yield
+
+
+def refuse_others(state_file, results):
+    """A `UserError` where results are there without the state of their run: they are another's, and are not overwritten."""
+    there = [path for path in results if os.path.lexists(path)]
+    if there and not state_file.exists():
+        raise UserError(f"{there[0]} is there without its run's state ({state_file}) and is not overwritten; choose another --output, or move it away")
+
+
+def data_fingerprint(*arrays):
+    """16 digits of what a run learns from, by which other data are told from the same."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_state(path, settings, needed=("step", "history", "recent"), steps=None):
+    """The state that a run of these settings saved; another run's, half a one, or one that is beyond `steps` already, is refused."""
     state = read_tensors(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
-    changed = [f"{name} {state['settings'].get(name)} is now {value}" for name, value in settings.items() if state["settings"].get(name) != value]
+    before = state["settings"]  # a flag that did not exist when it was written is not held against it
+    changed = [f"{name} {before[name]} is now {value}" for name, value in settings.items() if name in before and before[name] != value]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
     missing = [name for name in needed if name not in state]
     if missing or not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["history"], list):
         raise UserError(f"{path} is damaged: it has no usable {', '.join(missing) or 'step and history'}; choose another --output")
+    if steps is not None and state["step"] > steps:
+        raise UserError(f"{path} is at step {state['step']} already, beyond --steps {steps}; choose another --output")
     return state
 
 

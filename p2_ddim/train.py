@@ -24,16 +24,19 @@ from .training import (
     Validation,
     add_arguments,
     averaged_copy,
+    data_fingerprint,
     ema_update,
     first_line_of,
     fitting,
     guarded,
+    held,
     is_flat,
     learning_rate,
     load_state,
     make_optimizer,
     prepare,
     refuse_nonfinite,
+    refuse_others,
     seed_dropout,
     share,
 )
@@ -89,16 +92,17 @@ def main():
     args = parse_args()
     folder = writable_folder(args.output)
     accelerator, dtype = prepare(args, folder)
-    with guarded(ADVICE):
+    with held(accelerator, folder), guarded(ADVICE):
         train(args, folder, accelerator, dtype)
 
 
 def train(args, folder, accelerator, dtype):
     device = accelerator.device
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer")) if state_file.exists() else None
+    refuse_others(state_file, [folder / "UNet.pt"])
     pictures = torch.from_numpy(read_pictures(args.data, args.image_size))
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {"pictures": data_fingerprint(pictures.numpy())}
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), args.steps) if state_file.exists() else None
     kept = round(args.held_out * len(pictures)) if len(pictures) > 1 else 0
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
     images, held_out = (pictures[part].to(device) for part in (order[kept:].sort().values, order[:kept] if kept else order[:256]))

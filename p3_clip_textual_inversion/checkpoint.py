@@ -7,8 +7,8 @@ import zipfile
 
 import torch
 
-from .files import UserError, first_line
-from .tensors import is_plain, read_tensors
+from .files import UserError, first_line, note
+from .tensors import find_state_dict, is_plain, read_tensors
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -18,12 +18,10 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat
 def read_checkpoint(path):
     """{name: tensor} of a file, of which no code is run: a published .ckpt also holds objects of the package that trained it."""
     content = read_tensors(path, "checkpoint", "a checkpoint of Stable Diffusion or CLIP", foreign=True)
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    named = content.items() if isinstance(content, dict) else ()
-    weights = {name: tensor for name, tensor in named if isinstance(name, str) and is_plain(tensor)}
-    if not weights:
-        raise UserError(f"{path} holds no tensors by name; expected a checkpoint of Stable Diffusion")
-    return weights
+    named, _ = find_state_dict(content, path, expected="a checkpoint of Stable Diffusion")
+    if any(name.startswith("model_ema.") for name in named):
+        note(f"{path} also holds averaged weights (model_ema); the plain ones are used, as diffusers does")
+    return {name: tensor for name, tensor in named.items() if is_plain(tensor)}
 
 
 class Module:

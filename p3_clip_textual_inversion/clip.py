@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from . import hugging_face, open_clip_folder
 from .checkpoint import read_checkpoint, read_torchscript
 from .device import autocast
-from .files import MINI, UserError, first_line, read_json
+from .files import MINI, UserError, existing_file, first_line, read_json
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
 
@@ -158,6 +158,7 @@ def load_weights(path, name=None):
 
 def read_weights(path):
     """({name: tensor} in open_clip's or Hugging Face's names, whether they were trained with QuickGELU or None where the file does not tell)."""
+    path = existing_file(path, "file of weights")
     if what_is(path)[0] == "torchscript":
         state, classes = read_torchscript(path)
         activations = {kind for module, kind in classes.items() if module.endswith(".gelu")}

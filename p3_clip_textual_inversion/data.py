@@ -1,6 +1,7 @@
 """The course's layouts: input.json and the folders of example pictures beside it; labelled pictures for zero-shot classification."""
 
-import json
+import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .files import UserError, existing_folder, read_json
+from .files import UserError, existing_folder, first_line, parse_json, read_json
 from .pictures import note_left_out, read_pictures
 
 CAPTIONS = "metadata.jsonl"
@@ -73,18 +74,29 @@ def example_pictures(folder):
 
 
 def read_captions(folder, names, token):
-    """The captions of the pictures `names`, in their order, or None where the folder has no metadata.jsonl.
+    """The captions of the pictures `names`, in their order, or None where the folder has none.
 
-    That is the file in which Hugging Face's image folders keep captions: a line {"file_name": "00.png", "text": "a cat in the style of <new2>"} for each
-    picture. A caption that names what else is to be seen leaves to the learned word only what it should learn."""
-    path = Path(folder) / CAPTIONS
-    if not path.exists():
+    They stand in metadata.jsonl, as Hugging Face's image folders keep them, a line {"file_name": "00.png", "text": "a cat in the style of <new2>"} for each
+    picture; in metadata.csv, with these columns; or in a text beside each picture, 00.txt. A caption that names what else is to be seen leaves to the
+    learned word only what it should learn."""
+    folder = Path(folder)
+    path = next((folder / name for name in (CAPTIONS, "metadata.csv") if os.path.exists(folder / name)), None)
+    texts = {name: file for name in names if os.path.isfile(file := folder / f"{Path(name).stem}.txt")}
+    if path is None and not texts:
         return None
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        captions = {line["file_name"]: line["text"] for line in lines}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'cannot read {path}: {error}; expected lines {{"file_name": "00.png", "text": "a caption with {token}"}}') from None
+        if path is None:
+            path = folder / f"{Path(next(name for name in names if name not in texts)).stem}.txt" if len(texts) < len(names) else folder
+            captions = {name: file.read_text(encoding="utf-8-sig").strip() for name, file in texts.items()}
+        elif path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                captions = {row["file_name"]: row["text"] for row in csv.DictReader(file)}
+        else:
+            lines = [parse_json(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            captions = {line["file_name"]: line["text"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+        raise UserError(f'cannot read the captions of {path}: {first_line(error)}; expected lines {{"file_name": "00.png", "text": "a caption with '
+                        f'{token}"}}, or the columns file_name and text') from None
     for name in names:
         caption = captions.get(name)
         if not isinstance(caption, str) or token not in caption:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from .checkpoint import read_checkpoint
-from .files import UserError, first_line
+from .files import UserError, existing_file, first_line, read_json
+from .tensors import what_is
 
 TEXT_PREFIX = "cond_stage_model.transformer."
 CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
@@ -40,9 +42,9 @@ class Identity:
 def check_checkpoint(source):
     """A `UserError` for what is neither a file, nor a folder of Stable Diffusion, nor like a name on the hub."""
     path = Path(source)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if os.path.isdir(path) and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
-    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
+    if not os.path.lexists(path) and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
         raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, "
                         "owner/model; bash scripts/download_weights.sh fetches sd-v1-4.ckpt")
 
@@ -51,13 +53,13 @@ def identify(source):
     """The `Identity` of a checkpoint: a file in the original layout, a folder or a hub name. Of several GB it reads the token table only."""
     check_checkpoint(source)
     path = Path(source)
-    if path.is_file():
+    if os.path.lexists(path) and not os.path.isdir(path):
         tensors = read_tensors(path, [TOKEN_TABLE[0], FIRST_CONVOLUTION[0]])
         unet, vae = (json.loads((CONFIGS / part / "config.json").read_text()) for part in ("unet", "vae"))
     else:
         try:
             tensors = [read_tensors(part_file(source, part, files), [name])[0] for _, part, name, files in (TOKEN_TABLE, FIRST_CONVOLUTION)]
-            unet, vae = (json.loads(part_file(source, part, ("config.json",)).read_text(encoding="utf-8")) for part in ("unet", "vae"))
+            unet, vae = (read_json(part_file(source, part, ("config.json",))) for part in ("unet", "vae"))
         except UserError:
             raise
         except Exception as error:  # the hub's library raises many kinds, a damaged config others
@@ -94,8 +96,8 @@ def part_file(source, part, names):
 
 def read_tensors(path, names):
     """The tensors whose names end as these do, of a file that may hold much more: what is not asked for is not read."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
+    path = existing_file(path, "checkpoint")
+    if what_is(path)[0] == "safetensors":  # whatever its name says
         try:
             with safe_open(path, "pt") as file:
                 known = {name: file.get_tensor(name) for name in file.keys() if name.endswith(tuple(names))}  # noqa: SIM118 (it is no dictionary)

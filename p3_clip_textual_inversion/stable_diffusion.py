@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .checkpoint import read_checkpoint
 from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
-from .files import MINI, UserError, first_line
+from .files import MINI, UserError, first_line, note, shown
 from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
@@ -93,15 +93,16 @@ def load_folder(source, local, dtype):
         schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
         parts = StableDiffusion(
             CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
-            CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options).float(),
-            AutoencoderKL.from_pretrained(source, subfolder="vae", **options).float(),
-            UNet2DConditionModel.from_pretrained(source, subfolder="unet", **options).to(dtype), None)
+            CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options, **variant(source, "text_encoder")).float(),
+            AutoencoderKL.from_pretrained(source, subfolder="vae", **options, **variant(source, "vae")).float(),
+            UNet2DConditionModel.from_pretrained(source, subfolder="unet", **options, **variant(source, "unet")).to(dtype), None)
     except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
         hint = "" if local else "; without internet, give a file or a folder"
         raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
     if schedule.get("beta_schedule") != "scaled_linear" or schedule.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(f"{source} has a schedule {schedule.get('beta_schedule')} that predicts {schedule.get('prediction_type')}; "
                         "expected scaled_linear and epsilon, as Stable Diffusion v1 has")
+    check_schedule(schedule, source)
     try:
         parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
         if len(parts.alpha_bar) != 1000:
@@ -109,6 +110,23 @@ def load_folder(source, local, dtype):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the schedule of {source} lacks or garbles {first_line(error)}") from None
     return parts
+
+
+def variant(source, part):
+    """What from_pretrained must be told of a part that a folder has in half precision only, as `*.fp16.*`."""
+    files = [path.name for path in (Path(source) / part).glob("*model*.*") if path.suffix in (".safetensors", ".bin")]
+    return {"variant": "fp16"} if files and all(".fp16" in name for name in files) else {}
+
+
+def check_schedule(schedule, source):
+    """A `UserError` for what a schedule says of the model and is not obeyed here; a note for what it says of a sampler, which --sampler and --steps decide."""
+    wrong = [f"{name} {shown(schedule[name])}"[:80] for name in ("trained_betas", "rescale_betas_zero_snr", "thresholding") if schedule.get(name)]
+    if wrong:
+        raise UserError(f"the schedule of {source} has {', '.join(wrong)}, which is not obeyed here; expected none, as Stable Diffusion v1 has")
+    others = [f"{name} {shown(schedule[name])}" for name, usual in (("timestep_spacing", ("leading", "linspace")), ("set_alpha_to_one", (False,)))
+              if schedule.get(name) is not None and schedule[name] not in usual]
+    if others:
+        note(f"the schedule of {source} has {', '.join(others)}, which is a sampler's setting and not obeyed: see --sampler")
 
 
 def load_single_file(path, dtype=torch.float32, configs=CONFIGS):

@@ -39,10 +39,12 @@ from .training import (
     first_line_of,
     fitting,
     guarded,
+    held,
     is_flat,
     load_state,
     prepare,
     refuse_nonfinite,
+    refuse_others,
     share,
 )
 
@@ -143,6 +145,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
+    refuse_others(folder / "state.pt", results.values())
     state = load_state(folder / "state.pt", settings, ("step", "history", "recent", "trained", "best")) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
@@ -319,8 +322,8 @@ def main():
     accelerator.print(told)
     started = time.perf_counter()
     groups = [concepts] if args.joint else [[concept] for concept in concepts]
-    for group in groups:
-        with guarded(ADVICE):
+    with held(accelerator, args.output), guarded(ADVICE):
+        for group in groups:
             learn(group, args, row, name, accelerator, dtype)
     flag = ""
     if args.custom_diffusion:

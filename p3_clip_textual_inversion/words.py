@@ -1,5 +1,6 @@
 """Files of learned words as anyone saves them, read without running any code: ours and diffusers', the web UI's, kohya's, and those of homework solutions."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,9 +22,9 @@ MOST_WORDS = 200  # in a file: what has more is a model
 def word_files(source):
     """The files of a folder that may hold words, or the file itself."""
     source = Path(source)
-    if source.is_file():
+    if os.path.isfile(source):
         return [source]
-    return sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file()) if source.is_dir() else []
+    return sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in SUFFIXES and os.path.isfile(path)) if os.path.isdir(source) else []
 
 
 def read_words(path):
@@ -99,12 +100,12 @@ def given(source, needed):
     """[(path, word or None, initial word or None)] of --embeddings: a folder or file, or `<new1>=FILE`, or `<new1>=dog+FILE` for a difference to dog's row."""
     text = str(source)
     for word in needed:
-        if text.startswith(f"{word}=") and not Path(text).exists():
+        if text.startswith(f"{word}=") and not os.path.exists(text):
             initial, plus, file = text[len(word) + 1:].partition("+")
-            if plus and not Path(text[len(word) + 1:]).exists():
+            if plus and not os.path.exists(text[len(word) + 1:]):
                 return [(existing_file(file, "embedding"), word, initial)]
             return [(existing_file(text[len(word) + 1:], "embedding"), word, None)]
-    if "=" in text and not Path(text).exists():
+    if "=" in text and not os.path.exists(text):
         raise UserError(f"--embeddings {text} names no word of the prompts; expected one of {', '.join(needed) or 'those of INPUT_JSON'}, as in '<new1>=FILE'")
     return [(path, None, None) for path in word_files(source)]
 

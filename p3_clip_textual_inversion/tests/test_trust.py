@@ -1,0 +1,69 @@
+"""Captions beside pictures, schedules that are not obeyed, folders in half precision, runs that would overwrite another's result."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from p3_clip_textual_inversion.data import read_captions
+from p3_clip_textual_inversion.files import LOCK, UserError
+from p3_clip_textual_inversion.stable_diffusion import check_schedule, variant
+from p3_clip_textual_inversion.training import data_fingerprint, held, load_state, refuse_others
+
+NAMES, TEXTS = ["00.jpg", "01.png"], ["a <new1>", "two <new1>"]
+
+
+@pytest.mark.parametrize("kind", ["texts", "csv", "jsonl"])
+def test_captions_in_every_form_with_a_byte_order_mark(tmp_path, kind):
+    rows = list(zip(NAMES, TEXTS))
+    if kind == "texts":
+        for name, text in rows:
+            (tmp_path / f"{name[:2]}.txt").write_text(text + "\n", encoding="utf-8-sig")
+    elif kind == "csv":
+        (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows), encoding="utf-8-sig")
+    else:
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows), encoding="utf-8-sig")
+    assert read_captions(tmp_path, NAMES, "<new1>") == TEXTS
+    if kind == "texts":
+        (tmp_path / "01.txt").unlink()
+        with pytest.raises(UserError, match=r"01\.txt has no caption of 01\.png"):
+            read_captions(tmp_path, NAMES, "<new1>")
+
+
+def test_a_schedule_that_is_not_obeyed(capsys):
+    for name, value in (("trained_betas", [0.1]), ("rescale_betas_zero_snr", True), ("thresholding", True)):
+        with pytest.raises(UserError, match=name):
+            check_schedule({name: value}, "m")
+    check_schedule({"timestep_spacing": "trailing"}, "m")
+    assert "timestep_spacing trailing" in capsys.readouterr().err
+    check_schedule({"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_spacing": "leading", "set_alpha_to_one": False}, "m")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_part_in_half_precision_only(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    assert variant(tmp_path, "unet") == {"variant": "fp16"} and variant(tmp_path, "vae") == {}
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    assert variant(tmp_path, "unet") == {}
+
+
+def test_another_runs_result_and_state_are_kept(tmp_path):
+    result, state, main = tmp_path / "new1.safetensors", tmp_path / "state.pt", SimpleNamespace(is_main_process=True)
+    refuse_others(state, [result])
+    result.touch()
+    with pytest.raises(UserError, match="without its run's state"):
+        refuse_others(state, [result])
+    content = {"settings": {"lr": 1, "pictures": "a"}, "step": 5, "history": [], "recent": []}
+    torch.save(content, state)
+    refuse_others(state, [result])
+    assert load_state(state, {"lr": 1, "pictures": "a", "new_flag": 3}, steps=5)["step"] == 5
+    with pytest.raises(UserError, match="pictures a is now b"):
+        load_state(state, {"lr": 1, "pictures": "b"})
+    with pytest.raises(UserError, match="at step 5 already, beyond --steps 4"):
+        load_state(state, {"lr": 1}, steps=4)
+    with held(main, tmp_path), pytest.raises(UserError, match="is in use by process"), held(main, tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+    assert data_fingerprint(torch.ones(2, 3).numpy()) != data_fingerprint(torch.ones(3, 2).numpy())
