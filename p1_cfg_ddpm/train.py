@@ -26,14 +26,17 @@ from .training import (
     Log,
     Validation,
     add_arguments,
+    data_fingerprint,
     first_line_of,
     fitting,
     guarded,
+    held,
     is_flat,
     load_state,
     make_optimizer,
     prepare,
     refuse_nonfinite,
+    refuse_others,
     seed_dropout,
     share,
 )
@@ -89,17 +92,20 @@ def main():
     accelerator, dtype = prepare(args, folder)
     if args.minutes and accelerator.num_processes > 1:
         raise UserError("--minutes is for one process: several would not stop at the same step; give --steps")
-    with guarded(ADVICE):
+    with held(accelerator, folder), guarded(ADVICE):
         train(args, clock, folder, accelerator, dtype)
 
 
 def train(args, clock, folder, accelerator, dtype):
     device = accelerator.device
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer")) if state_file.exists() else None
+    refuse_others(state_file, [folder / "model.safetensors"])
     with accelerator.local_main_process_first():
         data, held_out = (load_digits(args.data, split) for split in ("train", "val"))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["pictures"] = data_fingerprint(data.images, data.digit, data.domain)
+    last = None if args.minutes else args.steps
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), last) if state_file.exists() else None
     (images, digits, domains), kept = ([torch.from_numpy(a).to(device) for a in (part.images, part.digit, part.domain)] for part in (data, held_out))
 
     torch.manual_seed(args.seed)
