@@ -78,7 +78,7 @@ def commands(folder):
     tiny = ["--size", "tiny", "--batch-size", 8, "--data", digits]
     faces = ["--image-size", 32, "--widths", 32, 32, "--attention", 1, "--batch-size", 4, "--data", folder / "faces"]
     words = [concepts, "--checkpoint", sd, "--batch-size", 4, "--crops", 1, "--vectors", 2]
-    one_word = [*words, "--concepts", 0, "--sample-every", 0]
+    one_word = [*words, "--concepts", 0, "--sample-every", 0, "--validate-every", 100]
     draw = ["--num-images", 2, "--steps", 2, "--batch-size", 2]
     return {
         "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),

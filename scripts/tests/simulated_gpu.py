@@ -10,8 +10,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-import traceback
 import types
 from pathlib import Path
 
@@ -59,8 +59,10 @@ class Simulation(TorchDispatchMode):
 
 def waited(what):
     """Counts a wait, by the project's line that caused it."""
-    frame = next((f for f in reversed(traceback.extract_stack()) if f.filename.startswith(f"{ROOT}/p")), None)
-    WAITS[f"{what} {os.path.relpath(frame.filename, ROOT)}:{frame.lineno}" if frame else what] += 1
+    frame = sys._getframe()
+    while frame and not frame.f_code.co_filename.startswith(f"{ROOT}/p"):
+        frame = frame.f_back
+    WAITS[f"{what} {os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}" if frame else what] += 1
 
 
 def unwrap(value):
