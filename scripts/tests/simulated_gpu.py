@@ -7,6 +7,7 @@ Not reached: real kernels and their numbers, speed, memory, cuDNN, NCCL, torch.c
 
 import collections
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda:0")
@@ -40,6 +40,15 @@ class CudaTensor(torch.Tensor):
         return own
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, new):
+        torch.Tensor.data.__set__(self, new)
+        self.elem = new.elem
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -66,7 +75,24 @@ def waited(what):
 
 
 def unwrap(value):
-    return value.elem if isinstance(value, CudaTensor) else value
+    """The CPU's tensors in an argument: a tensor, a list of some, or something else."""
+    if isinstance(value, CudaTensor):
+        return value.elem
+    return [unwrap(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def tensors_in(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+@functools.cache
+def declared_by(func):
+    """(name, names of the arguments) of an operation."""
+    return str(func), [a.name for a in func._schema.arguments]
 
 
 def is_cuda(device):
@@ -75,13 +101,13 @@ def is_cuda(device):
 
 def compute(func, args, kwargs):
     """One operation, on the CPU, with the devices checked as CUDA checks them."""
-    name, declared = str(func), [a.name for a in func._schema.arguments]
+    name, declared = declared_by(func)
     kwargs = dict(kwargs)
     if "device" in declared[:len(args)]:  # given by position
         at = declared.index("device")
         kwargs |= zip(declared[at:len(args)], args[at:])
         args = args[:at]
-    tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+    tensors = list(tensors_in((*args, *kwargs.values())))
     wrapped, plain = [a for a in tensors if isinstance(a, CudaTensor)], [a for a in tensors if not isinstance(a, CudaTensor)]
     device, generator = kwargs.get("device"), kwargs.get("generator")
     drawn_on = "cpu" if generator is None else GENERATORS.get(generator._cdata, "cpu")
@@ -110,7 +136,7 @@ def compute(func, args, kwargs):
         waited(name.removeprefix("aten."))
     if plain and not name.startswith(("aten._to_copy", "aten.to.", "aten.equal")):
         refuse_mixed(name, args, plain, tensors)
-    out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    out = func(*map(unwrap, args), **{key: unwrap(value) for key, value in kwargs.items()})
     if name == "aten.to.other":
         to_cuda = isinstance(args[1], CudaTensor)
     elif name.startswith("aten.to.") and "device" not in kwargs:
@@ -123,11 +149,13 @@ def compute(func, args, kwargs):
     known = {} if schema.name.endswith("detach") else {id(a.elem): a for a in wrapped}
 
     def wrap(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(wrap, value))
         if not isinstance(value, torch.Tensor) or isinstance(value, CudaTensor):
             return value
         return known[id(value)] if id(value) in known else CudaTensor(value)
 
-    return tree_map(wrap, out) if to_cuda else out
+    return wrap(out) if to_cuda else out
 
 
 def refuse_mixed(name, args, plain, tensors):
@@ -187,7 +215,7 @@ def install(bf16):
             with torch.no_grad():
                 new = fn(parameter)
             if isinstance(new, CudaTensor) and new is not parameter:
-                parameter.data, parameter.elem = new, new.elem
+                parameter.data = new
             self._parameters[name] = parameter if isinstance(new, CudaTensor) else torch.nn.Parameter(new, parameter.requires_grad)
         return self
 
