@@ -10,6 +10,7 @@ predicted x0 is clamped to [-1, 1], eps is not computed again afterwards; eta 0;
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from .data import read_noises, read_pairs
-from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
 from .files import ROOT, UserError, fingerprint, lock, run, writable_folder
@@ -96,8 +97,9 @@ def to_pictures(x, low=0.0, high=255.0):
 
 
 @torch.inference_mode()
-def generate(unet, noises, config, batch_size, seed=0, dtype=torch.float32, shown=True):
-    """noises: {name: [3, H, W]}, or pairs [2, 3, H, W] for belm. Yields (name, final x [3, H, W] on the CPU). A batch that memory cannot hold is halved."""
+def generate(unet, noises, config, batch_size, seed=0, dtype=torch.float32, shown=True, share=(0, 1)):
+    """noises: {name: [3, H, W]}, or pairs [2, 3, H, W] for belm. Yields (name, final x [3, H, W] on the CPU). A batch that memory cannot hold is halved.
+    share: (rank, processes) of this one, which draws its part of the batches."""
     device = next(unet.parameters()).device
     if config.sampler == "belm":
         batch_size = exact_batch(batch_size, dtype)
@@ -110,8 +112,8 @@ def generate(unet, noises, config, batch_size, seed=0, dtype=torch.float32, show
             x = state.x
         return x.cpu()
 
-    with progress(total=len(noises) * config.num_steps, unit="step", desc="drawing faces", disable=not shown) as bar:
-        for batch, x in in_batches(list(noises), batch_size, draw, "face", "--dtype bf16 or --device cpu"):
+    with progress(total=len(noises) * config.num_steps // share[1], unit="step", desc="drawing faces", disable=not shown) as bar:
+        for batch, x in in_batches(list(noises), batch_size, draw, "face", "--dtype bf16 or --device cpu", share):
             yield from zip(batch, x)
 
 
@@ -165,8 +167,9 @@ def main():
     args = parser.parse_args()
     settings = settings_of(args, args.eta)
     noises, ranges = read_states(args.noise, settings[0])
-    with lock(writable_folder(args.output)):
-        draw(args, *settings, noises, ranges)
+    folder = writable_folder(args.output)
+    with processes() as share, lock(folder) if share[0] == 0 else nullcontext():
+        draw(args, *settings, noises, ranges, share)
 
 
 def read_states(folder, config):
@@ -175,21 +178,22 @@ def read_states(folder, config):
     return noises or read_noises(folder), ranges
 
 
-def draw(args, config, device, dtype, batch_size, noises, ranges):
-    """The grader's files."""
+def draw(args, config, device, dtype, batch_size, noises, ranges, share):
+    """The grader's files, or this process's share of them."""
     started = time.perf_counter()
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape[-3:])
     print(f"drawing {len(noises)} faces with {args.checkpoint}, {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {config.sampler} in "
-          f"{config.num_steps} steps, on {describe(device, dtype)}", flush=True)
+          f"{config.num_steps} steps, on {f'{share[1]} x ' if share[1] > 1 else ''}{describe(device, dtype)}", flush=True)
     made = Made("p2_ddim.inference", asdict(config) | {"seed": args.seed, "dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
     own = {f"{name}.png": {"noise": fingerprint(args.noise / f"{name}.pt")} for name in noises}
-    claim(args.output, made, own, batch_size, {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve()),
-                                               "noises": str(args.noise.resolve())}, args.overwrite)
-    first = torch.stack([noise.reshape(-1, *noise.shape[-3:])[0] for noise in list(noises.values())[:batch_size]]).to(device)
-    announce([(config.evaluations * math.ceil(len(noises) / batch_size), lambda: Denoiser(unet, dtype=dtype).eps(first, NUM_TIMESTEPS - 1))],
-             unet, device, started)
-    for name, x in generate(torch.compile(unet) if args.compile else unet, noises, config, batch_size, args.seed, dtype):
+    where = {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve()), "noises": str(args.noise.resolve())}
+    by_the_first(share, lambda: claim(args.output, made, own, batch_size, where, args.overwrite))
+    if share == (0, 1):
+        first = torch.stack([noise.reshape(-1, *noise.shape[-3:])[0] for noise in list(noises.values())[:batch_size]]).to(device)
+        announce([(config.evaluations * math.ceil(len(noises) / batch_size), lambda: Denoiser(unet, dtype=dtype).eps(first, NUM_TIMESTEPS - 1))],
+                 unet, device, started)
+    for name, x in generate(torch.compile(unet) if args.compile else unet, noises, config, batch_size, args.seed, dtype, share[0] == 0, share):
         if not np.isfinite(x.sum().item()):
             raise UserError(f"the image of {name}.pt is not finite; try --dtype fp32")
         save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png", made.with_own(own[f"{name}.png"]).as_json())

@@ -1,11 +1,12 @@
 """Which device and number format to compute in, what to do where memory ends, and how processes share the drawing. The same file in the three folders."""
 
+import io
 import os
 import platform
 import resource
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -200,7 +201,8 @@ def machine(device):
 def processes(patience=600):
     """(rank, number) of the processes that torchrun, or a cluster's variables, started for one drawing; (0, 1) if it is alone.
 
-    They share no memory, only the list of what is to be drawn. At the end each waits for the others, so that what follows is true of all."""
+    They share no memory, only the list of what is to be drawn, and the first alone speaks. At the end each waits for the others, so that what follows is
+    true of all."""
     number = int(os.environ.get("WORLD_SIZE", "1"))
     if number == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:  # a WORLD_SIZE left in the environment means nothing
         yield 0, 1
@@ -211,7 +213,8 @@ def processes(patience=600):
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} of {number} does not reach the others: {why(error)}") from None
     try:
-        yield rank, number
+        with redirect_stdout(io.StringIO()) if rank else nullcontext():
+            yield rank, number
         try:
             torch.distributed.monitored_barrier(timeout=timedelta(seconds=patience))
         except RuntimeError:
@@ -219,6 +222,17 @@ def processes(patience=600):
                 from None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def by_the_first(share, work):
+    """work() of the first of some processes, for all of them: what it claims and finds, before any of them draws. share: (rank, processes)."""
+    answer = [work() if share[0] == 0 else None]
+    if share[1] > 1:
+        try:
+            torch.distributed.broadcast_object_list(answer)
+        except RuntimeError:
+            raise UserError("the first process has failed (see its message)") from None
+    return answer[0]
 
 
 class progress(tqdm):  # called as tqdm is

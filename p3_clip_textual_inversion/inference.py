@@ -6,16 +6,16 @@
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
 from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
-from .device import DTYPES, describe, name_of, pick_device, pick_dtype
+from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import SAMPLERS, Guided, image_noise
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
@@ -40,40 +40,38 @@ class DrawConfig:
     dtype: torch.dtype = torch.float32
 
 
-@torch.inference_mode()
 def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
     """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
 
     prompts: with learned words already written out (embedding.expand). guided: makes the noise predictor, like `diffusion.Guided`.
-    progress: a tqdm that counts pictures. A batch that a GPU has no memory for is halved."""
+    progress: a tqdm that counts pictures. A batch that memory cannot hold is halved."""
+    for _, picture in draw_share(parts, prompts, names, config, guided, progress):
+        yield picture
+
+
+@torch.inference_mode()
+def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None, share=(0, 1)):
+    """Yields (number of the prompt, picture) as `draw`, of one of several processes. share: (rank, processes): which whole batches are its own."""
     config = config or DrawConfig()
     shape = parts.latent_shape(config.side)
     unique = list(dict.fromkeys(prompts))
     hidden = dict(zip(unique, torch.cat([parts.encode_text(unique[i:i + 64]) for i in range(0, len(unique), 64)])))
     empty = parts.encode_text([""])
-    start, batch_size = 0, config.batch_size
-    while start < len(prompts):
-        batch = slice(start, start + batch_size)
-        cond = torch.stack([hidden[prompt] for prompt in prompts[batch]])
-        x = image_noise(config.seed, names[batch], shape, parts.device)
-        try:
-            predict = guided(parts.unet, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
-            for state in SAMPLERS[config.sampler](predict, parts.alpha_bar, x, config.num_steps):
-                x = state.x
-            decoded = parts.decode(x)
-        except torch.cuda.OutOfMemoryError:
-            if batch_size == 1:
-                raise UserError("the GPU has no memory for even one picture; try --dtype fp16 or a smaller --side") from None
-            batch_size //= 2
-            torch.cuda.empty_cache()
-            continue
+
+    def work(batch):
+        cond = torch.stack([hidden[prompts[i]] for i in batch])
+        x = image_noise(config.seed, [names[i] for i in batch], shape, parts.device)
+        predict = guided(parts.unet, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
+        for state in SAMPLERS[config.sampler](predict, parts.alpha_bar, x, config.num_steps):
+            x = state.x
+        return parts.decode(x)
+
+    for batch, decoded in in_batches(range(len(prompts)), config.batch_size, work, "picture", "--dtype fp16 or a smaller --side", share):
         if not decoded.isfinite().all():
-            raise UserError(f"a picture of {prompts[start]!r} is not finite; try --dtype fp32 or a smaller --guidance-weight")
-        pictures = to_uint8(decoded)
-        start += len(pictures)
+            raise UserError(f"a picture of {prompts[batch[0]]!r} is not finite; try --dtype fp32 or a smaller --guidance-weight")
         if progress is not None:
-            progress.update(len(pictures))
-        yield from pictures
+            progress.update(len(batch))
+        yield from zip(batch, to_uint8(decoded))
 
 
 @torch.inference_mode()
@@ -147,12 +145,12 @@ def main():
     for concept in concepts:
         for k in range(len(concept.prompts)):
             writable_folder(args.output / concept.number / str(k))
-    with lock(args.output):
-        draw_all(args, config, device, model, concepts, vectors, initials, started)
+    with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
+        draw_all(args, config, device, model, concepts, vectors, initials, started, share)
 
 
-def draw_all(args, config, device, model, concepts, vectors, initials, started):
-    """The grader's files: those that are not there yet, whole and made in this way."""
+def draw_all(args, config, device, model, concepts, vectors, initials, started, share):
+    """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way."""
     jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
     settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
     made_of = {"model": model} | ({"projections": fingerprint(args.projections)} if args.projections else {})
@@ -166,15 +164,18 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started):
     if args.side:  # before anything is written: only the model knows which will do
         parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         parts.latent_shape(args.side)
-    there = claim(args.output, made, own, config.batch_size, where, args.overwrite)
+    there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite))
     jobs = {name: job for name, job in jobs.items() if name not in there}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
         check_lengths(parts, prompts, vectors)
-        announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
-        with tqdm(total=len(jobs), unit="picture", desc="drawing") as bar:
-            for name, picture in zip(jobs, draw(parts, prompts, names, config, progress=bar)):
+        if share == (0, 1):
+            announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
+        paths = list(jobs)
+        with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
+            for job, picture in draw_share(parts, prompts, names, config, progress=bar, share=share):
+                name = paths[job]
                 save_image(picture, args.output / name, made.with_own(own[name]).as_json())
     print(f"wrote {len(jobs)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
           + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")

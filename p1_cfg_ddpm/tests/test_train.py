@@ -1,4 +1,4 @@
-"""Training through the real command: killed runs, several processes, bad settings."""
+"""Training through the real command: killed runs, bad settings."""
 
 import csv
 import signal
@@ -42,18 +42,6 @@ def test_a_killed_run_ends_with_the_same_weights(command, tmp_path):
     for whole_part, resumed_part in ((whole["model"], resumed["model"]), (whole["ema"][0], resumed["ema"][0])):
         assert all(torch.equal(whole_part[name], resumed_part[name]) for name in whole_part)
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
-
-
-def test_two_processes_train_as_one(command, tmp_path):
-    settings = [*SETTINGS, "--steps", 6, "--warmup", 1]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    assert command(TRAIN, *settings, "--output", tmp_path / "one", **THREADS)[0] == 0
-    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "two", launcher=launch, **THREADS)
-    assert code == 0, err
-    one, two = (numbers_of(tmp_path / name) for name in ("one", "two"))
-    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-4)
-    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["ema"][0] for name in ("one", "two"))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3
 
 
 def test_training_learns_and_samples_on_the_way(command, tmp_path):

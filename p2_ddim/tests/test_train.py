@@ -1,4 +1,4 @@
-"""Training through the real command: killed runs, several processes, bad settings."""
+"""Training through the real command: killed runs, bad settings."""
 
 import csv
 import signal
@@ -58,18 +58,6 @@ def test_a_killed_run_ends_with_the_same_weights(command, pictures, tmp_path):
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
     code, _, err = command(TRAIN, *settings, "--output", tmp_path / "whole", "--lr", "0.5")
     assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
-
-
-def test_two_processes_train_as_one(command, pictures, tmp_path):
-    settings = [*SETTINGS, "--data", pictures, "--steps", 6, "--dropout", 0]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    assert command(TRAIN, *settings, "--output", tmp_path / "one", **THREADS)[0] == 0
-    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "two", launcher=launch, **THREADS)
-    assert code == 0, err
-    one, two = (numbers_of(tmp_path / name)[-1]["loss"] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-    one, two = (load_unet(tmp_path / name / "UNet.pt").state_dict() for name in ("one", "two"))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3
 
 
 def test_training_learns_and_its_result_draws(command, pictures, tmp_path):

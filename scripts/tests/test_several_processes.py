@@ -1,0 +1,67 @@
+"""The trainings and drawings by two real processes, which torchrun starts or a cluster's variables name, against one."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import several_processes
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+RESULTS = {"P1 train": "p1/model.safetensors", "P2 train": "p2/UNet.pt", "P3 train": "p3/new1.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    script = several_processes.__file__
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        done = subprocess.run([sys.executable, *launcher, script, folder, name], check=False, env=ENVIRONMENT,
+                              cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def of(folder, name, rank, command):
+    return json.loads((folder / f"{name}_{rank}.json").read_text())[command]
+
+
+@pytest.mark.parametrize("command", several_processes.commands(Path(), "one"))
+def test_there_were_two(folder, command):
+    for name, rank in (("one", 0), ("two", 0), ("two", 1)):
+        assert of(folder, name, rank, command)["code"] == 0, of(folder, name, rank, command)["said"]
+    assert "wrote" in of(folder, "two", 0, command)["said"] and "wrote" not in of(folder, "two", 1, command)["said"]  # the first speaks for both
+    if "train" in command:
+        assert "2 x cpu" in of(folder, "two", 0, command)["said"]
+
+
+def numbers(folder):
+    """The last row of a run's log."""
+    with open(next(folder.rglob("log.csv")), newline="") as file:
+        return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_two_processes_train_as_one(folder, command):
+    """Equal but for the order of sums. Muon, which P1 and P2 have, computes its step in bf16, so that a weight may come out by a bf16 digit of a step's length
+    elsewhere, and the weights after six steps differ by 1e-3; P3's words, by AdamW, are equal to 1e-6."""
+    one, two = (torch.load(path, weights_only=True) if path.suffix == ".pt" else load_file(path)
+                for path in (folder / name / RESULTS[command] for name in ("one", "two")))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < (1e-6 if "P3" in command else 4e-3)
+    one, two = (numbers(folder / name / command[:2].lower()) for name in ("one", "two"))
+    for name in ("loss", "validation", "validation_0_249", "validation_750_999"):
+        assert one[name] == pytest.approx(two[name], rel=3e-4), name
+
+
+@pytest.mark.parametrize("problem", ["p1", "p2", "p3"])
+def test_pictures_shared_by_two_processes_are_the_same_bytes(folder, problem):
+    one, two = ({path.relative_to(folder / name): path.read_bytes() for path in sorted((folder / name / "drawn" / problem).rglob("*.png"))}
+                for name in ("one", "two"))
+    assert len(one) == {"p1": 20, "p2": 4, "p3": 5}[problem]
+    assert one == two
