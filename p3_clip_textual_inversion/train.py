@@ -132,6 +132,11 @@ def pull_of_step(pull, strength, total):
     return 1 - (1 - pull) ** (strength / total)
 
 
+def on_cpu(snapshots):
+    """{step: rows}, brought from the GPU in one copy."""
+    return {at: rows.clone() for at, rows in zip(snapshots, torch.stack(list(snapshots.values())).cpu())}
+
+
 def learn(concepts, args, row, model_id, accelerator, dtype):
     """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT. row: the model's `Defaults`; model_id: its name."""
     numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
@@ -173,12 +178,12 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
-    step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().cpu().clone()}
+    step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().clone()}
     if state:
         with fitting(folder / "state.pt"):
             for name, parameter in trained.items():
                 parameter.data.copy_(state["trained"][name])
-            step, history, snapshots = state["step"], state["history"], state["snapshots"]
+            step, history, snapshots = state["step"], state["history"], {at: rows.to(device) for at, rows in state["snapshots"].items()}
             recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
@@ -227,7 +232,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             recent = []
         last = step == args.steps or is_flat(history, args.stop_when_flat)
         if step % max(args.steps // 10, 1) == 0 or last:
-            snapshots[step] = learned.rows.detach().cpu().clone()
+            snapshots[step] = learned.rows.detach().clone()
         if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
             pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), config))
             save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
@@ -235,7 +240,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")
             content = {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "history": history, "recent": [loss.item() for loss in recent],
-                       "snapshots": snapshots, "best": {"losses": best.losses, "kept": best.kept}, "settings": settings}
+                       "snapshots": on_cpu(snapshots), "best": {"losses": best.losses, "kept": best.kept}, "settings": settings}
             if accelerator.is_main_process:
                 with atomic_path(folder / "state.pt") as temporary:
                     torch.save(content, temporary)
@@ -247,7 +252,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         write_json(folder / "history.json", history)
         write_json(folder / "validation.json", {"kept_step": best.step, "losses": best.losses})
         with atomic_path(folder / "snapshots.safetensors") as temporary:
-            save_file({f"{at:06d}": tensor for at, tensor in snapshots.items()}, temporary, metadata={"words": words})
+            save_file({f"{at:06d}": tensor for at, tensor in on_cpu(snapshots).items()}, temporary, metadata={"words": words})
         metadata = {name: str(value) for name, value in settings.items()}
         for concept, part in zip(concepts, learned.rows.detach().split(args.vectors)):
             save_embedding(results[concept.token], concept.token, part, metadata)

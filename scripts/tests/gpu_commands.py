@@ -89,8 +89,8 @@ def commands(folder):
     draw = ["--num-images", 1, "--steps", 2, "--batch-size", 4]
     return {
         "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),
-        "P1 train, six": (f"{p1}.train", [*tiny, "--steps", 6, "--sample-every", 0, "--output", out / "p1six"]),
-        "P1 train, two": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 0, "--output", out / "p1two"]),
+        "P1 train, six": (f"{p1}.train", [*tiny, "--batch-size", 4, "--steps", 6, "--sample-every", 0, "--output", out / "p1six"]),
+        "P1 train, two": (f"{p1}.train", [*tiny, "--batch-size", 4, "--steps", 2, "--sample-every", 0, "--output", out / "p1two"]),
         "P1 classifier": (f"{p1}.classifier", ["--domain", "mnistm", "--epochs", 1, "--batch-size", 10, "--data", digits, "--output",
                                                out / "judge.safetensors"]),
         "P1 inference": (f"{p1}.inference", [out / "digits", "--steps", 2, "--images-per-digit", 2, "--checkpoint", out / "p1/model.safetensors"]),

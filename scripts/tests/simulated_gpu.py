@@ -249,6 +249,7 @@ def install(bf16):
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.is_bf16_supported = lambda including_emulation=True: bf16 or including_emulation
+    torch.backends.cudnn.enabled = False  # whose batch norm has no counterpart on the CPU
     torch._C._set_only_lift_cpu_tensors(True)
     torch._C._ensureCUDADeviceGuardSet()
     ctypes.CDLL(str(compiled())).patch()
