@@ -83,7 +83,7 @@ def commands(folder):
     out, digits, concepts, sd, clip = (folder / name for name in ("out", "digits", "concepts/input.json", "sd", "clip"))
     p1, p2, p3 = "p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"
     tiny = ["--size", "tiny", "--batch-size", 8, "--data", digits]
-    faces = ["--image-size", 32, "--widths", 32, 32, "--attention", 1, "--batch-size", 8, "--data", folder / "faces"]
+    faces = ["--image-size", 16, "--widths", 32, 32, "--attention", 1, "--batch-size", 8, "--data", folder / "faces"]
     words = [concepts, "--checkpoint", sd, "--batch-size", 64, "--crops", 1, "--vectors", 2]
     one_word = [*words, "--concepts", 0, "--sample-every", 0, "--validate-every", 100]
     draw = ["--num-images", 1, "--steps", 2, "--batch-size", 4]
@@ -98,7 +98,7 @@ def commands(folder):
         "P1 figures": (f"{p1}.figures", ["--steps", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
         "P1 benchmark": (f"{p1}.benchmark", ["--images-per-digit", 1, "--seeds", 1, "--sweep-images-per-digit", 1, "--classic-images-per-digit", 0,
                                              "--checkpoint", out / "p1/model.safetensors", "--output", out / "p1.json"]),
-        "P2 train": (f"{p2}.train", [*faces, "--batch-size", 64, "--steps", 2, "--sample-every", 2, "--dropout", 0.1, "--flip", "--output", out / "p2"]),
+        "P2 train": (f"{p2}.train", [*faces, "--batch-size", 16, "--steps", 2, "--sample-every", 2, "--dropout", 0.1, "--flip", "--output", out / "p2"]),
         "P2 train, six": (f"{p2}.train", [*faces, "--steps", 6, "--sample-every", 0, "--validate-every", 0, "--output", out / "p2six"]),
         "P2 train, two": (f"{p2}.train", [*faces, "--steps", 2, "--sample-every", 0, "--validate-every", 0, "--output", out / "p2two"]),
         "P2 inference": (f"{p2}.inference", [folder / "noise", out / "faces", out / "p2/UNet.pt", "--steps", 2]),
