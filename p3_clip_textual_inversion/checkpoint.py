@@ -7,8 +7,8 @@ import zipfile
 
 import torch
 
-from .files import UserError, first_line, note
-from .tensors import find_state_dict, is_plain, read_tensors
+from .files import UserError, first_line, note, shown
+from .tensors import FLOATS, find_state_dict, is_plain, read_tensors
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
@@ -21,7 +21,12 @@ def read_checkpoint(path):
     named, _ = find_state_dict(content, path, expected="a checkpoint of Stable Diffusion")
     if any(name.startswith("model_ema.") for name in named):
         note(f"{path} also holds averaged weights (model_ema); the plain ones are used, as diffusers does")
-    return {name: tensor for name, tensor in named.items() if is_plain(tensor)}
+    for name, tensor in named.items():
+        if not is_plain(tensor):
+            raise UserError(f"{path} holds {shown(name)} as a tensor that is not dense; expected plain weights")
+        if tensor.ndim and tensor.dtype not in (*FLOATS, torch.int32, torch.int64):  # which number positions
+            raise UserError(f"{path} holds {shown(name)} as {str(tensor.dtype).removeprefix('torch.')}; expected floating point (float32, float16 or bfloat16)")
+    return named
 
 
 class Module:

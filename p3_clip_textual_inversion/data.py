@@ -40,6 +40,9 @@ def read_concepts(path):
             raise UserError(f"{where}: the name must do as a folder's")
         if not isinstance(entry, dict):
             raise UserError(f"{where} must be an object with token_name and prompt")
+        if isinstance(entry.get("token_name"), list):
+            raise UserError(f"{where} has several token_name, as the prompts.json of the challenge of several concepts in a picture has; expected an "
+                            "input.json: one word and a list of prompts for each concept (scripts/p3_multi.sh draws two of its concepts in a picture)")
         for key in ("token_name", "src_image"):
             if not isinstance(entry.get(key, "" if key == "src_image" else None), str):
                 raise UserError(f"{where}: {key} must be a text")

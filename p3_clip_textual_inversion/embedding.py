@@ -51,7 +51,8 @@ def check_words(words, tokenizer):
         if not word or word.split() != [word]:
             raise UserError(f"the token name {word!r} must be one word without spaces, such as <new1>")
         if word in known or f"{word}</w>" in known:
-            raise UserError(f"the token name {word!r} is a word that the tokenizer already knows; choose a new one, such as <new1>")
+            raise UserError(f"the model itself already knows the word {word!r}, from its vocabulary or since a training wrote it there; choose another, "
+                            f"such as <my-{re.sub('[^a-z0-9]', '', word.lower()) or 'word'}>, or the model without it")
         if any(word != other and other in word for other in words):
             raise UserError(f"the token name {word!r} contains another one; choose names of which none is part of another")
     if len(set(words)) != len(words):
@@ -68,6 +69,9 @@ def add_words(parts, vectors):
         if rows.ndim != 2 or rows.shape[1] != table.embedding_dim:
             raise UserError(f"the embedding of {word} is {tuple(rows.shape)}; this model's words have {table.embedding_dim} dimensions, expected "
                             f"[vectors, {table.embedding_dim}]: learn it with this model (scripts/p3_train.sh)")
+        most = parts.tokenizer.model_max_length - 4  # start, end, and a word on either side
+        if len(rows) > most:
+            raise UserError(f"{word} has {len(rows)} vectors, but a prompt of this model holds {most + 4} tokens in all; expected at most {most} (--vectors)")
     tokens = [token for word, rows in vectors.items() for token in tokens_of(word, len(rows))]
     parts.tokenizer.add_tokens(tokens)
     ids = parts.tokenizer.convert_tokens_to_ids(tokens)

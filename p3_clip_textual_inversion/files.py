@@ -81,9 +81,10 @@ def run(main):
     except OSError as error:
         sys.exit(f"error: {first_line(error)}{'' if error.filename is None else f': {shown(error.filename)}'}")
     except Exception as error:
-        if not is_shortage(error):
+        cause = common_cause(error)
+        if cause is None:
             raise
-        sys.exit(f"error: not enough memory ({first_line(error)}); ask for less at a time, such as a smaller --batch-size")
+        sys.exit(f"error: {cause}")
 
 
 def flush():
@@ -95,6 +96,17 @@ def flush():
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def common_cause(error):
+    """The line for what fails inside a library for a reason that the user can put right; None for other exceptions."""
+    if is_shortage(error):
+        return f"not enough memory ({first_line(error)}); ask for less at a time, such as a smaller --batch-size"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first_line(error)[:150]}); it needs a C++ compiler, on a GPU Triton too: install them, or leave --compile out"
+    if "without overflow" in str(error):
+        return f"a number is too large to compute with ({first_line(error)}); try a smaller --lr"
+    return None
 
 
 def is_shortage(error):

@@ -169,7 +169,7 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
-        check_lengths(parts, prompts, vectors)
+        check_lengths(parts, prompts, {word: len(rows) for word, rows in vectors.items()})
         if share == (0, 1):
             announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
         paths = list(jobs)
@@ -218,15 +218,17 @@ def prepare(checkpoint, device, config, vectors, projections=None, initials=None
     return parts
 
 
-def check_lengths(parts, prompts, vectors):
-    """Notes the prompts that the model does not read to their end; a `UserError` where that end has a learned word, which would go unseen."""
+def check_lengths(parts, prompts, counts):
+    """Notes the prompts that the model does not read to their end; a `UserError` where that end has a learned word, which would go unseen.
+
+    prompts: with learned words written out; counts: {word: number of vectors}"""
     limit = parts.tokenizer.model_max_length
     for prompt in dict.fromkeys(prompts):
         ids = parts.tokenizer(prompt).input_ids
         if len(ids) <= limit:
             continue
         lost = parts.tokenizer.convert_ids_to_tokens(ids[limit - 1:])
-        cut = [word for word, rows in vectors.items() if set(tokens_of(word, len(rows))) & set(lost)]
+        cut = [word for word, count in counts.items() if set(tokens_of(word, count)) & set(lost)]
         if cut:
             raise UserError(f"the model reads {limit} tokens, and {cut[0]} comes after them, or not whole, in {prompt[:80]!r}; shorten the prompt")
         note(f"a prompt has {len(ids)} tokens, the model reads {limit}: the end of {prompt!r} is lost")

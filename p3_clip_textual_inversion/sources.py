@@ -8,7 +8,7 @@ import torch
 from .data import read_captions, side_by_side, varied
 from .device import progress
 from .embedding import expand
-from .inference import draw
+from .inference import check_lengths, draw
 from .pictures import read_pictures
 
 HELD = 2  # crops of each example that are kept from learning
@@ -81,13 +81,17 @@ def make_sources(parts, concepts, args, row, side, config):
         squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
         own = read_captions(folder, pictures, concept.token)
         captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
-        sources.append(encode(parts, squares, [expand(text, counts) for text in captions], paired=bool(own)))
+        captions = [expand(text, counts) for text in captions]
+        check_lengths(parts, captions, counts)
+        sources.append(encode(parts, squares, captions, paired=bool(own)))
         if kind == "object":
             subjects.append((concept, squares))
     if args.joint:
         for left, ours in subjects:
             for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
-                sources.append(encode(parts, side_by_side(ours, theirs), [expand(f"a {left.token} next to a {right.token}", counts)]))
+                caption = expand(f"a {left.token} next to a {right.token}", counts)
+                check_lengths(parts, [caption], counts)
+                sources.append(encode(parts, side_by_side(ours, theirs), [caption]))
     if args.custom_diffusion and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]

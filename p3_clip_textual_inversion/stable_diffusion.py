@@ -1,5 +1,6 @@
 """Stable Diffusion's five parts, from a diffusers folder, a hub name, or one file in the original layout (sd-v1-4.ckpt), and prompts into hidden states."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .checkpoint import read_checkpoint
@@ -14,10 +16,12 @@ from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
 from .files import MINI, UserError, first_line, note, shown
 from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint
+from .tensors import check_numbers
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
 transformers.logging.disable_progress_bar()  # for files that load in a blink
 MINI_SD = MINI / "stable_diffusion"
+PARTS = ("text_encoder", "vae", "unet")
 
 
 @dataclass
@@ -91,14 +95,20 @@ def load_folder(source, local, dtype):
     options = {"local_files_only": local}
     try:
         schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
+        for path in (path for part in PARTS for path in files_of(source, part)):
+            check_dtypes(path)
         parts = StableDiffusion(
             CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
             CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options, **variant(source, "text_encoder")).float(),
             AutoencoderKL.from_pretrained(source, subfolder="vae", **options, **variant(source, "vae")).float(),
             UNet2DConditionModel.from_pretrained(source, subfolder="unet", **options, **variant(source, "unet")).to(dtype), None)
+    except UserError:
+        raise
     except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
         hint = "" if local else "; without internet, give a file or a folder"
         raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
+    for part in PARTS:
+        check_weights({f"{part}.{name}": tensor for name, tensor in getattr(parts, part).state_dict().items()}, source)
     if schedule.get("beta_schedule") != "scaled_linear" or schedule.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(f"{source} has a schedule {schedule.get('beta_schedule')} that predicts {schedule.get('prediction_type')}; "
                         "expected scaled_linear and epsilon, as Stable Diffusion v1 has")
@@ -112,10 +122,34 @@ def load_folder(source, local, dtype):
     return parts
 
 
+def check_weights(weights, source):
+    """A `UserError` for what is no finite floating-point number: libraries would cast it, or draw noise with it, in silence."""
+    for name, tensor in weights.items():
+        if not name.endswith("position_ids"):  # whole numbers, which older ones store
+            check_numbers(shown(name), tensor, source)
+
+
+def files_of(source, part):
+    """The files that from_pretrained reads of a folder's part: not those in half precision where others are, safetensors before .bin."""
+    files = [path for path in (Path(source) / part).glob("*model*.*") if re.fullmatch(r"(\w*_)?model(\.fp16)?(-[\d-]+of-\d+)?\.(safetensors|bin)", path.name)]
+    files = [path for path in files if ".fp16" not in path.name] or files
+    return [path for path in files if path.suffix == ".safetensors"] or files
+
+
 def variant(source, part):
     """What from_pretrained must be told of a part that a folder has in half precision only, as `*.fp16.*`."""
-    files = [path.name for path in (Path(source) / part).glob("*model*.*") if path.suffix in (".safetensors", ".bin")]
-    return {"variant": "fp16"} if files and all(".fp16" in name for name in files) else {}
+    return {"variant": "fp16"} if any(".fp16" in path.name for path in files_of(source, part)) else {}
+
+
+def check_dtypes(path):
+    """A `UserError` where a file of weights holds others than floating-point numbers, which from_pretrained would cast."""
+    if path.suffix == ".bin":
+        read_checkpoint(path)
+        return
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+            if (found := file.get_slice(name).get_dtype()) not in ("F16", "BF16", "F32", "F64") and not name.endswith("position_ids"):
+                raise UserError(f"{path} holds {shown(name)} as {found}; expected floating point (F32, F16 or BF16)")
 
 
 def check_schedule(schedule, source):
@@ -137,6 +171,7 @@ def load_single_file(path, dtype=torch.float32, configs=CONFIGS):
     for prefix in ("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX):
         if not any(name.startswith(prefix) for name in weights):
             raise UserError(f"{path} has no keys {prefix}*; expected Stable Diffusion v1 in its original layout, such as sd-v1-4.ckpt")
+        check_weights({name: tensor for name, tensor in weights.items() if name.startswith(prefix)}, path)
     models = []
     for part, kind, kind_dtype in (("unet", UNet2DConditionModel, dtype), ("vae", AutoencoderKL, torch.float32)):
         try:

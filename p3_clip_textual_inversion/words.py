@@ -124,7 +124,7 @@ def gather(sources, needed, texts=(), width=0, model=""):
         try:
             words, differences, metadata = read_entry(path, named, initial, width)
         except UserError as error:
-            if named or len(entries) == 1:
+            if named or len(entries) == 1 or path in map(Path, sources):  # it was asked for
                 raise
             refused.append(str(error))
             continue

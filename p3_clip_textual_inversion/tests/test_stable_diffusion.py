@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.files import UserError
@@ -79,6 +79,43 @@ def test_missing_and_wrong_keys_are_named(layout, tiny_sd, tmp_path):
         save_file({name: tensor.contiguous() for name, tensor in wrong.items()}, tmp_path / "wrong.safetensors")
         with pytest.raises(UserError, match=r"wrong\.safetensors"):
             load_single_file(tmp_path / "wrong.safetensors", configs=tiny_sd)
+
+
+BAD_WEIGHTS = {"int8": lambda tensor: tensor.to(torch.int8), "bool": torch.Tensor.bool, "complex64": lambda tensor: tensor.to(torch.complex64),
+               "float8_e4m3fn": lambda tensor: tensor.to(torch.float8_e4m3fn), "not finite": lambda tensor: torch.full_like(tensor, float("nan")),
+               "infinite": lambda tensor: torch.full_like(tensor, float("-inf"))}
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+@pytest.mark.parametrize("name", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_in.weight",
+                                  "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"])
+def test_a_file_of_weights_that_are_no_numbers_is_refused(layout, tiny_sd, tmp_path, name, kind):
+    save_file({n: (BAD_WEIGHTS[kind](tensor) if n == name else tensor).contiguous() for n, tensor in layout.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors holds .*{name}") as error:
+        load_single_file(tmp_path / "a.safetensors", configs=tiny_sd)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"])
+def test_a_folder_of_weights_that_are_no_numbers_is_refused(tiny_sd, tmp_path, file, kind):
+    shutil.copytree(tiny_sd, tmp_path / "sd")
+    path = next((tmp_path / "sd" / file).parent.glob("*.safetensors"))
+    weights = load_file(path)
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 2)
+    weights[name] = BAD_WEIGHTS[kind](weights[name])
+    path.unlink()
+    (save_file if file.endswith(".safetensors") else torch.save)(weights, tmp_path / "sd" / file)
+    with pytest.raises(UserError, match=rf"holds .*{name}") as error:
+        load_stable_diffusion(tmp_path / "sd")
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_in_half_precision_beside_a_damaged_one_that_is_not_read(tiny_sd, tmp_path):
+    """Only what is loaded is checked."""
+    shutil.copytree(tiny_sd, tmp_path / "sd")
+    save_file({"a": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    load_stable_diffusion(tmp_path / "sd")
 
 
 def test_whole_component_missing(layout, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor.exc
+
+from p1_cfg_ddpm.files import run
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 ROOT = SCRIPTS.parent
@@ -265,3 +270,15 @@ def test_every_entry_point_goes_by_way_of_run():
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text and path.name not in ("guard.py", "run.py"):
             assert "    run(main)" in text.split('__name__ == "__main__"')[1], path
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch._inductor.exc.InvalidCxxCompiler(), "torch.compile failed (No working C++ compiler found"),
+    (RuntimeError("value cannot be converted to type float without overflow"), "a number is too large to compute with"),
+    (MemoryError(), "not enough memory"), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory")])
+def test_what_fails_in_a_library_for_a_reason_of_the_users_is_one_line(error, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(said)}"):
+        run(main)
