@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from p2_ddim import figures
 from p2_ddim.data import read_noise, read_noises, read_pictures
 from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import ROOT, UserError, run
@@ -77,6 +78,22 @@ ARGUMENTS = {  # what each command is called with before the bad argument, where
     "benchmark": ["--output={t}/b.json"],
     "train": ["--data={t}/pictures", "--image-size=16", "--widths", "32", "32", "--attention", "1", "--steps=1", "--batch-size=2", "--output={t}/run"],
 }
+
+
+@pytest.mark.parametrize("arguments, where", [(["--output={t}/new"], "new"), (["--output={t}/report/figures/"], "report/results"),
+                                              (["--output={t}/new", "--results={t}/own/r.json"], "own")])
+def test_figures_elsewhere_leave_the_reports_numbers_alone(call, places, monkeypatch, arguments, where):
+    """The numbers lie beside the figures, in the report's results only for the report's figures."""
+    def stop(*_):
+        raise figures.UserError("stop here")
+
+    written = []
+    monkeypatch.setattr(figures, "ROOT", places)
+    monkeypatch.setattr(figures, "RESULTS", places / "report" / "results")
+    monkeypatch.setattr(figures, "writable_file", written.append)
+    monkeypatch.setattr(figures, "load_unet", stop)
+    code, _, err = call("figures", *(a.format(t=places) for a in ["--noise={t}/noise", "--checkpoint={t}/UNet.pt", *arguments]))
+    assert code == 1 and "stop here" in err and written == [places / where / ("r.json" if where == "own" else "p2_figures.json")], err
 
 
 @pytest.mark.parametrize("module, arguments, said", [

@@ -37,6 +37,21 @@ def test_numbers_come_from_the_results(report, tmp_path):
         report.read_results(tmp_path / "results")
 
 
+HOSTILE = ["<script>alert(1)</script>", "a</h1><img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "**bold** _it_ `code`",
+           "![y](http://z/y.png)", "a | b\nc", "&lt;script&gt;", '" onmouseover="alert(1)', "{p1[name]}", "$body ${title}", "<!-- ", "http://a.b"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("text", ["# {p1[name]}\n", "Drawn with {p1[name]}.\n", "| a |\n| --- |\n| {p1[name]} |\n", "- {p1[list][0][name]}\n"])
+def test_texts_from_files_are_shown_and_not_obeyed(report, tmp_path, name, text):
+    (tmp_path / "results" / "p1.json").write_text(json.dumps({"name": name, "list": [{"name": name}]}))
+    report.render(report.fill_in(text, report.read_results(tmp_path / "results")))
+    template, page = report.PAGE, (tmp_path / "index.html").read_text()
+    tags = {tag for tag in re.findall(r"<(\w+)", page) if tag not in re.findall(r"<(\w+)", template)}
+    assert tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "div"} and page.count("<script") == template.count("<script")
+    assert " ".join(name.split()) in html.unescape(re.sub(r"<[^>]*>", "", page))
+
+
 def make_page(report, tmp_path):
     Image.new("RGB", (268, 90), "green").save(tmp_path / "figures" / "strip.png")
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "figures" / "plain.png")
