@@ -183,6 +183,7 @@ def parse_args():
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks: half a minute at the start, then faster on a GPU")
     add_arguments(parser)
     args = parser.parse_args()
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     check_flags(args, ("paths", "steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("lr", "weight_decay", "warmup", "max_weight", "validate_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     check_flags(args, ("minutes",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
@@ -215,7 +216,8 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
     device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer", "stage")) if state_file.exists() else None
+    needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
+    state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
     timesteps = timesteps_of(sampling, diffusion)
     times = student_times(timesteps, diffusion.alpha_bar, args.leaps)
     points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)

@@ -73,6 +73,7 @@ def parse_args():
     parser.add_argument("--sample-every", type=int, default=1000, help="steps between two sample grids; 0 for none")
     add_arguments(parser)
     args = parser.parse_args()
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     check_flags(args, ("steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
     from_zero = ("lr", "weight_decay", "warmup", "sample_every", "validate_every", "stop_when_flat")
     check_flags(args, from_zero, lambda value: 0 <= value < math.inf, "a number from 0")
@@ -105,7 +106,7 @@ def train(args, clock, folder, accelerator, dtype):
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["pictures"] = data_fingerprint(data.images, data.digit, data.domain)
     last = None if args.minutes else args.steps
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), last) if state_file.exists() else None
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), last, args.defaults) if state_file.exists() else None
     (images, digits, domains), kept = ([torch.from_numpy(a).to(device) for a in (part.images, part.digit, part.domain)] for part in (data, held_out))
 
     torch.manual_seed(args.seed)

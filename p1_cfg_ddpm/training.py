@@ -19,7 +19,7 @@ from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pi
 from .files import UserError, atomic_path, lock
 from .tensors import read_tensors
 
-WATCHING = ("device", "validate_every", "stop_when_flat", "report_to")  # flags that a run may change and still be the same run
+WATCHING = ("device", "validate_every", "stop_when_flat", "report_to", "defaults")  # flags that a run may change and still be the same run
 LEAST_GAIN = 1e-3  # of the validation loss: less is flat
 
 
@@ -204,12 +204,14 @@ def data_fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
-def load_state(path, settings, needed=("step", "history", "recent"), steps=None):
-    """The state that a run of these settings saved; another run's, half a one, or one that is beyond `steps` already, is refused."""
+def load_state(path, settings, needed=("step", "history", "recent"), steps=None, defaults=None):
+    """The state that a run of these settings saved; another run's, half a one, or one that is beyond `steps` already, is refused.
+
+    defaults: of the flags; what a flag was that did not exist when the state was written (None: it depends on others, and is not held against it)."""
     state = read_tensors(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
-    before = state["settings"]  # a flag that did not exist when it was written is not held against it
+    before = {name: value for name, value in (defaults or {}).items() if value is not None} | state["settings"]
     changed = [f"{name} {before[name]} is now {value}" for name, value in settings.items() if name in before and before[name] != value]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")

@@ -71,6 +71,7 @@ def parse_args():
     parser.add_argument("--sample-every", type=int, default=500, help="steps between two sample grids; 0 for none")
     add_arguments(parser)
     args = parser.parse_args()
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     check_flags(args, ("steps", "batch_size", "save_every", "image_size", "blocks"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("lr", "weight_decay", "warmup", "sample_every", "validate_every", "stop_when_flat"), lambda value: 0 <= value < math.inf,
                 "a number from 0")
@@ -102,7 +103,8 @@ def train(args, folder, accelerator, dtype):
     refuse_others(state_file, [folder / "UNet.pt"])
     pictures = torch.from_numpy(read_pictures(args.data, args.image_size))
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {"pictures": data_fingerprint(pictures.numpy())}
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), args.steps) if state_file.exists() else None
+    needed = ("step", "history", "recent", "model", "ema", "optimizer")
+    state = load_state(state_file, settings, needed, args.steps, args.defaults) if state_file.exists() else None
     kept = round(args.held_out * len(pictures)) if len(pictures) > 1 else 0
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
     images, held_out = (pictures[part].to(device) for part in (order[kept:].sort().values, order[:kept] if kept else order[:256]))

@@ -152,7 +152,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
                  "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
     refuse_others(folder / "state.pt", results.values())
-    state = load_state(folder / "state.pt", settings, ("step", "history", "recent", "trained", "best")) if (folder / "state.pt").exists() else None
+    needed = ("step", "history", "recent", "trained", "best")
+    state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
@@ -297,6 +298,7 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
     args = parser.parse_args()
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
     told, name = fill_in(args, row.learning), model_name(row, identity)

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from p1_cfg_ddpm import device, inference
 from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits, read_image
+from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import ROOT, UserError, run
 from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
-from p1_cfg_ddpm.model import DOMAINS
+from p1_cfg_ddpm.model import DOMAINS, load_model
 from p1_cfg_ddpm.train import load_state
 
 DRAW = ["--images-per-digit=3", "--digits", "3", "--steps=2", "--dtype=fp32", "--batch-size=1"]
@@ -234,6 +235,36 @@ def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch, erro
     monkeypatch.setattr(Image.Image, "convert", fail)
     with pytest.raises(UserError, match=r"cannot read the picture .*a\.png"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call, tmp_path, monkeypatch):
+    """Every loss after the first saved state is not finite, between two lines of the log; then it is cured; then the pictures are others."""
+    rng, loss, run = np.random.default_rng(0), Diffusion.loss, tmp_path / "run"
+    for domain in ("mnistm", "svhn"):
+        (tmp_path / "digits" / domain / "data").mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(tmp_path / "digits" / domain / "data" / f"{i}.png")
+        for split in ("train", "val"):
+            (tmp_path / "digits" / domain / f"{split}.csv").write_text("image_name,label\n" + "".join(f"{i}.png,{i}\n" for i in range(8)))
+    arguments = ["--data", tmp_path / "digits", "--output", run, "--size=tiny", "--batch-size=4", "--steps=6", "--save-every=2", "--sample-every=0",
+                 "--validate-every=0", "--dtype=fp32", "--device=cpu"]
+
+    def diverging(*args, **options):
+        return loss(*args, **options) * (float("nan") if (run / "state.pt").exists() else 1)
+
+    monkeypatch.setattr(Diffusion, "loss", diverging)
+    for _ in range(2):
+        code, _, err = call("train", *arguments)
+        assert code == 1 and "the loss or the weights are not finite at step 4" in err.splitlines()[-1], err
+        assert torch.load(run / "state.pt", weights_only=True)["step"] == 2 and load_model(run / "model.safetensors")[1]["training"]["steps"] == 2
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    code, _, err = call("train", *arguments, "--warmup=7")
+    assert code == 1 and "belongs to a run with other settings (warmup" in err
+    code, _, err = call("train", *arguments)
+    assert code == 0 and torch.load(run / "state.pt", weights_only=True)["step"] == 6, err
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "digits" / "svhn" / "data" / "3.png")
+    code, _, err = call("train", *arguments, "--steps=8")
+    assert code == 1 and "belongs to a run with other settings (pictures" in err and torch.load(run / "state.pt", weights_only=True)["step"] == 6
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from p2_ddim import figures
+from p2_ddim import diffusion, figures
 from p2_ddim.data import read_noise, read_noises, read_pictures
 from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import ROOT, UserError, run
@@ -78,6 +78,29 @@ ARGUMENTS = {  # what each command is called with before the bad argument, where
     "benchmark": ["--output={t}/b.json"],
     "train": ["--data={t}/pictures", "--image-size=16", "--widths", "32", "32", "--attention", "1", "--steps=1", "--batch-size=2", "--output={t}/run"],
 }
+
+
+def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call, tmp_path, monkeypatch):
+    """Every loss after the first saved state is not finite, between two lines of the log; then it is cured; then the pictures are others."""
+    rng, loss, run = np.random.default_rng(0), diffusion.loss, tmp_path / "run"
+    (tmp_path / "faces").mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "faces" / f"{i}.png")
+    arguments = ["--data", tmp_path / "faces", "--output", run, "--image-size=16", "--widths=32", "--attention=0", "--batch-size=4", "--steps=6",
+                 "--save-every=2", "--sample-every=0", "--validate-every=0", "--dtype=fp32", "--device=cpu"]
+    monkeypatch.setattr(diffusion, "loss", lambda *args: loss(*args) * (float("nan") if (run / "state.pt").exists() else 1))
+    for _ in range(2):
+        code, _, err = call("train", *arguments)
+        assert code == 1 and "the loss or the weights are not finite at step 4" in err.splitlines()[-1], err
+        assert torch.load(run / "state.pt", weights_only=True)["step"] == 2
+    monkeypatch.setattr(diffusion, "loss", loss)
+    code, _, err = call("train", *arguments, "--warmup=7")
+    assert code == 1 and "belongs to a run with other settings (warmup" in err
+    code, _, err = call("train", *arguments)
+    assert code == 0 and torch.load(run / "state.pt", weights_only=True)["step"] == 6, err
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "faces" / "3.png")
+    code, _, err = call("train", *arguments, "--steps=8")
+    assert code == 1 and "belongs to a run with other settings (pictures" in err and torch.load(run / "state.pt", weights_only=True)["step"] == 6
 
 
 @pytest.mark.parametrize("arguments, where", [(["--output={t}/new"], "new"), (["--output={t}/report/figures/"], "report/results"),

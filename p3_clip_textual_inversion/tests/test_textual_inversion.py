@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import training
+from p3_clip_textual_inversion import diffusion, training
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
@@ -206,6 +206,25 @@ def test_a_finished_run_is_known_by_its_pictures_and_its_model(call, concepts_js
     (concepts_json.parent / "1" / "2.png").unlink()
     code, _, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 1 and "other settings (pictures " in err
+
+
+def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call, concepts_json, tiny_sd, tmp_path, monkeypatch):
+    """Every loss after the first saved state is not finite, between two lines of the log; then it is cured; then the pictures are others."""
+    loss, run = diffusion.loss, tmp_path / "run"
+    arguments = [*train_arguments(concepts_json, tiny_sd, run), "--concepts", "0", "--validate-every=4"]
+    monkeypatch.setattr(diffusion, "loss", lambda *args: loss(*args) * (float("nan") if (run / "0" / "state.pt").exists() else 1))
+    for _ in range(2):
+        code, _, err = call(f"{PACKAGE}.train", *arguments)
+        assert code == 1 and "the loss or the weights are not finite at step 4" in err.splitlines()[-1], err
+        assert torch.load(run / "0" / "state.pt", weights_only=True)["step"] == 2 and not (run / "new1.safetensors").exists()
+    monkeypatch.setattr(diffusion, "loss", loss)
+    code, _, err = call(f"{PACKAGE}.train", *arguments, "--crops=3")
+    assert code == 1 and "belongs to a run with other settings (crops 2 is now 3)" in err
+    code, _, err = call(f"{PACKAGE}.train", *arguments)
+    assert code == 0 and torch.load(run / "0" / "state.pt", weights_only=True)["step"] == 4, err
+    Image.new("RGB", (70, 80), "red").save(concepts_json.parent / "0" / "1.png")
+    code, _, err = call(f"{PACKAGE}.train", *arguments)
+    assert code == 1 and "belongs to a run with other settings (pictures" in err
 
 
 def test_a_pull_of_one_leaves_the_initial_words(call, parts, concepts_json, tiny_sd, tmp_path):

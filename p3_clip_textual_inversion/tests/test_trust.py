@@ -59,6 +59,9 @@ def test_another_runs_result_and_state_are_kept(tmp_path):
     torch.save(content, state)
     refuse_others(state, [result])
     assert load_state(state, {"lr": 1, "pictures": "a", "new_flag": 3}, steps=5)["step"] == 5
+    assert load_state(state, {"lr": 1, "new_flag": 3, "other": 4}, defaults={"lr": 2, "new_flag": 3, "other": None})["step"] == 5
+    with pytest.raises(UserError, match="new_flag 2 is now 3"):
+        load_state(state, {"lr": 1, "new_flag": 3}, defaults={"new_flag": 2})
     with pytest.raises(UserError, match="pictures a is now b"):
         load_state(state, {"lr": 1, "pictures": "b"})
     with pytest.raises(UserError, match="at step 5 already, beyond --steps 4"):
