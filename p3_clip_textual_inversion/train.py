@@ -306,8 +306,8 @@ def parse_args():
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
     check_flags(args, ("min_snr_gamma", "prior", "sample_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
-    for name, most in MOST.items():
-        check_flags(args, (name,), lambda value, most=most: value <= most, f"at most {most}")
+    for flag, most in MOST.items():
+        check_flags(args, (flag,), lambda value, most=most: value <= most, f"at most {most}")
     check_flags(args, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
     check_flags(args, ("side", "validate_every"), lambda value: value is None or value >= 1, "at least 1")
     if not 0 <= args.seed < 10**12:
