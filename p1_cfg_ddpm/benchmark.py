@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, Sampling, all_jobs, generate, load_generator
@@ -107,6 +107,7 @@ def main():
     writable_file(args.output)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
     model, diffusion = load_generator(args.checkpoint, device, dtype)
     if model.config.times:
         raise UserError(f"{args.checkpoint} is a student, which has no samplers to compare; the bundled one is measured beside any other network")

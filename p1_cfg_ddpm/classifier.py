@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from .data import load_digits
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
 from .files import ROOT, UserError, check_flags, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
@@ -230,13 +229,15 @@ def main():
     train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))
     images, digit = torch.from_numpy(train.images).to(device), torch.from_numpy(train.digit).to(device)
 
+    print(f"{args.architecture} classifier of {args.domain}, {len(train)} images from {args.data}, on {describe(device, dtype)}", flush=True)
+    use_tf32(True)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = ARCHITECTURES[args.architecture]().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     batches = max(len(train) // args.batch_size, 1)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
-    bar = tqdm(total=args.epochs * batches, unit="step", desc=f"classifier {args.domain}")
+    bar = progress(total=args.epochs * batches, unit="step", desc=f"classifier {args.domain}")
     for _ in range(args.epochs):
         order = torch.randperm(len(train), generator=generator)
         for i in range(batches):

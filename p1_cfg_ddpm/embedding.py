@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from .classifier import augment
 from .data import load_digits
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
 from .files import UserError, check_flags, run, writable_file
 from .model import BUNDLED
 from .pictures import to_model
@@ -111,6 +110,8 @@ def main():
     data = load_digits(args.data, "train")
     images = torch.from_numpy(data.images).to(device)
 
+    print(f"embedding, {len(data)} images from {args.data}, on {describe(device, dtype)}", flush=True)
+    use_tf32(True)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = Embedding().to(device, memory_format=torch.channels_last)
@@ -119,7 +120,7 @@ def main():
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-3)
     batches = max(len(data) // args.batch_size, 1)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
-    bar = tqdm(total=args.epochs * batches, unit="step", desc="embedding")
+    bar = progress(total=args.epochs * batches, unit="step", desc="embedding")
     for _ in range(args.epochs):
         order = torch.randperm(len(data), generator=generator).to(device)
         for i in range(batches):

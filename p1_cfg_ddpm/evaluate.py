@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .classifier import classify, course_classifier, load_classifier
+from .classifier import bundled_classifier, classify, course_classifier, load_classifier
 from .data import COURSE_DATA, load_digits, read_image
-from .device import pick_device
+from .device import describe, pick_device
 from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
 from .pictures import left_out, note_left_out, save_image
@@ -152,7 +152,10 @@ def main():
     made = check_made(args.images, paths)
     report = writable_folder(args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade"))
     classifiers = {domain: getattr(args, f"classifier_{domain}") or course_classifier(domain) for domain in DOMAINS}
-    scores, predictions = grade(found, classifiers, pick_device(args.device))
+    device = pick_device(args.device)
+    print(f"grading {args.images} by {', '.join(str(path or bundled_classifier(domain)) for domain, path in classifiers.items())} "
+          f"on {describe(device, torch.float32)}", flush=True)
+    scores, predictions = grade(found, classifiers, device)
     for domain in DOMAINS:
         counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)
         if set(counts) != {50}:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .benchmark import RESULTS
+from .device import describe
 from .diffusion import ImageNoise
 from .files import ROOT, UserError, atomic_path, run, writable_folder
 from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
@@ -114,7 +115,9 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
     add_arguments(parser)
     args = parser.parse_args()
-    model, diffusion, sampling, batch_size, _ = load_with_settings(args)
+    model, diffusion, sampling, batch_size, checkpoint = load_with_settings(args)
+    parameter = next(model.parameters())
+    print(f"drawing with {checkpoint} on {describe(parameter.device, parameter.dtype)}", flush=True)
     writable_folder(args.output)
     written = []
     if args.results.is_file():

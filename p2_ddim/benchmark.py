@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import read_noises
-from .device import DTYPES, machine, peak_memory, pick_device
+from .device import DTYPES, describe, machine, peak_memory, pick_device
 from .diffusion import Denoiser
 from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
@@ -170,6 +170,7 @@ def main():
         print(json.dumps(measure(args.way, args.batch_size, args.side, args.repeats, device)))
         return
     writable_file(args.output)
+    print(f"measuring the full-size network of {args.side}x{args.side} pixels on {describe(device)}, in each way's own format", flush=True)
     rows = {}
     for way in tqdm(WAYS, desc="ways", unit="way"):
         command = [*command_of("p2_ddim.benchmark"), "--way", way, "--device", args.device]

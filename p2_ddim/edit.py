@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
 from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
@@ -146,7 +146,6 @@ def main():
         check_flags(args, ("frames", "milliseconds"), lambda value: value >= 1, "at least 1")
         if len(args.pictures) < 2:
             raise UserError("a way needs two pictures at least: PICTURE PICTURE ... OUT")
-    use_tf32(False)
     args.device = device = pick_device(args.device)
     batch_size = args.batch_size or (2 if device.type == "cpu" else 10)
     if args.command == "measure":

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import read_noises
+from .device import describe
 from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
 from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, read_json, run, writable_file, writable_folder, write_json
@@ -206,6 +207,7 @@ def main():
     results = writable_file(args.results or (RESULTS if default else folder) / "p2_figures.json")
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape)
+    print(f"drawing with {args.checkpoint} on {describe(device, dtype)}", flush=True)
     compiled = torch.compile(unet) if args.compile else unet
     names = list(noises)[:4]
     four = {name: noises[name] for name in names}

@@ -148,8 +148,8 @@ def settings_of(args, eta=0.0):
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    use_tf32(args.tf32)
     device = pick_device(args.device)
+    use_tf32(args.tf32)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")

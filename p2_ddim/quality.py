@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .data import read_pictures
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
@@ -89,6 +89,8 @@ def main():
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     writable_file(args.output)
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
     model = load_unet(args.checkpoint, device)
     check_size(model.config, (3, args.side, args.side))
     faces = read_pictures(args.faces, args.side)
@@ -97,7 +99,7 @@ def main():
     names = [f"quality/{i}" for i in range(args.count)]
     noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
     config = DrawConfig(num_steps=args.steps, eta=args.eta)
-    drawing = generate(model, noises, config, args.batch_size, args.seed, pick_dtype(args.dtype, device))
+    drawing = generate(model, noises, config, args.batch_size, args.seed, dtype)
     generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
     stretched = to_pictures(torch.from_numpy(faces).permute(0, 3, 1, 2))  # as the generated ones are
     results = compare(generated, stretched[-args.count:], stretched[:-args.count])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .data import read_pictures
-from .device import DTYPES, machine, pick_device, pick_dtype, use_tf32
+from .device import DTYPES, describe, machine, pick_device, pick_dtype
 from .files import RESULTS, UserError, check_flags, read_json, run, writable_file, write_json
 from .inference import MINI, QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
@@ -72,9 +72,9 @@ def reference_of(folder, side, count):
 def main():
     args = parse_args()
     writable_file(args.output)
-    use_tf32(False)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, (3, args.side, args.side))
     names = [f"quality/{i}" for i in range(max(args.count, args.near))]

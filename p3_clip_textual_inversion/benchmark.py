@@ -30,7 +30,7 @@ from . import diffusion
 from .clip import compute_in, image_features, load_clip, load_pictures
 from .data import example_pictures, read_concepts, varied
 from .defaults import MINIATURE, HelpFormatter
-from .device import DTYPES, autocast, pick_device
+from .device import DTYPES, autocast, describe, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
 from .guard import command as command_of
@@ -206,6 +206,7 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     machine = {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
                "python": platform.python_version(), "date": date.today().isoformat()}
+    print(f"measuring the miniature, and networks of the real size, on {describe(device)}, in each row's own format", flush=True)
     rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, machine)
     measured, chosen = {}, [row for row, (what, *_) in ROWS.items() if what in args.only]
     for row in tqdm([row for turn in range(ROUNDS) for row in chosen if turn == 0 or ROWS[row][0] != "draw"], desc="measuring", unit="row"):

@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from .data import example_pictures, read_concepts
 from .defaults import HelpFormatter, input_of
+from .device import progress
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
 from .files import ROOT, check_flags, run, writable_file, writable_folder, write_json
-from .inference import add_arguments, draw, settings_of
+from .inference import add_arguments, draw, load, settings_of
 from .pictures import save_image
-from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .stable_diffusion import MINI_SD
 
 
 def rest_of(prompt, token):
@@ -36,7 +36,7 @@ def rest_of(prompt, token):
 
 def score_way(checkpoint, concepts, vectors, count, config, device, grader, references, bar):
     """[(image scores, text scores, rest scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for src_image itself."""
-    parts = load_stable_diffusion(checkpoint, device)
+    parts = load(checkpoint, device, config)
     if vectors:
         add_words(parts, vectors)
     counts = {word: len(rows) for word, rows in (vectors or {}).items()}
@@ -88,13 +88,13 @@ def main():
         writable_file(args.input)
     grader = judge_of(row, args, device=device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
-    parts, generator = load_stable_diffusion(args.checkpoint, device), torch.Generator().manual_seed(args.seed)
+    parts, generator = load(args.checkpoint, device, config), torch.Generator().manual_seed(args.seed)
     untrained = [{c.token: initial_rows(parts, None, len(vectors[c.token]), generator) for c in concepts} for vectors in learned]
     ways = {"initial words": None, **{f"untrained ({i})": vectors for i, vectors in enumerate(untrained)},
             **{f"learned ({folder})": {c.token: vectors[c.token] for c in concepts} for folder, vectors in zip(args.learned, learned)}}
     prompts = [(concept, k) for concept in concepts for k in range(len(concept.prompts))]
     scores, pictures, marks = {}, {}, []
-    with tqdm(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
+    with progress(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for way, vectors in ways.items():
             results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar)
             scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item(),

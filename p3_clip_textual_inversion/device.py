@@ -23,7 +23,10 @@ NEWER_WHEELS = "pip install --upgrade torch torchvision"
 # --- which device ---
 
 def pick_device(name="auto"):
-    """"auto" is this process's GPU, if there is one that computes, otherwise the CPU; why a GPU is not used is said in a note."""
+    """"auto" is this process's GPU, if there is one that computes, otherwise the CPU; why a GPU is not used is said in a note.
+
+    It computes fp32 exactly until `use_tf32` says otherwise."""
+    use_tf32(False)
     if name == "auto":
         reason = gpu_problem()
         if reason:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .clip import Grader
 from .data import example_pictures, read_concepts
 from .defaults import ROWS, SD_V1, WEIGHTS, HelpFormatter, row_of
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
 from .inference import picture_path
 from .pictures import left_out, read_picture, save_image
@@ -107,7 +107,9 @@ def main():
                                 f"{', '.join(others[:3])}")
     row = row_of(min(read_picture(picture_path(args.output, concepts[0].number, 0, 0)).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
-    grader = judge_of(row, args, pick_dtype(args.dtype, device), device)
+    dtype = pick_dtype(args.dtype, device)
+    print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)
+    grader = judge_of(row, args, dtype, device)
     all_paths = [picture_path(args.output, c.number, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)]
     made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": c.prompts[k], "token": c.token} for c in concepts
                                                for k in range(len(c.prompts)) for path in (picture_path(args.output, c.number, k, i)

@@ -12,19 +12,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .data import example_pictures, read_concepts
 from .defaults import HelpFormatter, input_of
+from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .evaluate import sheet
 from .files import ROOT, UserError, atomic_path, first_line, read_json, run, writable_folder
-from .inference import add_arguments, draw, settings_of
+from .inference import add_arguments, draw, load, settings_of
 from .pictures import save_image
-from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .stable_diffusion import MINI_SD
 from .tensors import read_tensors
 
 
@@ -73,13 +73,13 @@ def main():
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     writable_folder(args.output)
-    parts = load_stable_diffusion(args.checkpoint, device)
+    parts = load(args.checkpoint, device, config)
     draw_learning(concepts, runs, parts, args.output / "p3_learning.png")
     learned = add_words(parts, vectors)
     counts = {word: len(rows) for word, rows in vectors.items()}
     first = dict(zip(counts, np.cumsum([0, *counts.values()])))  # of each word's rows
     words, steps = [], []
-    for concept in tqdm(concepts, desc="drawing", unit="concept"):
+    for concept in progress(concepts, desc="drawing", unit="concept"):
         words.append((f"examples of {concept.token}", examples[concept.number]))
         for prompt in concept.prompts:
             names = [f"{concept.token}/{prompt}/{i}" for i in range(5)]  # those of inference

@@ -112,8 +112,9 @@ def settings_of(args):
     check_flags(args, ("guidance_weight",), math.isfinite, "a finite number")
     check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     device = pick_device(args.device)
-    print(f"{row.name} ({name}), {args.side or identity.side} pixels: {told}", flush=True)
-    return DrawConfig(args.sampler, args.steps, args.guidance_weight, args.side, args.seed, args.batch_size, pick_dtype(args.dtype, device)), device, row, name
+    dtype = pick_dtype(args.dtype, device)
+    print(f"{row.name} ({name}), {args.side or identity.side} pixels, on {describe(device, dtype)}: {told}", flush=True)
+    return DrawConfig(args.sampler, args.steps, args.guidance_weight, args.side, args.seed, args.batch_size, dtype), device, row, name
 
 
 def main():
@@ -207,11 +208,17 @@ def expanded(own, names, vectors):
     return [expand(own[name]["prompt"], counts) for name in names]
 
 
-def prepare(checkpoint, device, config, vectors, projections=None, initials=None):
-    """The model, with words and projections. initials: {word: ordinary words to whose rows its vectors are a difference}"""
+def load(checkpoint, device, config):
+    """The model as it draws: on a GPU in the number format of its settings, which halves its memory."""
     parts = load_stable_diffusion(checkpoint, device, torch.float32 if device.type == "cpu" else config.dtype)
     if device.type == "cuda" and config.dtype != torch.float32:
         parts.vae.half()  # of bf16's few digits bands are seen
+    return parts
+
+
+def prepare(checkpoint, device, config, vectors, projections=None, initials=None):
+    """The model, with words and projections. initials: {word: ordinary words to whose rows its vectors are a difference}"""
+    parts = load(checkpoint, device, config)
     add_words(parts, {word: rows + initial_rows(parts, initials[word], len(rows)) if word in (initials or {}) else rows for word, rows in vectors.items()})
     if projections:
         set_weights(parts.unet, read_weights(projections, parts.unet))

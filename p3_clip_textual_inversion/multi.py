@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_concepts, read_data
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of
+from .device import progress
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of, sheet
 from .files import ROOT, UserError, check_flags, run, writable_folder, write_json
 from .guard import command as command_of
-from .inference import add_arguments, draw, settings_of
+from .inference import add_arguments, draw, load, settings_of
 from .measures import wilson
 from .pictures import read_picture, save_image
 from .sources import kind_of
-from .stable_diffusion import MINI_SD, load_stable_diffusion
+from .stable_diffusion import MINI_SD
 
 METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
     "words learned apart": ("apart", None, None),
@@ -147,11 +147,11 @@ def paste_side_by_side(left, right, side):
     return picture
 
 
-def prepare(method, args, concepts, device):
+def prepare(method, args, concepts, device, config):
     """(model with the method's words and projections, {word: number of vectors})"""
     source, weights, _ = METHODS[method]
     folder = args.output / source
-    parts = load_stable_diffusion(args.checkpoint, device)
+    parts = load(args.checkpoint, device, config)
     vectors = read_embeddings(folder, [concept.token for concept in concepts])
     base = weights_of(parts.unet) if weights else None
     learned_words = {concept.token: vectors[concept.token] for concept in concepts}
@@ -268,10 +268,10 @@ def main():
     train_missing(args, concepts)
     rows, results, drifts = [], {}, {}
     ordinary = [args.row.templates["object"][-1].format(word) for word in args.row.ordinary]
-    originals = list(draw(load_stable_diffusion(args.checkpoint, device), ordinary, ordinary, config))
-    with tqdm(total=len(METHODS) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
+    originals = list(draw(load(args.checkpoint, device, config), ordinary, ordinary, config))
+    with progress(total=len(METHODS) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for method, (_, _, guidance) in METHODS.items():
-            parts, counts = prepare(method, args, concepts, device)
+            parts, counts = prepare(method, args, concepts, device, config)
             results[method], drifts[method] = {}, drift(list(draw(parts, ordinary, ordinary, config)), originals, grader)
             for prompt, keys in prompts:
                 text = expand(prompt, counts)

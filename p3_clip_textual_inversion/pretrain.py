@@ -16,9 +16,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
-from .device import DTYPES, pick_device, pick_dtype
+from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
 from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
 from .pictures import save_image, to_uint8
 from .tasks import TASKS
@@ -70,6 +69,7 @@ def main():
         raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     device = accelerator.device
+    use_tf32(True)
     folder = writable_folder(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     state_file = folder / "state.pt"
@@ -89,9 +89,10 @@ def main():
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
-    print(f"{args.task} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on {device}" + (f", going on at step {step}" if step else ""))
+    print(f"{args.task} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on {describe(device, dtype)}"
+          + (f", going on at step {step}" if step else ""))
     started, first_step = time.perf_counter(), step
-    bar = tqdm(total=args.steps, initial=step, unit="step", desc=f"training {args.task}")
+    bar = progress(total=args.steps, initial=step, unit="step", desc=f"training {args.task}")
     while step < args.steps:
         # everything random about a step is a function of (seed, step), so that a resumed run draws the same numbers
         rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed * 1_000_003 + step)

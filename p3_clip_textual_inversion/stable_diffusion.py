@@ -63,9 +63,14 @@ class StableDiffusion:
         return self.text_encoder(self.tokens(prompts).to(self.device)).last_hidden_state
 
     def decode(self, latents):
-        """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1.
+        """Scaled latents [B, 4, h, w] -> pictures float32 [B, 3, H, W] in -1..1, in slices of one picture of 512x512, which takes 0.8 GB in float32.
 
         The autoencoder of Stable Diffusion v1 is published in half precision too; one that overflows in it (as that of SDXL does) goes on in float32."""
+        size = max(512**2 // (latents.shape[2] * latents.shape[3] * self.factor**2), 1)
+        return torch.cat([self.decode_slice(some) for some in latents.split(size)])
+
+    def decode_slice(self, latents):
+        """`decode` of a slice."""
         latents = latents / self.vae.config.scaling_factor
         pictures = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         if self.vae.dtype == torch.float16 and latents.isfinite().all() and not pictures.isfinite().all():

@@ -71,7 +71,7 @@ def share(accelerator, *parts):
 
 def seed_dropout(seed, step, rank):
     """The global generator, from which dropout draws: by step, so that a resumed run draws the same, and another on each process, which has other pictures."""
-    torch.manual_seed(seed * 1_000_003 + step + (rank << 40))
+    torch.manual_seed(seed * 1_000_003 + step + rank * 2_654_435_769)  # 2^32 by the golden ratio: the CPU's generator reads 32 bits of a seed only
 
 
 @contextmanager
@@ -155,10 +155,10 @@ def as_kernel(matrix, like):
     return matrix.reshape(out, *sides, inner).permute(0, 3, 1, 2)
 
 
-def orthogonalised(matrices, steps=5):
-    """[N, rows, columns] with all singular values near 1: a Newton-Schulz iteration with Jordan's coefficients, in bf16, which is exact enough."""
+def orthogonalised(matrices, steps=5, dtype=torch.bfloat16):
+    """[N, rows, columns] with all singular values near 1: a Newton-Schulz iteration with Jordan's coefficients; bf16 is exact enough."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

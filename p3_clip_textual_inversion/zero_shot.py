@@ -19,7 +19,7 @@ from .adapters import another_way, few_shot, transduce, transductive_limits
 from .cache import make_grader
 from .clip import check_clip, ensemble, reads_thumbnails
 from .defaults import HelpFormatter
-from .device import DTYPES, name_of, pick_device, pick_dtype
+from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .files import MINI, UserError, check_flags, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
 from .outcome import cosines_of, load_data, outcome_of, score, write_predictions
@@ -189,6 +189,7 @@ def main():
         check_clip(model, weights)
     data = load_data(args.data)
     writable_folder(args.output)
+    print(f"{len(data[0])} pictures from {args.data} by {', '.join(models)} on {describe(device, dtype)}", flush=True)
     rows, rights = [], []
     for name, model, weights in zip(names_of(models, pretrained), models, pretrained):
         usual = ["drawing" if reads_thumbnails(model) else "photo"]
