@@ -189,7 +189,7 @@ def main():
         check_clip(model, weights)
     data = load_data(args.data)
     writable_folder(args.output)
-    print(f"{len(data[0])} pictures from {args.data} by {', '.join(models)} on {describe(device, dtype)}", flush=True)
+    print(f"{len(data.paths)} pictures from {args.data} by {', '.join(models)} on {describe(device, dtype)}", flush=True)
     rows, rights = [], []
     for name, model, weights in zip(names_of(models, pretrained), models, pretrained):
         usual = ["drawing" if reads_thumbnails(model) else "photo"]
