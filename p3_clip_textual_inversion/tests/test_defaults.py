@@ -271,7 +271,7 @@ def test_bundled_words_tell_their_model():
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot load Stable Diffusion from"),
+    (lambda folder: (folder / "unet" / "config.json").write_text("{"), r"unet/config\.json: it is not JSON"),
     (lambda folder: (folder / "unet" / "config.json").write_text("{}"), "does not tell the size of its pictures"),
     (lambda folder: (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": 3})), "does not tell the size of its pictures"),
     (lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder has no model.safetensors or"),
