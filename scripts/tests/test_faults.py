@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -87,3 +88,25 @@ def test_a_writer_leaves_what_was_before_or_what_should_be_after(tmp_path, write
             break
     else:
         pytest.fail("it made more than eight such calls")
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("there", [True, False], ids=["over another", "anew"])
+def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path, writer, share, there):
+    """No file may grow beyond a share of the whole one."""
+    file, write = WRITERS[writer]
+    write(tmp_path / file)
+    size, path = (tmp_path / file).stat().st_size, tmp_path / "out" / file
+    path.parent.mkdir()
+    if there:
+        path.write_bytes(b"the user's")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
+    try:
+        with pytest.raises((files.UserError, files3.UserError, SystemExit), match="cannot write") as error:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert {entry.name: entry.read_bytes() for entry in path.parent.iterdir()} == ({file: b"the user's"} if there else {})
