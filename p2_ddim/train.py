@@ -43,7 +43,7 @@ from .training import (
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", *WATCHING)  # between a run and its continuation
-ADVICE = "lower --batch-size or --image-size, or use more processes; --dtype bf16 takes less as well"
+ADVICE = "lower --batch-size or --image-size, or use more processes; --dtype bf16 or fp16 takes less than fp32"
 
 
 def parse_args():

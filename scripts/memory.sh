@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Counts the GPU memory of each command at its real size, without a GPU, some minutes:  memory.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec "$python" "$scripts/memory.py" "$@"
