@@ -1,6 +1,7 @@
 """What a GPU's user meets, on machines that have none: faked cards and drivers, memory that ends, and what fp32 means."""
 
 import importlib
+import io
 import sys
 import warnings
 import weakref
@@ -247,3 +248,41 @@ def test_dropout_differs_by_process_and_step_and_not_by_call():
 
     assert torch.equal(mask(0, 5, 0), mask(0, 5, 0))
     assert not any(torch.equal(mask(0, 5, 0), mask(*other)) for other in ((0, 5, 1), (0, 6, 0), (1, 5, 0)))
+
+
+# --- torch.compile ---
+
+@pytest.mark.parametrize("package", ["p1_cfg_ddpm", "p2_ddim"])
+def test_the_networks_compile_whole_and_once(package):
+    """No graph breaks (fullgraph raises), and another moment, as each step of a sampler has, is no new graph."""
+    model = importlib.import_module(f"{package}.model")
+    if package == "p1_cfg_ddpm":
+        net, rest = model.UNet(model.SIZES["tiny"]), (torch.tensor([3, 4]), torch.tensor([0, 1]))
+    else:
+        net, rest = model.UNet(model.UNetConfig((32, 32), (1,), 1)), ()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(net.eval(), backend=count, fullgraph=True), torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        for t in (999, 500, 0):
+            assert torch.allclose(compiled(x, torch.full((2,), t), *rest), net(x, torch.full((2,), t), *rest), atol=1e-5)
+    assert len(graphs) == 1
+
+
+# --- what is seen of the work ---
+
+def test_without_a_terminal_there_is_a_plain_line_each_half_minute(monkeypatch):
+    now, file = [0.0], io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with devices.progress(total=100, unit="step", desc="training", file=file) as bar:
+        for _ in range(100):
+            now[0] += 1
+            bar.update()
+    lines = file.getvalue().splitlines()
+    assert "\r" not in file.getvalue() and len(lines) == 3, lines
+    assert [line.split("steps")[0] for line in lines] == [f"training: {n} of 100 " for n in (30, 60, 90)] and all(" left, " in line for line in lines), lines

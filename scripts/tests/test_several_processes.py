@@ -68,3 +68,26 @@ def test_pictures_shared_by_two_processes_are_the_same_bytes(folder, problem):
                 for name in ("one", "two"))
     assert len(one) == {"p1": 20, "p2": 4, "p3": 5}[problem]
     assert one == two
+
+
+DYING = """import os, signal
+from p1_cfg_ddpm import train
+from p1_cfg_ddpm.files import run
+plain, steps = train.seed_dropout, []
+def die(*arguments):
+    steps.append(plain(*arguments))
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.seed_dropout = die
+run(train.main)
+"""
+
+
+def test_a_process_that_dies_leaves_a_message_and_no_half_result(folder, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    _, train = several_processes.commands(folder, "dead")["P1 train"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "dying.py", *map(str, train)],
+                          check=False, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(message) == 1 and "another process has failed" in message[0] and "the same command goes on" in message[0], done.stderr
+    assert not [path for path in (folder / "dead" / "p1").iterdir() if path.suffix in (".pt", ".safetensors", ".part")]
