@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from p3_clip_textual_inversion.clip import Grader
+from p3_clip_textual_inversion.clip import Grader, load_clip
 from p3_clip_textual_inversion.data import example_pictures, read_concepts
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.diffusion import image_noise
@@ -38,12 +38,18 @@ def grader():
     return Grader()
 
 
-def test_open_clip_loads_it_offline(offline):
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{MINI / 'clip'}")
-    tokenizer = open_clip.SimpleTokenizer(str(MINI / "clip" / "bpe.txt.gz"), context_length=32)
+def test_open_clip_loads_it_offline_and_gives_our_features_and_ids(offline):
+    """Its tokenizer has to be told of the vocabulary: of a folder open_clip reads none but Hugging Face's."""
+    name, texts = f"local-dir:{MINI / 'clip'}", ["a drawing of a fox", "Two dogs &amp; a cat!! it's 123", "a " * 60, ""]
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name, bpe_path=str(MINI / "clip" / "bpe.txt.gz"))
+    ours, own_transform, own_tokenizer = load_clip(str(MINI / "clip"))
     with torch.inference_mode():
-        picture = transform(Image.open(MINI / "clip_zeroshot" / "val" / "0_0.png").convert("RGB"))[None]
-        assert model.eval().encode_image(picture).shape == model.encode_text(tokenizer(["a drawing of a fox"])).shape == (1, 256)
+        picture = Image.open(MINI / "clip_zeroshot" / "val" / "0_0.png").convert("RGB")
+        pictures, own_pictures, ids, own_ids = transform(picture)[None], own_transform(picture)[None], tokenizer(texts), own_tokenizer(texts)
+        assert pictures.equal(own_pictures) and ids.equal(own_ids)
+        assert torch.allclose(model.eval().encode_image(pictures), ours.encode_image(pictures), atol=1e-5)
+        assert torch.allclose(model.encode_text(ids), ours.encode_text(ids), atol=1e-5)
 
 
 def test_diffusers_loads_it_offline_and_draws_the_same(offline):
