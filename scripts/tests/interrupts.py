@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--longest", type=float, default=8.0, help="seconds after the start at most")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and what it starts would, too
     rng, faults, codes = random.Random(args.seed), [], {}
     for number in range(args.count):
         name = list(COMMANDS)[number % len(COMMANDS)]
