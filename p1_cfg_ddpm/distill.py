@@ -38,7 +38,7 @@ from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 from .pictures import to_model
 from .tensors import read_tensors
 from .train import Clock, PowerEMA, compile_blocks, learning_rate
-from .training import WATCHING, Log, add_arguments, first_line_of, fitting, guarded, load_state, make_optimizer, prepare, refuse_nonfinite
+from .training import WATCHING, Log, add_arguments, first_line_of, fitting, guarded, is_flat, load_state, make_optimizer, prepare, refuse_nonfinite
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
 CLEAN = -1  # the time after the last
@@ -305,6 +305,7 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
                 numbers["validation"] = grey_levels_apart(ema.network(net.config, device), diffusion, held_out, times)
             log.add(step, **numbers)
             recent = []
+            last = last or is_flat(history, args.stop_when_flat)
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*net.parameters(), *ema.averages[0].values()], state_file)
             content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,

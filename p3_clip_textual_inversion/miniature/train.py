@@ -18,7 +18,20 @@ from pathlib import Path
 import torch
 
 from ..files import UserError, atomic_path, check_flags, run, writable_folder
-from ..training import Log, add_arguments, averaged_copy, ema_update, first_line_of, fitting, guarded, load_state, make_optimizer, prepare, refuse_nonfinite
+from ..training import (
+    Log,
+    add_arguments,
+    averaged_copy,
+    ema_update,
+    first_line_of,
+    fitting,
+    guarded,
+    is_flat,
+    load_state,
+    make_optimizer,
+    prepare,
+    refuse_nonfinite,
+)
 from .models import PARTS, through
 from .world import Drawings
 
@@ -120,13 +133,16 @@ def main():
                 refuse_nonfinite(step, [torch.tensor(row["loss"])], state_file)
             while keep and done >= keep[0]:
                 part.export(averaged, writable_folder(folder / f"at_{round(100 * keep.pop(0)):03d}"))
-            if now - saved >= args.save_every or done >= 1:
+            flat = is_flat(history, args.stop_when_flat)
+            if now - saved >= args.save_every or done >= 1 or flat:
                 refuse_nonfinite(step, list(net.parameters()), state_file)
                 with atomic_path(state_file) as temporary:
                     torch.save({"model": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                 "history": history, "recent": [], "gone": gone + now - started, "settings": settings}, temporary)
                 part.export(averaged, folder)
                 saved = time.perf_counter()
+            if flat:
+                break
     log.close()
     part.export(averaged, folder)
     print(f"wrote {folder}")

@@ -37,7 +37,7 @@ def test_a_stopped_training_resumes_to_the_same_weights(call, drawings, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "write_json", stop)  # right after the state of step 2 was saved
         code, _, err = call(MODULE, "vae", *arguments(drawings, tmp_path / "stopped", "--steps=4"))
-    assert code == 1 and "stopped\n" in err and torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)["step"] == 2
+    assert code == 130 and "stopped\n" in err and torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)["step"] == 2
     code, out, err = call(MODULE, "vae", *arguments(drawings, tmp_path / "stopped", "--steps=4"))
     assert code == 0 and "going on at step 2" in out, err
     whole, resumed = (load_file(tmp_path / run / "diffusion_pytorch_model.safetensors") for run in ("whole", "stopped"))
