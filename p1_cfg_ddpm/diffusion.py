@@ -1,4 +1,4 @@
-"""Diffusion: noise schedules, the training loss, classifier-free guidance, and three samplers as generators.
+"""Diffusion: noise schedules, the training loss, classifier-free guidance, and the network as the samplers ask it.
 
 x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, for t = 0 (almost clean) .. T-1 (almost pure noise).
 
@@ -7,10 +7,8 @@ eq. 6). w = 0 is the plain conditional model and -1 the unconditional one. Other
 with s = 1 + w (diffusers), or call s itself w.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -29,7 +27,7 @@ def make_alpha_bar(schedule, num_timesteps=1000):
     "cosine": alpha_bar = cos^2((t/T + 0.008) / 1.008 * pi/2), beta at most 0.999 (Nichol and Dhariwal 2021, eq. 17)."""
     if schedule == "linear":
         scale = 1000 / num_timesteps
-        beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+        beta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
     elif schedule == "cosine":
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -163,117 +161,3 @@ class Distilled:
         steps = torch.full_like(self.digit, t)
         output = self.model(x.to(next(self.model.parameters()).dtype), steps, self.digit, self.domain, self.w)
         return self.diffusion.x0_and_eps(output.float(), x, steps)
-
-
-def spaced_timesteps(num_steps, num_timesteps=1000):
-    """`num_steps` steps from T-1 downwards, evenly spaced, ending T/num_steps above clean ("trailing" spacing, Lin et al. 2024)."""
-    if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"the number of steps must be between 1 and {num_timesteps}, not {num_steps}")
-    return [round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps)]
-
-
-def logsnr_timesteps(num_steps, alpha_bar, low=-2.0, high=1.7):
-    """`num_steps` decreasing steps, evenly spaced in lambda = log(alpha / sigma) from `low` to `high`, the rest of the way to clean in the last.
-
-    A few steps evenly spaced in t spend one of them on pure noise, where the network can only answer with the mean image, and
-    leap from there to where much is decided: the images come out pale and alike. These begin where the first decisions are made. The ends
-    were chosen by measuring: a lower `low` exaggerates the colours under guidance."""
-    lambda_ = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
-    timesteps = []
-    for target in torch.linspace(low, high, num_steps, dtype=torch.float64):
-        nearest = int((lambda_ - target).abs().argmin())
-        timesteps.append(min(nearest, timesteps[-1] - 1) if timesteps else nearest)  # no step twice, where they are dense
-    if timesteps[-1] < 0:
-        raise ValueError(f"{num_steps} steps do not fit between the noise levels lambda {low} and {high}; use evenly spaced ones")
-    return timesteps
-
-
-class State(NamedTuple):
-    t: int  # the step that was just taken started at x_t
-    x: torch.Tensor  # where it ended, float32 [B, 3, H, W]; after the last step the finished image
-    x0: torch.Tensor  # what the clean image was predicted to be
-
-
-def ddpm(predict, diffusion, x, timesteps, noise):
-    """Ancestral sampling, Ho et al. 2020 eq. 6 and 7 (variance: beta tilde), on any decreasing list of steps.
-
-    `noise()` -> [B, 3, H, W]: fresh standard normal noise, asked for at every step but the last."""
-    alpha_bar = alpha_bars_along(diffusion, timesteps)
-    for i, t in enumerate(timesteps):
-        x0, _ = predict(x, t)
-        now, after = alpha_bar[i], alpha_bar[i + 1]
-        alpha = now / after
-        mean = (after.sqrt() * (1 - alpha) * x0.double() + alpha.sqrt() * (1 - after) * x.double()) / (1 - now)
-        variance = (1 - alpha) * (1 - after) / (1 - now)
-        x = (mean + variance.sqrt() * noise()).float() if i + 1 < len(timesteps) else mean.float()
-        yield State(t, x, x0)
-
-
-def ddim(predict, diffusion, x, timesteps, eta=0.0, noise=None):
-    """Song et al. 2021 eq. 12. eta 0 is deterministic and draws no noise; eta 1 has the variance of DDPM."""
-    alpha_bar = alpha_bars_along(diffusion, timesteps)
-    for i, t in enumerate(timesteps):
-        x0, eps = predict(x, t)
-        now, after = alpha_bar[i], alpha_bar[i + 1]
-        sigma = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
-        x = after.sqrt() * x0.double() + (1 - after - sigma**2).clamp(min=0).sqrt() * eps.double()
-        if sigma > 0:
-            x = x + sigma * noise()
-        x = x.float()
-        yield State(t, x, x0)
-
-
-def dpmpp_2m(predict, diffusion, x, timesteps):
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: a multistep solver of second order in lambda = log(alpha / sigma).
-
-    The first step is of first order for want of a predecessor, and the last for stability (lambda is infinite at its end)."""
-    alpha_bar = alpha_bars_along(diffusion, timesteps)
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    lambda_ = alpha.log() - sigma.log()  # infinite at the end, where sigma is 0
-    previous = None
-    for i, t in enumerate(timesteps):
-        x0, _ = predict(x, t)
-        h = lambda_[i + 1] - lambda_[i]
-        d = x0.double()
-        if previous is not None and i + 1 < len(timesteps):
-            r = (lambda_[i] - lambda_[i - 1]) / h
-            d = (1 + 1 / (2 * r)) * d - 1 / (2 * r) * previous
-        x = (sigma[i + 1] / sigma[i] * x.double() - alpha[i + 1] * torch.expm1(-h) * d).float()
-        previous = x0.double()
-        yield State(t, x, x0)
-
-
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
-
-
-def sample(sampler, predict, diffusion, x, timesteps, eta=0.0, noise=None):
-    """One of the three samplers by its name; yields a `State` after every step."""
-    if sampler == "ddpm":
-        return ddpm(predict, diffusion, x, timesteps, noise)
-    if sampler == "ddim":
-        return ddim(predict, diffusion, x, timesteps, eta, noise)
-    return dpmpp_2m(predict, diffusion, x, timesteps)
-
-
-def alpha_bars_along(diffusion, timesteps):
-    """alpha_bar at each step and, after the last, 1 (a clean image): float64 [len + 1]."""
-    return torch.cat([diffusion.alpha_bar[list(timesteps)], torch.ones(1, dtype=torch.float64)])
-
-
-class ImageNoise:
-    """Standard normal noise for a batch of images, one generator per image, seeded by (seed, the image's name).
-
-    Drawn on the CPU, so that the noise of an image is the same on every device, in every batch and in every process."""
-
-    def __init__(self, seed, names, shape, device="cpu"):
-        self.shape, self.device = shape, device
-        self.generators = [torch.Generator().manual_seed(image_seed(seed, name)) for name in names]
-
-    def __call__(self):
-        """float32 [B, *shape]"""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
-
-
-def image_seed(seed, name):
-    """A 63-bit seed from a run's seed and an image's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

@@ -31,11 +31,12 @@ import torch
 
 from .data import default_data, load_digits
 from .device import progress
-from .diffusion import Distilled, Guided, ddim, sample
+from .diffusion import Distilled, Guided
 from .files import UserError, atomic_path, check_flags, run, writable_folder
-from .inference import CHECKPOINT, TEACHER, load_generator, timesteps_of
+from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 from .pictures import to_model
+from .samplers import SAMPLERS, ddim, finish, steps_at
 from .tensors import read_tensors
 from .train import Clock, PowerEMA, compile_blocks, learning_rate
 from .training import WATCHING, Log, add_arguments, first_line_of, fitting, guarded, is_flat, load_state, make_optimizer, prepare, refuse_nonfinite
@@ -97,8 +98,9 @@ def draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, ma
     w = torch.rand(count, generator=generator) * max_weight
     w[: count // 2] = sampling.guidance_weight
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
-    predict, kept = Guided(teacher, diffusion, digit, domain, w, sampling.guidance_interval, guide), [x]
-    for state, after in zip(sample(sampling.sampler, predict, diffusion, x, timesteps), [*timesteps[1:], CLEAN]):
+    guided, kept = Guided(teacher, diffusion, digit, domain, w, sampling.guidance_interval, guide), [x]
+    states = SAMPLERS[sampling.sampler](guided, x, steps_at(diffusion.alpha_bar, timesteps))
+    for state, after in zip(states, [*timesteps[1:], CLEAN]):
         if after in points or after == CLEAN:
             kept.append(state.x)
     return {"x": torch.stack(kept).half(), "digit": digit, "domain": domain, "w": w}
@@ -148,9 +150,8 @@ def consistency_loss(student, teacher_step, diffusion, starts, ends, x0, digit, 
 @torch.inference_mode()
 def grey_levels_apart(student, diffusion, paths, times):
     """Root mean square, in grey levels, between the student's images and the teacher's from the same noise."""
-    predict = Distilled(student, diffusion, paths["digit"], paths["domain"], paths["w"])
-    for state in ddim(predict, diffusion, paths["x"][0].float(), times):
-        drawn = state.x
+    distilled = Distilled(student, diffusion, paths["digit"], paths["domain"], paths["w"])
+    drawn = finish(ddim(distilled, paths["x"][0].float(), steps_at(diffusion.alpha_bar, times))).x
     return (drawn.clamp(-1, 1) - paths["x"][-1].float().clamp(-1, 1)).square().mean().sqrt().item() * 127.5
 
 
@@ -218,7 +219,7 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
     state_file = folder / "state.pt"
     needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
     state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
-    timesteps = timesteps_of(sampling, diffusion)
+    timesteps = list(steps_of(sampling, diffusion).t)
     times = student_times(timesteps, diffusion.alpha_bar, args.leaps)
     points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
 

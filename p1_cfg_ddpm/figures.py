@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .benchmark import RESULTS
 from .device import describe
-from .diffusion import ImageNoise
 from .files import ROOT, UserError, atomic_path, run, writable_folder
 from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import save_image, to_uint8
+from .samplers import ImageNoise
 
 ZOOM, MARGIN = 2, 22
 

@@ -17,12 +17,13 @@ import torch
 
 from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, processes
 from .device import progress as progress_bar
-from .diffusion import SAMPLERS, Diffusion, DiffusionConfig, Distilled, Guided, ImageNoise, ddim, logsnr_timesteps, sample, spaced_timesteps
+from .diffusion import Diffusion, DiffusionConfig, Distilled, Guided
 from .estimate import announce
 from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
+from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name, ddim, steps_at
 
 CHECKPOINT = BUNDLED / "small.safetensors"
 STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
@@ -54,6 +55,8 @@ class Sampling:
             raise UserError(f"--guidance-weight must be a finite number, not {self.guidance_weight}")
         if not 0 <= self.eta <= 1:
             raise UserError(f"--eta must be between 0 and 1, not {self.eta}")
+        if self.eta and self.sampler != "ddim":
+            raise UserError(f"--eta is for --sampler ddim, and {self.sampler} does without; leave it out")
 
 
 TEACHER = Sampling()
@@ -104,11 +107,9 @@ def install(path):
     return INSTALLED
 
 
-def timesteps_of(sampling, diffusion):
-    """The steps that a sampling takes, decreasing."""
-    if sampling.spacing == "logsnr":
-        return logsnr_timesteps(sampling.steps, diffusion.alpha_bar)
-    return spaced_timesteps(sampling.steps, diffusion.config.num_timesteps)
+def steps_of(sampling, diffusion):
+    """The `Steps` that a sampling takes."""
+    return SPACINGS[sampling.spacing](diffusion.alpha_bar, sampling.steps)
 
 
 def states(model, diffusion, jobs, sampling, guide=None):
@@ -118,10 +119,11 @@ def states(model, diffusion, jobs, sampling, guide=None):
     domain = torch.tensor([DOMAINS.index(job.domain) for job in jobs], device=device)
     noise = ImageNoise(sampling.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
     if model.config.times:
-        yield from ddim(Distilled(model, diffusion, digit, domain, sampling.guidance_weight), diffusion, noise(), model.config.times)
+        student = Distilled(model, diffusion, digit, domain, sampling.guidance_weight)
+        yield from ddim(student, noise(), steps_at(diffusion.alpha_bar, model.config.times))
         return
-    predict = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval, guide)
-    yield from sample(sampling.sampler, predict, diffusion, noise(), timesteps_of(sampling, diffusion), sampling.eta, noise)
+    guided = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval, guide)
+    yield from by_name(sampling.sampler, sampling.eta)(guided, noise(), steps_of(sampling, diffusion), noise=noise)
 
 
 @torch.inference_mode()
@@ -148,7 +150,8 @@ def add_arguments(parser):
     parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
     parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
                         f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default=None, help=f"the update rule; not for students, as the next four (default: {TEACHER.sampler})")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default=None, help="the update rule; heun asks the network twice a step; "
+                        f"not for students, as the next four (default: {TEACHER.sampler})")
     parser.add_argument("--steps", type=int, default=None, help=f"steps of the sampler (default: {TEACHER.steps})")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=None, help="which steps: even in the log of the signal-to-noise ratio, best "
                         f"for few, or even in t (default: {TEACHER.spacing})")

@@ -30,6 +30,8 @@ def draw(made, name, batch, where, args):
         batch = {name: {}}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in made["settings"].items()}
     dtype = DTYPES[settings.pop("dtype")]
+    if settings["sampler"] != "ddim":
+        settings["eta"] = 0.0  # older records may name one, which did nothing
     checkpoint = Path(args.checkpoint or where.get("checkpoint", default_checkpoint()))
     if not checkpoint.is_file():
         raise UserError(f"the model {checkpoint} is no longer there; give it by --checkpoint")

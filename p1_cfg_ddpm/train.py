@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from .data import default_data, load_digits
-from .diffusion import Diffusion, DiffusionConfig, Guided, ImageNoise, dpmpp_2m, moment_density, spaced_timesteps
+from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
+from .samplers import ImageNoise, dpmpp_2m, finish, trailing
 from .tensors import fill, load_weights
 from .training import (
     WATCHING,
@@ -281,7 +282,7 @@ def sample_grid(net, diffusion, device, seed, w=1.0, num_steps=12):
     domain = torch.arange(len(DOMAINS), device=device).repeat_interleave(NUM_DIGITS)
     noise = ImageNoise(seed, [f"training grid {i}" for i in range(len(digit))], (3, IMAGE_SIZE, IMAGE_SIZE), device)()
     guided = Guided(net.eval(), diffusion, digit, domain, w)
-    *_, last = dpmpp_2m(guided, diffusion, noise, spaced_timesteps(num_steps))
+    last = finish(dpmpp_2m(guided, noise, trailing(diffusion.alpha_bar, num_steps)))
     grid = to_uint8(last.x).reshape(len(DOMAINS), NUM_DIGITS, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
     picture = Image.fromarray(grid.reshape(len(DOMAINS) * IMAGE_SIZE, NUM_DIGITS * IMAGE_SIZE, 3))
     return picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)

@@ -23,13 +23,13 @@ class Regional(Guided):
 
     sides: hidden states [tokens, dim] of each part's prompt; whole: share of the whole prompt; masks: of `halves`, or None for a plain mean."""
 
-    def __init__(self, unet, cond, uncond, w, dtype, sides, whole=0.3, masks=halves):
-        super().__init__(unet, cond, uncond, w, dtype)
+    def __init__(self, unet, alpha_bar, cond, uncond, w, dtype, sides, whole=0.3, masks=halves):
+        super().__init__(unet, alpha_bar, cond, uncond, w, dtype)
         self.whole, self.masks, self.count = whole, masks, len(sides)
-        self.predict_all = Guided(unet, torch.cat([cond, uncond, *(side.expand_as(cond) for side in sides)]), uncond, 0, dtype)
+        self.all = Guided(unet, alpha_bar, torch.cat([cond, uncond, *(side.expand_as(cond) for side in sides)]), uncond, 0, dtype)
 
-    def __call__(self, x, t):
-        cond, uncond, *sides = self.predict_all(torch.cat([x] * (2 + self.count)), t).chunk(2 + self.count)
+    def eps(self, x, t):
+        cond, uncond, *sides = self.all.eps(torch.cat([x] * (2 + self.count)), t).chunk(2 + self.count)
         masks = self.masks(*x.shape[-2:]) if self.masks else [1 / self.count] * self.count
         parts = sum((mask.to(x.device) if torch.is_tensor(mask) else mask) * side for mask, side in zip(masks, sides))
         return (1 + self.w) * (self.whole * cond + (1 - self.whole) * parts) - self.w * uncond
@@ -39,13 +39,13 @@ class Styled(Guided):
     """Like `Guided`, towards a style: eps_cond = eps(prompt) + strength * (eps(styled) - eps(plain)), the direction in which the style changes an ordinary
     subject (two composed noise estimates, Liu et al. 2022). plain, styled: hidden states [tokens, dim] of prompts that differ in the style only."""
 
-    def __init__(self, unet, cond, uncond, w, dtype, plain, styled, strength=1.0):
-        super().__init__(unet, cond, uncond, w, dtype)
+    def __init__(self, unet, alpha_bar, cond, uncond, w, dtype, plain, styled, strength=1.0):
+        super().__init__(unet, alpha_bar, cond, uncond, w, dtype)
         self.strength = strength
-        self.predict_all = Guided(unet, torch.cat([cond, uncond, plain.expand_as(cond), styled.expand_as(cond)]), uncond, 0, dtype)
+        self.all = Guided(unet, alpha_bar, torch.cat([cond, uncond, plain.expand_as(cond), styled.expand_as(cond)]), uncond, 0, dtype)
 
-    def __call__(self, x, t):
-        cond, uncond, plain, styled = self.predict_all(torch.cat([x] * 4), t).chunk(4)
+    def eps(self, x, t):
+        cond, uncond, plain, styled = self.all.eps(torch.cat([x] * 4), t).chunk(4)
         return (1 + self.w) * (cond + self.strength * (styled - plain)) - self.w * uncond
 
 
@@ -54,8 +54,8 @@ def toward_style(parts, plain, styled, strength=1.0):
     with torch.inference_mode():
         ends = parts.encode_text([plain, styled])
 
-    def guided(unet, cond, uncond, w, dtype):
-        return Styled(unet, cond, uncond, w, dtype, *ends[:, None], strength)
+    def guided(unet, alpha_bar, cond, uncond, w, dtype=torch.float32):
+        return Styled(unet, alpha_bar, cond, uncond, w, dtype, *ends[:, None], strength)
     return guided
 
 
@@ -69,6 +69,6 @@ def regional(parts, prompt, whole=0.3, masks=halves, twice=True):
     with torch.inference_mode():
         hidden = parts.encode_text([f"{side}{SEPARATOR}{side}" if twice else side for side in sides])
 
-    def guided(unet, cond, uncond, w, dtype):
-        return Regional(unet, cond, uncond, w, dtype, [side[None] for side in hidden], whole, masks)
+    def guided(unet, alpha_bar, cond, uncond, w, dtype=torch.float32):
+        return Regional(unet, alpha_bar, cond, uncond, w, dtype, [side[None] for side in hidden], whole, masks)
     return guided

@@ -1,13 +1,12 @@
-"""Latent diffusion as Stable Diffusion v1 does it: its noise schedule, the loss, classifier-free guidance, and two samplers as generators.
+"""Latent diffusion as Stable Diffusion v1 does it: its noise schedule, the loss, and the network, guided, as the samplers ask it.
 
 x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, where x0 is a scaled latent of the autoencoder, float32 [B, 4, h, w].
 
 Guidance is `eps = (1 + w) eps_cond - w eps_uncond` (Ho and Salimans 2022, eq. 6). diffusers calls 1 + w the guidance scale: its usual 7.5 is w = 6.5.
 """
 
-import hashlib
+import math
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 
@@ -39,15 +38,16 @@ def loss(unet, alpha_bar, x0, eps, t, hidden, min_snr_gamma=None):
 
 
 class Guided:
-    """A UNet with its condition and guidance weight w: callable as `guided(x, t)` -> eps float32, for any sampler.
+    """A UNet with its condition and guidance weight w, as the samplers ask it: guided(x, t) -> (x0, eps) float32, for x [B, 4, h, w] at the integer t.
 
     cond, uncond: hidden states [B, tokens, dim] of the prompts and of the empty prompt. At w = 0 the unconditional half is not computed."""
 
-    def __init__(self, unet, cond, uncond, w, dtype=torch.float32):
-        self.unet, self.cond, self.w, self.dtype = unet, cond, w, dtype
+    def __init__(self, unet, alpha_bar, cond, uncond, w, dtype=torch.float32):
+        self.unet, self.alpha_bar, self.cond, self.w, self.dtype = unet, alpha_bar.tolist(), cond, w, dtype
         self.both = torch.cat([cond, uncond])
 
-    def __call__(self, x, t):
+    def eps(self, x, t):
+        """The guided estimate of the noise."""
         hidden = self.cond if self.w == 0 else self.both
         x = (x if self.w == 0 else torch.cat([x, x])).to(next(self.unet.parameters()).dtype)
         with torch.autocast(x.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
@@ -57,63 +57,6 @@ class Guided:
         cond, uncond = eps.chunk(2)
         return (1 + self.w) * cond - self.w * uncond
 
-
-def leading_timesteps(num_steps, num_timesteps=1000):
-    """Stable Diffusion's own: t = 1 + multiples of T / num_steps, from the top: 981, ..., 21, 1 for 50; for T steps, where 1 + T - 1 is none, 999, ..., 0."""
-    stride = num_timesteps // num_steps
-    return [stride * i + (num_steps < num_timesteps) for i in reversed(range(num_steps))]
-
-
-def even_timesteps(num_steps, num_timesteps=1000):
-    """Evenly from T-1 down, T / num_steps above clean at the last: 999, 949, ..., 50 for 20 (diffusers' "linspace"); for T steps, 999, ..., 0."""
-    if num_steps == num_timesteps:  # rounding would have two of them equal
-        return list(reversed(range(num_timesteps)))
-    return [round((num_timesteps - 1) * i / num_steps) for i in range(num_steps, 0, -1)]
-
-
-class State(NamedTuple):
-    t: int  # the step that was just taken started at x_t
-    x: torch.Tensor  # where it ended, float32 [B, 4, h, w]
-    x0: torch.Tensor  # what the clean latent was predicted to be
-
-
-def ddim(predict, alpha_bar, x, num_steps):
-    """Song et al. 2021 eq. 12 with eta 0, ending at alpha_bar[0], as Stable Diffusion's scheduler is set (set_alpha_to_one false)."""
-    timesteps = leading_timesteps(num_steps, len(alpha_bar))
-    for t in timesteps:
-        previous = t - len(alpha_bar) // num_steps
-        now, after = alpha_bar[t].item(), alpha_bar[max(previous, 0)].item()
-        eps = predict(x, t)
-        x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
-        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
-        yield State(t, x, x0)
-
-
-def dpmpp_2m(predict, alpha_bar, x, num_steps):
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: a multistep solver of second order in lambda = log(alpha / sigma), ending clean.
-
-    The first step is of first order for want of a predecessor, and the last because lambda is infinite at its end."""
-    timesteps = even_timesteps(num_steps, len(alpha_bar))
-    along = torch.cat([alpha_bar[timesteps], torch.ones(1, dtype=torch.float64)])
-    alpha, sigma = along.sqrt(), (1 - along).sqrt()
-    lambda_ = alpha.log() - sigma.log()
-    before = None
-    for i, t in enumerate(timesteps):
-        x0 = (x - sigma[i].item() * predict(x, t)) / alpha[i].item()
-        h = lambda_[i + 1] - lambda_[i]
-        d = x0
-        if before is not None and i + 1 < len(timesteps):
-            r = ((lambda_[i] - lambda_[i - 1]) / h).item()
-            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
-        x = (sigma[i + 1] / sigma[i]).item() * x - (alpha[i + 1] * torch.expm1(-h)).item() * d
-        before = x0
-        yield State(t, x, x0)
-
-
-SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
-
-
-def image_noise(seed, names, shape, device="cpu"):
-    """Standard normal noise float32 [B, *shape], each image's from its own generator, seeded by (seed, the image's name), drawn on the CPU."""
-    generators = [torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1) for name in names]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    def __call__(self, x, t):
+        eps = self.eps(x, t)
+        return (x - math.sqrt(1 - self.alpha_bar[t]) * eps) / math.sqrt(self.alpha_bar[t]), eps

@@ -16,13 +16,14 @@ from .custom_diffusion import read_weights, set_weights
 from .data import read_concepts
 from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
-from .diffusion import SAMPLERS, Guided, image_noise
+from .diffusion import Guided
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
 from .identity import identify
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
+from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
 from .words import gather
@@ -39,11 +40,16 @@ class DrawConfig:
     batch_size: int = SD_V1.drawing.batch_size
     dtype: torch.dtype = torch.float32
 
+    def states(self, model, alpha_bar, noise):
+        """The sampler's states from noise(), as Stable Diffusion is drawn with it: DDIM at its own steps, to alpha_bar[0]; the others evenly, to the end."""
+        spacing = leading if self.sampler == "ddim" else even
+        return SAMPLERS[self.sampler](model, noise(), spacing(alpha_bar, self.num_steps), noise=noise)
+
 
 def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
     """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
 
-    prompts: with learned words already written out (embedding.expand). guided: makes the noise predictor, like `diffusion.Guided`.
+    prompts: with learned words already written out (embedding.expand). guided: makes what the sampler asks, like `diffusion.Guided`.
     progress: a tqdm that counts pictures. A batch that memory cannot hold is halved."""
     for _, picture in draw_share(parts, prompts, names, config, guided, progress):
         yield picture
@@ -60,11 +66,9 @@ def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None,
 
     def work(batch):
         cond = torch.stack([hidden[prompts[i]] for i in batch])
-        x = image_noise(config.seed, [names[i] for i in batch], shape, parts.device)
-        predict = guided(parts.unet, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
-        for state in SAMPLERS[config.sampler](predict, parts.alpha_bar, x, config.num_steps):
-            x = state.x
-        return parts.decode(x)
+        noise = ImageNoise(config.seed, [names[i] for i in batch], shape, parts.device)
+        model = guided(parts.unet, parts.alpha_bar, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
+        return parts.decode(finish(config.states(model, parts.alpha_bar, noise)).x)
 
     for batch, decoded in in_batches(range(len(prompts)), config.batch_size, work, "picture", "--dtype fp16 or a smaller --side", share):
         if not decoded.isfinite().all():
@@ -78,10 +82,10 @@ def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None,
 def work_of(parts, prompts, names, config):
     """[(how often, work)] of a drawing, for `announce`: a step of the sampler for the first batch, and the decoding of a batch."""
     cond = parts.encode_text(prompts[:config.batch_size])
-    x = image_noise(config.seed, names[:config.batch_size], parts.latent_shape(config.side), parts.device)
-    predict = Guided(parts.unet, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
-    sampler, batches = SAMPLERS[config.sampler], math.ceil(len(prompts) / config.batch_size)
-    return [(config.num_steps * batches, lambda: next(sampler(predict, parts.alpha_bar, x, config.num_steps))), (batches, lambda: parts.decode(x))]
+    noise = ImageNoise(config.seed, names[:config.batch_size], parts.latent_shape(config.side), parts.device)
+    model = Guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
+    x, batches = noise(), math.ceil(len(prompts) / config.batch_size)
+    return [(config.num_steps * batches, lambda: next(config.states(model, parts.alpha_bar, noise))), (batches, lambda: parts.decode(x))]
 
 
 def picture_path(output, number, prompt, i):
@@ -91,7 +95,8 @@ def picture_path(output, number, prompt, i):
 
 def add_arguments(parser):
     """The flags of drawing, which inference, figures, compare and multi share."""
-    add_argument(parser, "drawing", "--sampler", "DPM-Solver++ or DDIM", choices=list(SAMPLERS))
+    add_argument(parser, "drawing", "--sampler", "the update rule; dpmpp_2m is DPM-Solver++, and heun calls the network twice a step",
+                 choices=list(SAMPLERS))
     add_argument(parser, "drawing", "--steps", "network calls per picture; DDIM wants 50", type=int)
     add_argument(parser, "drawing", "--guidance-weight", "w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w", type=float, metavar="W")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")

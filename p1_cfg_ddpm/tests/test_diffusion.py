@@ -7,19 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from p1_cfg_ddpm.diffusion import (
-    Diffusion,
-    DiffusionConfig,
-    Guided,
-    ImageNoise,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    logsnr_timesteps,
-    make_alpha_bar,
-    sample,
-    spaced_timesteps,
-)
+from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig, Guided, make_alpha_bar
+from p1_cfg_ddpm.samplers import ImageNoise, by_name, ddim, ddpm, dpmpp_2m, finish, logsnr, steps_at, trailing
 
 CONFIGS = [DiffusionConfig(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "v")]
 SHAPE = (2, 3, 8, 8)
@@ -58,9 +47,9 @@ def scheduler(cls, config, **options):
 
 def largest_difference(ours, theirs, config, x, num_steps, **step_options):
     """Steps both samplers from x; returns the largest absolute difference of any state."""
-    predict, _ = guided(config)
+    predict, diffusion = guided(config)
     theirs.set_timesteps(num_steps)
-    assert theirs.timesteps.tolist() == spaced_timesteps(num_steps)
+    assert theirs.timesteps.tolist() == list(trailing(diffusion.alpha_bar, num_steps).t)
     worst = 0.0
     y = x.clone()
     with torch.inference_mode():
@@ -93,7 +82,7 @@ def test_ddim_is_diffusers(config, num_steps):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     predict, diffusion = guided(config)
     with torch.inference_mode():
-        ours = ddim(predict, diffusion, x, spaced_timesteps(num_steps))
+        ours = ddim(predict, x, trailing(diffusion.alpha_bar, num_steps))
         assert largest_difference(ours, scheduler(DDIMScheduler, config, clip_sample=False), config, x, num_steps) < 1e-4
 
 
@@ -104,7 +93,7 @@ def test_ddim_with_noise_is_diffusers(eta):
     predict, diffusion = guided(config)
     noises = [ImageNoise(5, ["a", "b"], SHAPE[1:]) for _ in range(2)]
     with torch.inference_mode():
-        ours = ddim(predict, diffusion, x, spaced_timesteps(20), eta, noises[0])
+        ours = ddim(predict, x, trailing(diffusion.alpha_bar, 20), eta=eta, noise=noises[0])
         theirs = scheduler(DDIMScheduler, config, clip_sample=False)
         assert largest_difference(ours, theirs, config, x, 20, eta=eta, variance_noise=noises[1]) < 1e-4
 
@@ -116,7 +105,7 @@ def test_ddpm_is_diffusers(config):
     theirs_noise = torch.Generator().manual_seed(7)
     ours_noise = torch.Generator().manual_seed(7)
     with torch.inference_mode():
-        ours = ddpm(predict, diffusion, x, spaced_timesteps(40), lambda: torch.randn(SHAPE, generator=ours_noise))
+        ours = ddpm(predict, x, trailing(diffusion.alpha_bar, 40), noise=lambda: torch.randn(SHAPE, generator=ours_noise))
         theirs = scheduler(DDPMScheduler, config, clip_sample=False)
         assert largest_difference(ours, theirs, config, x, 40, generator=theirs_noise) < 1e-4
 
@@ -127,7 +116,7 @@ def test_dpmpp_2m_is_diffusers(config, num_steps):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     predict, diffusion = guided(config)
     with torch.inference_mode():
-        ours = dpmpp_2m(predict, diffusion, x, spaced_timesteps(num_steps))
+        ours = dpmpp_2m(predict, x, trailing(diffusion.alpha_bar, num_steps))
         theirs = scheduler(DPMSolverMultistepScheduler, config, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
                            final_sigmas_type="zero")
         # theirs passes through sigma/alpha in float32, which is 2e4 at the end of the cosine schedule
@@ -157,7 +146,7 @@ class Gaussian:
 def flow_error(sampler, num_steps):
     diffusion = Diffusion(DiffusionConfig("linear"))
     gaussian, x = Gaussian(diffusion), torch.linspace(-3, 3, 64)[None, None, None]
-    *_, last = sample(sampler, gaussian, diffusion, x, spaced_timesteps(num_steps))
+    last = finish(by_name(sampler)(gaussian, x, trailing(diffusion.alpha_bar, num_steps)))
     return (last.x - gaussian.flow(x, 999)).abs().max().item()
 
 
@@ -167,13 +156,14 @@ def test_deterministic_samplers_follow_the_probability_flow():
     assert flow_error("dpmpp_2m", 50) < 0.35 * flow_error("ddim", 50)  # second order against first
 
 
-@pytest.mark.parametrize("sampler, options", [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5})])
-def test_stochastic_samplers_reach_the_distribution(sampler, options):
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5)])
+def test_stochastic_samplers_reach_the_distribution(sampler, eta):
     diffusion = Diffusion()
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, 100, 200)
     x = torch.randn(shape, generator=generator)
-    *_, last = sample(sampler, Gaussian(diffusion), diffusion, x, spaced_timesteps(250), noise=lambda: torch.randn(shape, generator=generator), **options)
+    ts = trailing(diffusion.alpha_bar, 250)
+    last = finish(by_name(sampler, eta)(Gaussian(diffusion), x, ts, noise=lambda: torch.randn(shape, generator=generator)))
     assert last.x.mean().item() == pytest.approx(Gaussian.mean, abs=0.012)
     assert last.x.std().item() == pytest.approx(Gaussian.std, abs=0.012)
 
@@ -205,7 +195,7 @@ def test_no_unconditional_half_where_guidance_is_off():
     for options, images in (({"w": 0.0}, 20), ({"w": 1.0}, 40), ({"w": 1.0, "interval": (0.25, 0.75)}, 30)):
         predict, diffusion = guided(DiffusionConfig(), **options)
         with torch.inference_mode():
-            list(ddim(predict, diffusion, torch.zeros(SHAPE), [999, 899, 799, 700, 600, 500, 400, 300, 200, 100]))
+            list(ddim(predict, torch.zeros(SHAPE), steps_at(diffusion.alpha_bar, [999, 899, 799, 700, 600, 500, 400, 300, 200, 100])))
         assert predict.model.seen == images
 
 
@@ -215,8 +205,8 @@ def test_no_noise_is_drawn_at_eta_0():
 
     predict, diffusion = guided(DiffusionConfig())
     with torch.inference_mode():
-        list(sample("ddim", predict, diffusion, torch.zeros(SHAPE), spaced_timesteps(3), 0.0, noise))
-        list(sample("dpmpp_2m", predict, diffusion, torch.zeros(SHAPE), spaced_timesteps(3), 0.0, noise))
+        for name in ("ddim", "dpmpp_2m", "heun", "unipc", "ipndm"):
+            list(by_name(name)(predict, torch.zeros(SHAPE), trailing(diffusion.alpha_bar, 3), noise=noise))
 
 
 def test_loss_drops_conditions_and_weighs_by_snr():
@@ -250,24 +240,26 @@ def test_image_noise_belongs_to_the_image():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_logsnr_timesteps(schedule):
+def test_logsnr_steps(schedule):
     alpha_bar = make_alpha_bar(schedule)
     lambda_ = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
-    found = lambda_[logsnr_timesteps(6, alpha_bar)]
+    found = lambda_[list(logsnr(alpha_bar, 6).t)]
     torch.testing.assert_close(found, torch.linspace(-2.0, 1.7, 6, dtype=torch.float64), rtol=0, atol=0.02)
     for n in (1, 2, 50, 500):
-        steps = logsnr_timesteps(n, alpha_bar)
+        steps = logsnr(alpha_bar, n).t
         assert len(steps) == n and all(a > b >= 0 for a, b in pairwise(steps))
     with pytest.raises(ValueError):
-        logsnr_timesteps(1000, alpha_bar)
+        logsnr(alpha_bar, 1000)
 
 
-def test_spaced_timesteps():
-    assert spaced_timesteps(1000) == list(range(999, -1, -1))
-    assert spaced_timesteps(4) == [999, 749, 499, 249]
+def test_trailing_steps():
+    alpha_bar = make_alpha_bar("linear")
+    assert trailing(alpha_bar, 1000).t == tuple(range(999, -1, -1))
+    assert trailing(alpha_bar, 4).t == (999, 749, 499, 249)
+    assert trailing(alpha_bar, 4).alpha_bar == (*alpha_bar[[999, 749, 499, 249]].tolist(), 1.0)
     for n in (1, 3, 7, 333):
-        steps = spaced_timesteps(n)
+        steps = trailing(alpha_bar, n).t
         assert len(steps) == n and steps[0] == 999 and all(a > b >= 0 for a, b in pairwise(steps))
     with pytest.raises(ValueError):
-        spaced_timesteps(1001)
+        trailing(alpha_bar, 1001)
     assert math.isclose(float(make_alpha_bar("linear", 1000)[0]), 0.9999)

@@ -12,8 +12,9 @@ from p1_cfg_ddpm import distill, inference
 from p1_cfg_ddpm.data import MINI_DATA
 from p1_cfg_ddpm.diffusion import Diffusion, Distilled, Guided
 from p1_cfg_ddpm.files import UserError
-from p1_cfg_ddpm.inference import TEACHER, all_jobs, generate, load_generator, timesteps_of
+from p1_cfg_ddpm.inference import TEACHER, all_jobs, generate, load_generator, steps_of
 from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
+from p1_cfg_ddpm.samplers import SAMPLERS
 
 SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--paths", 24, "--batch-size", 8, "--steps", 8, "--tuning", 0.5, "--teacher-steps", 4, "--warmup", 1,
             "--validate-every", 4, "--device", "cpu", "--dtype", "fp32"]
@@ -59,13 +60,13 @@ def test_the_target_lands_where_the_path_is():
 def test_paths_are_what_the_sampler_draws(tiny_model):
     """One call draws with many weights what `Guided` draws with each."""
     diffusion, sampling = Diffusion(), replace(TEACHER, steps=3)
-    timesteps = timesteps_of(sampling, diffusion)
-    paths = distill.draw_paths(tiny_model, None, diffusion, sampling, timesteps, timesteps[:2], 6, 2.0, torch.Generator().manual_seed(0))
+    ts = steps_of(sampling, diffusion)
+    paths = distill.draw_paths(tiny_model, None, diffusion, sampling, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
     assert paths["w"][:3].tolist() == [sampling.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
     for i in (0, 5):
         predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item())
         with torch.inference_mode():
-            ways = [state.x for state in distill.sample(sampling.sampler, predict, diffusion, paths["x"][0, i:i + 1].float(), timesteps)]
+            ways = [state.x for state in SAMPLERS[sampling.sampler](predict, paths["x"][0, i:i + 1].float(), ts)]
         for ours, theirs in ((ways[0], paths["x"][1, i]), (ways[-1], paths["x"][-1, i])):
             assert (ours - theirs.float()).abs().max() < 0.02  # fp16 on the way in and out
 

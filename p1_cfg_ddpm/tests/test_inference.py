@@ -14,7 +14,7 @@ def draw(model, jobs, batch_size, **options):
     return {job.name: image for job, image in generate(model, Diffusion(), jobs, Sampling(**options), batch_size, progress=False)}
 
 
-@pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}])
+@pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}, {"sampler": "unipc"}])
 def test_an_image_does_not_depend_on_the_others(tiny_model, options):
     jobs = all_jobs(2)
     whole = draw(tiny_model, jobs, 1000, **options)
@@ -56,6 +56,7 @@ def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path
     (["--checkpoint", __file__], "is not a readable safetensors file"),
     (["--steps", "0"], "--steps must be between 1 and 1000"),
     (["--eta", "2"], "--eta must be between 0 and 1"),
+    (["--eta", "0.5"], "--eta is for --sampler ddim, and dpmpp_2m does without; leave it out"),
     (["--guidance-interval", "0.9", "0.1"], "--guidance-interval must be two numbers"),
     (["--images-per-digit", "0"], "--images-per-digit must be between 1 and 999"),
     (["--batch-size", "-1"], "--batch-size must be at least 1"),

@@ -5,6 +5,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from p3_clip_textual_inversion import diffusion
+from p3_clip_textual_inversion.inference import DrawConfig
+from p3_clip_textual_inversion.samplers import SAMPLERS, ImageNoise
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -12,6 +14,12 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 def toy(x, t):
     """A smooth stand-in for a UNet."""
     return torch.tanh(x * (1 + t / 1000)) + 0.1 * x.roll(1, dims=-1)
+
+
+class Toy(diffusion.Guided):
+    def __init__(self):
+        self.alpha_bar = diffusion.make_alpha_bar().tolist()
+        self.eps = toy
 
 
 def follow(scheduler, x, num_steps):
@@ -33,7 +41,7 @@ def test_alpha_bar_and_noising_agree_with_diffusers():
 def test_ddim_agrees_with_diffusers_at_every_step(num_steps):
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = list(diffusion.ddim(toy, diffusion.make_alpha_bar(), x, num_steps))
+    ours = list(DrawConfig("ddim", num_steps).states(Toy(), diffusion.make_alpha_bar(), lambda: x))
     theirs = list(follow(scheduler, x, num_steps))
     assert [state.t for state in ours] == [t for t, _ in theirs]
     for state, (_, xt) in zip(ours, theirs):
@@ -44,20 +52,20 @@ def test_ddim_agrees_with_diffusers_at_every_step(num_steps):
 def test_dpm_solver_agrees_with_diffusers_at_every_step(num_steps):
     scheduler = DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", timestep_spacing="linspace")
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = list(diffusion.dpmpp_2m(toy, diffusion.make_alpha_bar(), x, num_steps))
+    ours = list(DrawConfig("dpmpp_2m", num_steps).states(Toy(), diffusion.make_alpha_bar(), lambda: x))
     theirs = list(follow(scheduler, x, num_steps))
     assert [state.t for state in ours] == [t for t, _ in theirs]
     for state, (_, xt) in zip(ours, theirs):
         assert torch.allclose(state.x, xt, atol=5e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_samplers_recover_a_single_point(sampler):
     """Where every picture is `point`, eps is known exactly, and any sampler ends at it."""
     alpha_bar, point = diffusion.make_alpha_bar(), torch.full((1, 4, 2, 2), 0.7)
-    def predict(x, t):
-        return (x - alpha_bar[t].sqrt() * point).div((1 - alpha_bar[t]).sqrt()).float()
-    *_, last = diffusion.SAMPLERS[sampler](predict, alpha_bar, torch.randn(1, 4, 2, 2), 20)
+    def model(x, t):
+        return point, (x - alpha_bar[t].sqrt() * point).div((1 - alpha_bar[t]).sqrt()).float()
+    *_, last = DrawConfig(sampler, 20).states(model, alpha_bar, lambda: torch.randn(1, 4, 2, 2))
     assert torch.allclose(last.x0, point, atol=1e-3)
     assert torch.allclose(last.x, point, atol=0.12)  # DDIM leaves the noise of alpha_bar[0] in: a deviation of 0.03
 
@@ -65,7 +73,10 @@ def test_samplers_recover_a_single_point(sampler):
 def test_guidance_formula(echo):
     x, cond, uncond = torch.zeros(2, 4, 2, 2), torch.full((2, 3, 5), 3.0), torch.full((2, 3, 5), 1.0)
     for w, expected in ((0, 3.0), (1, 5.0), (6.5, 7.5 * 3 - 6.5)):
-        assert torch.allclose(diffusion.Guided(echo, cond, uncond, w)(x, 5), torch.full_like(x, expected))
+        guided = diffusion.Guided(echo, diffusion.make_alpha_bar(), cond, uncond, w)
+        x0, eps = guided(x, 5)
+        assert torch.equal(eps, guided.eps(x, 5)) and torch.allclose(eps, torch.full_like(x, expected))
+        assert torch.allclose(diffusion.add_noise(diffusion.make_alpha_bar(), x0, eps, torch.tensor([5, 5])), x, atol=1e-5)
 
 
 def test_min_snr_weights(echo):
@@ -79,7 +90,7 @@ def test_min_snr_weights(echo):
 
 
 def test_image_noise_depends_on_the_name_only():
-    together = diffusion.image_noise(3, ["a", "b"], (4, 2, 2))
-    assert torch.equal(together[1:], diffusion.image_noise(3, ["b"], (4, 2, 2)))
+    together = ImageNoise(3, ["a", "b"], (4, 2, 2))()
+    assert torch.equal(together[1:], ImageNoise(3, ["b"], (4, 2, 2))())
     assert not torch.equal(together[0], together[1])
-    assert not torch.equal(together, diffusion.image_noise(4, ["a", "b"], (4, 2, 2)))
+    assert not torch.equal(together, ImageNoise(4, ["a", "b"], (4, 2, 2))())

@@ -20,11 +20,13 @@ from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.clip import load_pictures
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
 from p3_clip_textual_inversion.data import read_concepts, read_data
-from p3_clip_textual_inversion.diffusion import SAMPLERS, leading_timesteps, make_alpha_bar
+from p3_clip_textual_inversion.diffusion import make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run
 from p3_clip_textual_inversion.files import ROOT, UserError
+from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.pictures import read_pictures
+from p3_clip_textual_inversion.samplers import SAMPLERS, leading
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.training import load_state
 
@@ -241,9 +243,9 @@ def test_a_damaged_schedule_is_named(tiny_sd, tmp_path, change):
 @pytest.mark.parametrize("num_steps", [1, 999, 1000])
 def test_as_many_steps_as_are_allowed(sampler, num_steps):
     alpha_bar, x = make_alpha_bar(), torch.ones(1, 4, 2, 2)
-    asked = [state.t for state in SAMPLERS[sampler](lambda x, t: torch.zeros_like(x), alpha_bar, x, num_steps)]
+    asked = [state.t for state in DrawConfig(sampler, num_steps).states(lambda x, t: (x, torch.zeros_like(x)), alpha_bar, lambda: x)]
     assert len(asked) == len(set(asked)) == num_steps and asked == sorted(asked, reverse=True) and 0 <= asked[-1] <= asked[0] <= 999
-    assert leading_timesteps(50)[::49] == [981, 1]
+    assert leading(alpha_bar, 50).t[::49] == (981, 1)
 
 
 def test_tensors_of_other_kinds(tmp_path):

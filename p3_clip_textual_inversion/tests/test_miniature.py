@@ -13,12 +13,12 @@ from PIL import Image
 from p3_clip_textual_inversion.clip import Grader, load_clip
 from p3_clip_textual_inversion.data import example_pictures, read_concepts
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name, read_embeddings
 from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.files import MINI
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.samplers import ImageNoise
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 
 INPUT = MINI / "textual_inversion" / "input.json"
@@ -56,7 +56,7 @@ def test_diffusers_loads_it_offline_and_draws_the_same(offline):
     pipeline = StableDiffusionPipeline.from_pretrained(MINI_SD)  # as anyone would write it: all parts in one dtype
     assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     pipeline.set_progress_bar_config(disable=True)
-    noise = image_noise(0, ["x"], (4, 16, 16))
+    noise = ImageNoise(0, ["x"], (4, 16, 16))()
     theirs = pipeline("a drawing of a fox", latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np", height=64, width=64).images
     ours = list(draw(load_stable_diffusion(), ["a drawing of a fox"], ["x"], DrawConfig("ddim", 10, 3.0)))
     assert np.abs(ours[0].astype(int) - (theirs[0] * 255).round()).max() <= 1

@@ -12,7 +12,7 @@ from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import read_concepts, side_by_side
 from p3_clip_textual_inversion.defaults import SD_V1
-from p3_clip_textual_inversion.diffusion import Guided
+from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.measures import wilson
@@ -20,6 +20,7 @@ from p3_clip_textual_inversion.multi import drift, guidance_of, half_crops, past
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
+ALPHA_BAR = make_alpha_bar()
 
 
 def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, concepts_json, tiny_sd, tmp_path):
@@ -82,13 +83,13 @@ def test_regional_guidance_by_hand(echo):
     x, states = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
     cond, a, b, uncond = states
     w, whole = 3.0, 0.25
-    eps = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole)(x, 10)
+    eps = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole).eps(x, 10)
     assert torch.allclose(eps[..., 0], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 2) - w * 0.5))
     assert torch.allclose(eps[..., -1], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 5) - w * 0.5))
-    mean = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None)(x, 10)
+    mean = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None).eps(x, 10)
     assert torch.allclose(mean, torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 3.5) - w * 0.5))
-    all_whole = Regional(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0)(x, 10)
-    assert torch.allclose(all_whole, Guided(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w)(x, 10))
+    all_whole = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0).eps(x, 10)
+    assert torch.allclose(all_whole, Guided(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w).eps(x, 10))
 
 
 def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
@@ -96,8 +97,8 @@ def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
     assert regional(parts, "a dog on the hill") is Guided and regional(parts, "a next to b next to c") is Guided
     whole = parts.encode_text(["a dog next to a red car"])
     for twice, texts in ((True, ["a dog next to a dog", "a red car next to a red car"]), (False, ["a dog", "a red car"])):
-        predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, whole, parts.encode_text([""]), 3.0, torch.float32)
-        assert isinstance(predict, Regional) and torch.equal(predict.predict_all.cond[2:], parts.encode_text(texts))
+        predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, parts.alpha_bar, whole, parts.encode_text([""]), 3.0, torch.float32)
+        assert isinstance(predict, Regional) and torch.equal(predict.all.cond[2:], parts.encode_text(texts))
 
 
 def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
@@ -107,21 +108,21 @@ def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
     counts = dict.fromkeys(vectors, 2)
     pair, styled = (expand(prompt, counts) for prompt in ("a <new1> next to a cat", "a photo of a <new1> in the style of <new2>"))
     empty = parts.encode_text([""])
-    predict = {(text, name): guidance_of(parts, text, concepts, counts, options, args)(parts.unet, parts.encode_text([text]), empty, 2.0, torch.float32)
+    predict = {(text, name): guidance_of(parts, text, concepts, counts, options, args)(parts.unet, parts.alpha_bar, parts.encode_text([text]), empty, 2.0)
                for text in (pair, styled) for name, options in (("plain", None), ("all", {}), ("composed", {"masks": None}))}
     assert {key: type(value) for key, value in predict.items()} == {
         (pair, "plain"): Guided, (pair, "all"): Regional, (pair, "composed"): Regional,
         (styled, "plain"): Guided, (styled, "all"): Styled, (styled, "composed"): Guided}
     ends = parts.encode_text(["a photo of a dog", expand("a photo of a dog in the style of <new2>", counts)])
-    assert torch.equal(predict[styled, "all"].predict_all.cond[2:], ends)
+    assert torch.equal(predict[styled, "all"].all.cond[2:], ends)
 
 
 def test_style_guidance_by_hand(echo):
     x, (cond, plain, styled, uncond) = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
-    eps = Styled(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0.5)(x, 10)
+    eps = Styled(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], 0.5).eps(x, 10)
     assert torch.allclose(eps, torch.full_like(x, 4 * (1 + 0.5 * (5 - 2)) - 3 * 0.5))
-    none = Styled(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0)(x, 10)
-    assert torch.allclose(none, Guided(echo, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0)(x, 10))
+    none = Styled(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0).eps(x, 10)
+    assert torch.allclose(none, Guided(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0).eps(x, 10))
 
 
 def test_ordinary_pictures_that_stay_have_not_drifted():

@@ -17,13 +17,13 @@ from p3_clip_textual_inversion import diffusion, training
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.diffusion import image_noise
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
 from p3_clip_textual_inversion.evaluate import best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.pictures import read_pictures
+from p3_clip_textual_inversion.samplers import ImageNoise
 from p3_clip_textual_inversion.sources import Source, draw_batch, make_held, make_sources
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.train import Best, Loss
@@ -96,7 +96,7 @@ def test_file_loads_into_a_stock_pipeline_and_draws_the_same(parts, tiny_sd, tmp
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_textual_inversion(str(path))
     pipeline.set_progress_bar_config(disable=True)
-    noise = image_noise(0, ["x", "y"], (4, 8, 8))
+    noise = ImageNoise(0, ["x", "y"], (4, 8, 8))()
     theirs = pipeline(["a <new1> on a hill"] * 2, latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np").images
     add_words(parts, read_embeddings(tmp_path))
     prompt = expand("a <new1> on a hill", {"<new1>": 2})
