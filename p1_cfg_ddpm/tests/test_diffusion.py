@@ -63,6 +63,7 @@ def largest_difference(ours, theirs, config, x, num_steps, **step_options):
 def test_alpha_bar(schedule):
     theirs = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule])
     torch.testing.assert_close(make_alpha_bar(schedule).float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-7)
+    assert all(0 < make_alpha_bar(schedule, few).min() <= make_alpha_bar(schedule, few).max() < 1 for few in (1, 2, 10, 25))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,9 +1,14 @@
+import types
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from p1_cfg_ddpm import redraw
 from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm.files import fingerprint
 from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
 
 INFER = "p1_cfg_ddpm.inference"
@@ -49,6 +54,19 @@ def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path
         with Image.open(path) as ours, Image.open(out / "svhn" / path.name) as theirs:
             # bf16, where it is native, may round otherwise in another batch
             assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"eta": 0.5}, {"sampler": "ddim", "eta": 0.5, "spacing": "trailing"}, {"sampler": "heun"}])
+def test_a_record_is_drawn_again(tiny_checkpoint, settings):
+    """Also one of before --eta was refused where it does nothing."""
+    made = {"settings": asdict(Sampling(steps=3)) | {"dtype": "fp32"} | settings, "made_of": {"model": fingerprint(tiny_checkpoint)}}
+    batch = {f"{job.name}.png": {} for job in all_jobs(1)[:2]}
+    picture = redraw.draw(made, list(batch)[1], batch, {"checkpoint": tiny_checkpoint}, types.SimpleNamespace(picture="it", checkpoint=None))
+    if settings.get("sampler") != "ddim":
+        settings = settings | {"eta": 0.0}
+    model, _ = load_generator(tiny_checkpoint, torch.device("cpu"), torch.float32)
+    again = draw(model, all_jobs(1)[:2], 2, **asdict(Sampling(steps=3)) | settings)[all_jobs(1)[1].name]
+    assert np.abs(picture.astype(int) - again).max() <= 1
 
 
 @pytest.mark.parametrize("flags, message", [
