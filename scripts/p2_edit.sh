@@ -2,4 +2,4 @@
 # Draws the way from each picture to the next:  p2_edit.sh PICTURE PICTURE... OUT   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.edit morph "$@"
+exec "$python" "$scripts/run.py" p2_ddim.edit morph "$@"

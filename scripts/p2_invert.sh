@@ -2,4 +2,4 @@
 # Finds the noise of each picture:  p2_invert.sh PICTURES OUT CKPT   then p2_infer.sh OUT AGAIN CKPT --sampler belm   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" -m p2_ddim.edit invert "$@"
+exec "$python" "$scripts/run.py" p2_ddim.edit invert "$@"
