@@ -234,7 +234,7 @@ def strip_wrappers(tensors, own=None):
         again = False
         for prefix in WRAPPERS:
             inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if inside and (len(inside) >= len(tensors) - 2 or own & set(inside)):  # an averaged model also counts its updates (n_averaged)
+            if inside and (len(tensors) - len(inside) <= min(2, len(inside) // 2) or own & set(inside)):  # averaging counts its updates (n_averaged)
                 tensors, again = inside, True
                 break
     return tensors

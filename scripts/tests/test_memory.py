@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -15,7 +17,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not (shutil.wh
 GPU = torch.device("cuda")
 
 
-def test_a_linear_layer():
+@pytest.fixture(scope="module")
+def apart():
+    """A process that has never gone backward: autograd asks once, at its first backward pass, which devices there are, and another test may have made it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function: pool.submit(function).result(timeout=200)
+
+
+@pytest.mark.parametrize("name", ["a_linear_layer", "autocast_and_attention", "a_training_step_on_the_cpu"])
+def test_counted(name, apart):
+    apart(globals()[name])
+
+
+def a_linear_layer():
     """Weights, then an answer, then a gradient that is as large as the weights; what is let go counts no longer."""
     with counted() as counter:
         layer = torch.nn.Linear(1024, 512, bias=False, device=GPU)
@@ -34,7 +48,7 @@ def test_a_linear_layer():
         assert counter.now == pytest.approx(3 * weights, abs=2048)
 
 
-def test_autocast_and_attention():
+def autocast_and_attention():
     """Autocast's copies are seen, and attention keeps no matrix of positions by positions."""
     with counted() as counter:
         layer, x = torch.nn.Linear(256, 256, bias=False, device=GPU), torch.zeros(256, 256, device=GPU)
@@ -48,7 +62,7 @@ def test_autocast_and_attention():
         assert counter.peak < 4 * 4096 * 4096
 
 
-def test_a_training_step_on_the_cpu():
+def a_training_step_on_the_cpu():
     """P1's step, counted, and as torch's profiler sees it in a real run."""
     work = partial(memory.p1_train, size="tiny", batch=16, dtype=torch.float32, digits=100)
     assert memory.peak(work) == pytest.approx(memory.peak_on_cpu(work), rel=0.15)
