@@ -270,16 +270,23 @@ def on_card(card, work, defaults, formats, others):
     return result
 
 
-def table(results):
-    """README's table, of the JSON."""
+def table(results, short=False):
+    """The table of scripts/README.md, of the JSON. short: README's, of lines that are no longer than 120 characters."""
     def cell(row):
-        text = f"{row['gb']:.1f} ({row['dtype']})"
+        text = f"{row['gb']:.1f}{'' if short else ' (' + row['dtype'] + ')'}"
         if row["fits"]:
             return text
-        return f"**{text}**; `{row['with']}`: {row['gb_with']:.1f}" if "with" in row else f"**{text}**"
+        return f"**{text}**; `{row['with']}`: {row['gb_with']:.1f}" if "with" in row and not short else f"**{text}**"
 
-    lines = [f"| GB of tensors at most | settings | {' | '.join(CARDS)} |", "| --- | --- | --- | --- |"]
-    return "\n".join(lines + [f"| `{row['command']}` | {row['settings']} | {' | '.join(cell(row[card]) for card in CARDS)} |" for row in results["commands"]])
+    def flags(row):
+        return "; ".join(sorted({f"`{row[card]['with']}`" for card in CARDS if "with" in row[card]}))
+
+    head = [f"GB of tensors at most{', fp16 or fp32' if short else ' | settings'}", *CARDS, *["what fits"] * short]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * (len(CARDS) + 2) + "|"]
+    for row in results["commands"]:
+        cells = [f"`{row['command']}`", *([] if short else [row["settings"]]), *(cell(row[card]) for card in CARDS), *([flags(row)] if short else [])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main():

@@ -1,0 +1,56 @@
+"""README's table of results, from the JSON that the benchmarks and the report wrote.
+
+    python scripts/results.py        # prints it
+"""
+
+from statistics import fmean
+
+from common import ROOT, read_json, run
+
+RESULTS = ROOT / "report" / "results"
+
+
+def rows(results):
+    """[(what, number, command)]"""
+    p1, p2, back, p3 = (results[name] for name in ("p1_benchmark", "p2_benchmark", "p2_exact", "p3_benchmark"))
+    seeds, student = p1["seeds"], p1["student"]
+    ways, speed = p2["ways"], p3["rows"]
+    zero_shot, compare = results["p3_zero_shot"], results["p3_compare"]["summary"][0]["image"]
+    pairs = results["p3_multi"]["methods"]["Custom Diffusion, together, regional or style guidance"]
+    real = results["p3_mini"]["prompts"]["a drawing of a <new1> on a blue background"]["real"]["image"]
+
+    def mean(some, domain, name="accuracy"):
+        return fmean(row[domain][name] for row in some)
+
+    def seconds(some):
+        return fmean(row["seconds"] for row in some)
+
+    faster = [speed[f"textual inversion, this project, {name}"]["steps_per_second"] / speed[f"textual inversion, straightforward, {name}"]["steps_per_second"]
+              for name in ("fp32", "bf16")]
+    return [
+        ("P1: right among 1,000 digits, MNIST-M; SVHN (five seeds)", f"{mean(seeds, 'mnistm'):.1%}; {mean(seeds, 'svhn'):.1%}", "p1_benchmark.sh"),
+        ("P1: the student of one evaluation, likewise", f"{mean(student, 'mnistm'):.1%}; {mean(student, 'svhn'):.1%}", "p1_benchmark.sh"),
+        ("P1: Fréchet distance, as many real digits = 1", f"{mean(seeds, 'mnistm', 'frechet'):.1f}; {mean(seeds, 'svhn', 'frechet'):.1f}", "p1_benchmark.sh"),
+        ("P1: seconds for 1,000; by the student", f"{seconds(seeds):.0f}; {seconds(student):.1f}", "p1_benchmark.sh"),
+        ("P2: squared error to diffusers' references (limit 20)", f"{p2['miniature_mse']['fp32']:.4f}", "p2_benchmark.sh"),
+        ("P2: seconds a 256x256 face, full size: plain loop; here; bf16",
+         "; ".join(f"{ways[way]['seconds_per_image']:.0f}" for way in ("plain loop, fp32", "this project, fp32", "this project, bf16")), "p2_benchmark.sh"),
+        ("P2: picture to noise and back, squared error", f"{max(back[kind]['fp32']['mse'] for kind in ('references', 'drawings')):.2f}", "-m p2_ddim.edit measure"),
+        ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
+        ("P3: learned penguin; its initial words; real drawings", f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
+        ("P3: two learned subjects, both found in one picture", f"{pairs['a <new1> next to a <new3>']['both']:.0%}", "p3_multi.sh"),
+        ("P3: learning, times a straightforward loop: fp32; bf16", "; ".join(f"{times:.2f}" for times in faster), "p3_benchmark.sh"),
+    ]
+
+
+def table(results):
+    lines = ["| | measured | by |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {what} | {number} | `{command}` |" for what, number, command in rows(results)])
+
+
+def main():
+    print(table({path.stem: read_json(path) for path in RESULTS.glob("*.json")}))
+
+
+if __name__ == "__main__":
+    run(main)
