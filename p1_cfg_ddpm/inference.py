@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .device import DTYPES, describe, in_batches, name_of, pick_device, pick_dtype, processes
+from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes
 from .device import progress as progress_bar
 from .diffusion import Diffusion, DiffusionConfig, Distilled, Guided
 from .estimate import announce
@@ -217,13 +217,10 @@ def draw(args, model, diffusion, sampling, batch_size, checkpoint, share, starte
     parameter, jobs = next(model.parameters()), all_jobs(args.images_per_digit, args.domains, args.digits)
     device = describe(parameter.device, parameter.dtype)
     made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
-    if share[0] == 0:
-        print(f"drawing with {checkpoint} on {device}", flush=True)
-        where = {"device": device, "checkpoint": str(checkpoint.resolve())}
-        claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite)
-    if share[1] > 1:
-        wait_for_the_first()
-    elif not model.config.times:
+    where = {"device": device, "checkpoint": str(checkpoint.resolve())}
+    print(f"drawing with {checkpoint} on {device}", flush=True)
+    by_the_first(share, lambda: claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite))
+    if share == (0, 1) and not model.config.times:
         calls = sampling.steps * math.ceil(len(jobs) / batch_size)
         announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, parameter.device, started, sampling.steps)
     with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
@@ -234,18 +231,8 @@ def draw(args, model, diffusion, sampling, batch_size, checkpoint, share, starte
                 writing.popleft().result()  # raises what went wrong
         for one in writing:
             one.result()
-    if share[0] == 0:
-        settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if not model.config.times or name not in OF_THE_TEACHER)
-        print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
-              f"next: bash scripts/p1_grade.sh {args.output}")
-
-
-def wait_for_the_first():
-    """Nothing is drawn before the first process has seen that the folder may be written."""
-    try:
-        torch.distributed.barrier()
-    except RuntimeError:
-        raise UserError("the first process has failed (see its message)") from None
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if not model.config.times or name not in OF_THE_TEACHER)
+    print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\nnext: bash scripts/p1_grade.sh {args.output}")
 
 
 if __name__ == "__main__":

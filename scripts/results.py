@@ -19,6 +19,8 @@ def rows(results):
     pairs = results["p3_multi"]["methods"]["Custom Diffusion, together, regional or style guidance"]
     real = results["p3_mini"]["prompts"]["a drawing of a <new1> on a blue background"]["real"]["image"]
 
+    there = max(back[kind]["fp32"]["mse"] for kind in ("references", "drawings"))
+
     def mean(some, domain, name="accuracy"):
         return fmean(row[domain][name] for row in some)
 
@@ -35,9 +37,10 @@ def rows(results):
         ("P2: squared error to diffusers' references (limit 20)", f"{p2['miniature_mse']['fp32']:.4f}", "p2_benchmark.sh"),
         ("P2: seconds a 256x256 face, full size: plain loop; here; bf16",
          "; ".join(f"{ways[way]['seconds_per_image']:.0f}" for way in ("plain loop, fp32", "this project, fp32", "this project, bf16")), "p2_benchmark.sh"),
-        ("P2: picture to noise and back, squared error", f"{max(back[kind]['fp32']['mse'] for kind in ('references', 'drawings')):.2f}", "-m p2_ddim.edit measure"),
+        ("P2: picture to noise and back, squared error", f"{there:.2f}", "-m p2_ddim.edit measure"),
         ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
-        ("P3: learned penguin; its initial words; real drawings", f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
+        ("P3: learned penguin; its initial words; real drawings",
+         f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
         ("P3: two learned subjects, both found in one picture", f"{pairs['a <new1> next to a <new3>']['both']:.0%}", "p3_multi.sh"),
         ("P3: learning, times a straightforward loop: fp32; bf16", "; ".join(f"{times:.2f}" for times in faster), "p3_benchmark.sh"),
     ]
