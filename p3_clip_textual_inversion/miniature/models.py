@@ -82,7 +82,11 @@ class Clip:
     def loss(self, model, batch, generator):
         pictures, tokens, untrue, valid = batch
         count = len(tokens)
-        image, text, scale = model(pictures, torch.cat([tokens, untrue.flatten(0, 1)]))
+        captions = torch.cat([tokens, untrue.flatten(0, 1)])
+        if self.device.type == "cpu":  # where time is arithmetic; a GPU's is launches
+            image, text, scale = self.model.encode_image(pictures, normalize=True), encode_by_length(self.model, captions), self.model.logit_scale.exp()
+        else:
+            image, text, scale = model(pictures, captions)
         with torch.autocast(self.device.type, enabled=False):
             logits = scale.clamp(max=100.0) * image.float() @ text.float().T  # [B, (1 + hard) B]
             target = torch.arange(count, device=self.device)
@@ -97,6 +101,19 @@ class Clip:
             save_file(weights, temporary, metadata={"format": "pt"})
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
         write_json(folder / "open_clip_config.json", {"model_cfg": self.config, "preprocess_cfg": preprocess})
+
+
+def encode_by_length(model, tokens, groups=4):
+    """open_clip's encode_text, normalised, of tokens [B, context] that end in zeros, in less than half the time: captions of about the same length go through
+    the text tower together, without what comes after the longest, which causal attention keeps from mattering."""
+    lengths, order = (tokens != 0).sum(1).sort()
+    parts = []
+    for own, longest in zip(tokens[order].chunk(groups), (part[-1] for part in lengths.chunk(groups))):
+        own = own[:, :longest]
+        x = model.token_embedding(own) + model.positional_embedding[:longest]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
+        parts.append(x[torch.arange(len(own)), own.argmax(1)] @ model.text_projection)  # the end is the highest token
+    return F.normalize(torch.cat(parts)[order.argsort()], dim=-1)
 
 
 class Judge(Clip):
