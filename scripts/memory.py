@@ -271,7 +271,7 @@ def on_card(card, work, defaults, formats, others):
 
 
 def table(results, short=False):
-    """The table of scripts/README.md, of the JSON. short: README's, of lines that are no longer than 120 characters."""
+    """The table of scripts/README.md, of the JSON. short: README's, of what takes 5 GB or more, in lines of at most 120 characters."""
     def cell(row):
         text = f"{row['gb']:.1f}{'' if short else ' (' + row['dtype'] + ')'}"
         if row["fits"]:
@@ -284,6 +284,8 @@ def table(results, short=False):
     head = [f"GB of tensors at most{', fp16 or fp32' if short else ' | settings'}", *CARDS, *["what fits"] * short]
     lines = ["| " + " | ".join(head) + " |", "| --- " * (len(CARDS) + 2) + "|"]
     for row in results["commands"]:
+        if short and max(row[card]["gb"] for card in CARDS) < 5:
+            continue
         cells = [f"`{row['command']}`", *([] if short else [row["settings"]]), *(cell(row[card]) for card in CARDS), *([flags(row)] if short else [])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

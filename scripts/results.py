@@ -41,13 +41,16 @@ def rows(results):
         ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
         ("P3: learned penguin; its initial words; real drawings",
          f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
+        ("P3: pictures a second, ViT-B/32: plain open_clip; here; bf16", "; ".join(f"{speed[f'ViT-B/32, {way}']['pictures_per_second']:.0f}" for way in (
+            "plain open_clip, fp32", "this project, fp32", "this project, bf16")), "p3_benchmark.sh"),
         ("P3: two learned subjects, both found in one picture", f"{pairs['a <new1> next to a <new3>']['both']:.0%}", "p3_multi.sh"),
         ("P3: learning, times a straightforward loop: fp32; bf16", "; ".join(f"{times:.2f}" for times in faster), "p3_benchmark.sh"),
     ]
 
 
 def table(results):
-    lines = ["| | measured | by |", "| --- | --- | --- |"]
+    machine = results["p1_benchmark"]["machine"]
+    lines = [f"| times: {machine['threads']} cores of an {machine['device']} | measured | by |", "| --- | --- | --- |"]
     return "\n".join(lines + [f"| {what} | {number} | `{command}` |" for what, number, command in rows(results)])
 
 
