@@ -14,13 +14,15 @@ from torch import nn
 
 from .data import load_digits
 from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
-from .files import ROOT, UserError, check_flags, run, writable_file
+from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
-from .tensors import fill, is_plain, load_weights, read_tensors, save_weights
+from .tensors import fill, find_state_dict, load_weights, read_safetensors, read_tensors, save_weights, what_is
 
 WEIGHTS = ROOT / "hw2_data" / "weights"  # where scripts/download_weights.sh puts what it fetches, the course's own classifiers under these names
 COURSE_FILES = {"mnistm": "Classifier.pth", "svhn": "resnet34_svhn.bin"}
+COURSE_NAMES = ("conv1.weight", "conv2.weight", "fc1.weight", "fc3.bias", "layer1.0.conv1.weight", "bn1.weight", "fc.weight")  # some of its tensors'
+EXPECTED = "the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier"
 
 
 class DigitClassifier(nn.Module):
@@ -148,20 +150,18 @@ class CourseResNet(nn.Module):
 
 
 def load_classifier(path, device="cpu"):
-    """A classifier from a file: ours (.safetensors), or one of the course's two, known by its tensors: a state dict, or a dictionary with one under
-    `state_dict`, read safely."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
+    """A classifier from a file, whatever its name: ours, or one of the course's two, known by its tensors: a state dict, or a dictionary with one under
+    `state_dict`, `model`, ..., read safely."""
+    path = existing_file(path, "classifier")
+    content = read_tensors(path, "classifier", EXPECTED)
+    if what_is(path)[0] == "safetensors" and "config" in read_safetensors(path)[1]:
         tensors, facts = load_weights(path)
         architecture = facts.get("architecture", "residual") if isinstance(facts, dict) else None
         if architecture not in ARCHITECTURES:
             raise UserError(f"{path} is a classifier of an unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
         model = fill(ARCHITECTURES[architecture](), tensors, path)
     else:
-        content = read_tensors(path, "classifier")
-        state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
-        if not isinstance(state_dict, dict) or not state_dict or not all(map(is_plain, state_dict.values())):
-            raise UserError(f"{path} has no state_dict; expected the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier")
+        state_dict, _ = find_state_dict(content, path, COURSE_NAMES, EXPECTED)
         model = CourseResNet() if "layer1.0.conv1.weight" in state_dict else CourseClassifier()
         fill(model.net if isinstance(model, CourseResNet) else model, state_dict, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

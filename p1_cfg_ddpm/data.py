@@ -49,12 +49,14 @@ def load_digits(folder, split, domains=DOMAINS):
 def load_archive(path, split, domains):
     """The `Digits` of one split from a .npz of decoded images."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as content:
             arrays = [(content[f"{name}_{split}"], content[f"{name}_{split}_label"], index) for index, name in enumerate(DOMAINS) if name in domains]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a .npz of digits: {error}") from None
     except KeyError as error:
-        raise UserError(f"{path} has no array {error.args[0].split()[0]!r}; expected {{domain}}_{{split}} and {{domain}}_{{split}}_label") from None
+        raise UserError(f"{path} has no array {str(error.args[0]).split()[0]!r}; expected {{domain}}_{{split}} and {{domain}}_{{split}}_label") from None
+    except Exception as error:  # a damaged archive makes its readers raise anything
+        raise UserError(f"{path} cannot be read as a .npz of digits: {first_line(error)}") from None
     for images, label, index in arrays:
         fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3) and label.shape == images.shape[:1]
         if not fits or not len(label) or not np.isin(label, range(NUM_DIGITS)).all():
@@ -73,13 +75,14 @@ def load_domain(folder, split, domain, cache):
             stat = path.stat()
         except OSError:
             raise UserError(f"{folder / f'{split}.csv'} names {path.name}, but {path} does not exist") from None
-        digest.update(f"{path}:{label}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path}:{label}:{stat.st_size}:{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     cached = cache / f"{folder.name}_{split}_{digest.hexdigest()[:16]}.npy"
     try:
+        check_file(cached)
         images = np.load(cached, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        images = np.empty(0)
-    if images.dtype != np.uint8 or images.shape != (len(paths), IMAGE_SIZE, IMAGE_SIZE, 3):  # not there, or damaged
+    except Exception:  # there is none yet, or it is damaged, which makes its reader raise anything
+        images = None
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(paths), IMAGE_SIZE, IMAGE_SIZE, 3):  # not there, or damaged
         images = np.stack(decode(paths, read_image, f"{folder.name} {split}"))
         try:
             cache.mkdir(parents=True, exist_ok=True)

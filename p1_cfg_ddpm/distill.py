@@ -32,14 +32,29 @@ import torch
 from .data import default_data, load_digits
 from .device import progress
 from .diffusion import Distilled, Guided
-from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 from .pictures import to_model
 from .samplers import SAMPLERS, ddim, finish, steps_at
-from .tensors import read_tensors
+from .tensors import is_plain, read_tensors
 from .train import Clock, PowerEMA, compile_blocks, learning_rate
-from .training import WATCHING, Log, add_arguments, first_line_of, fitting, guarded, is_flat, load_state, make_optimizer, prepare, refuse_nonfinite
+from .training import (
+    WATCHING,
+    Log,
+    add_arguments,
+    data_fingerprint,
+    first_line_of,
+    fitting,
+    guarded,
+    held,
+    is_flat,
+    load_state,
+    make_optimizer,
+    prepare,
+    refuse_nonfinite,
+    refuse_others,
+)
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
 CLEAN = -1  # the time after the last
@@ -106,19 +121,20 @@ def draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, ma
     return {"x": torch.stack(kept).half(), "digit": digit, "domain": domain, "w": w}
 
 
-def all_paths(folder, draw, count, seed, points, times, device):
+def all_paths(folder, draw, count, seed, points, times, device, teacher=""):
     """`count` paths, from the files of `folder` or drawn by `draw(count, generator)` into it, with a generator for each file. Of the times `points`, at
-    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`."""
+    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`. teacher: its fingerprint."""
     rows, chunks = [points.index(t) for t in times] + [len(points)], []
     for number in progress(range(-(-count // CHUNK)), desc="the teacher draws", unit="file"):
         path, size = folder / f"paths_{seed}_{number:04d}.pt", min(CHUNK, count - number * CHUNK)
         if not path.exists():
             chunk = draw(size, torch.Generator().manual_seed(seed * 1_000_003 + number))
             with atomic_path(path) as temporary:
-                torch.save({name: tensor.cpu() for name, tensor in chunk.items()} | {"points": points}, temporary)
+                torch.save({name: tensor.cpu() for name, tensor in chunk.items()} | {"points": points, "teacher": teacher}, temporary)
         else:
             chunk = read_tensors(path, "file of the teacher's paths")
-            if not isinstance(chunk, dict) or chunk.get("points") != points or len(chunk["w"]) != size:
+            fits = isinstance(chunk, dict) and all(is_plain(chunk.get(part)) for part in ("x", "digit", "domain", "w"))
+            if not fits or chunk.get("points") != points or chunk.get("teacher", teacher) != teacher or len(chunk["w"]) != size:
                 raise UserError(f"{path} has paths of another teacher or other settings; choose another --paths-in")
         chunks.append({"x": chunk["x"][rows].to(device), **{name: chunk[name].to(device) for name in ("digit", "domain", "w")}})
     return {name: torch.cat([chunk[name] for chunk in chunks], dim=1 if name == "x" else 0) for name in chunks[0]}
@@ -209,14 +225,18 @@ def main():
     if teacher.config.times:
         raise UserError(f"{args.teacher} is a student itself; give its teacher")
     guide = load_generator(args.guide, accelerator.device, torch.float32)[0] if args.guide else None
-    with guarded("lower --batch-size, or choose a smaller --size"):
+    with held(accelerator, folder), guarded("lower --batch-size, or choose a smaller --size"):
         train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion)
 
 
 def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion):
     device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["teacher_weights"] = fingerprint(args.teacher, *([args.guide] if args.guide else []))
+    data = load_digits(args.data, "train") if args.tuning > 0 else None
+    settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
     state_file = folder / "state.pt"
+    refuse_others(state_file, [folder / "model.safetensors"])
     needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
     state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
     timesteps = list(steps_of(sampling, diffusion).t)
@@ -250,10 +270,9 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
         output = Guided(teacher, diffusion, digit, domain, w, guide=guide).extrapolated(x, t, w[:, None, None, None] * inside)
         return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
 
-    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device)
+    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device, settings["teacher_weights"])
     unseen = min(args.paths // 10, 500)
     held_out = {name: part[:, args.paths - unseen:] if name == "x" else part[args.paths - unseen:] for name, part in paths.items()}
-    data = load_digits(args.data, "train") if args.tuning > 0 else None
     real = [torch.from_numpy(a).to(device) for a in (data.images, data.digit, data.domain)] if data else None
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, step, history)

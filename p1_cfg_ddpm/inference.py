@@ -5,6 +5,7 @@
 
 import argparse
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -206,6 +207,8 @@ def main():
     started = time.perf_counter()
     with processes() as share:
         loaded = load_with_settings(args)
+        if any(os.path.isdir(args.output / domain / "data") for domain in args.domains):
+            raise UserError(f"{args.output} is a folder of training images; choose another to write into")
         for domain in args.domains:
             writable_folder(args.output / domain)
         with lock(args.output) if share[0] == 0 else nullcontext():

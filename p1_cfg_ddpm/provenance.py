@@ -7,6 +7,7 @@ what, it was drawn. Both travel with the folder.
 import argparse
 import hashlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -47,7 +48,12 @@ def read_made(path):
             content = parse_json(image.info[SETTINGS])
     except Exception:  # no picture, or one without that text
         return None
-    return content if isinstance(content, dict) and {"program", "settings", "made_of", "of"} <= content.keys() else None
+    return content if is_made(content) else None
+
+
+def is_made(content, parts=("settings", "made_of", "of")):
+    """Whether it is a `Made` as JSON, as far as anything relies on: whoever changes a picture's text can write anything there."""
+    return isinstance(content, dict) and isinstance(content.get("program"), str) and all(isinstance(content.get(part), dict) for part in parts)
 
 
 def read_record(folder):
@@ -55,8 +61,10 @@ def read_record(folder):
     path = Path(folder) / RECORD
     if not path.exists():
         return None
-    record = read_json(path)
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in (("made", dict), ("pictures", dict), ("batches", list))):
+    record = read_json(path, names=True)
+    if not (isinstance(record, dict) and is_made(record.get("made"), ("settings", "made_of"))
+            and all(isinstance(record.get(key), dict) for key in ("pictures", "where")) and all(isinstance(own, dict) for own in record["pictures"].values())
+            and isinstance(record.get("batches"), list) and all(isinstance(batch, list) for batch in record["batches"])):
         raise UserError(f"{path} is not a record of this project's; move it away, or choose another folder")
     return record
 
@@ -173,21 +181,23 @@ def redraw(program, draw, description):
         raise UserError(f"{args.picture} does not tell how it was made: it is no picture that {program} drew")
     if made["program"] != program:
         raise UserError(f"{args.picture} was drawn by {made['program']}; use the redraw of that problem")
+    output = args.output or Path("runs") / "redrawn" / args.picture.name
+    if output.resolve() == args.picture.resolve():
+        raise UserError(f"--output {output} is the picture itself")
+    if os.path.lexists(output) and read_made(output) is None:
+        raise UserError(f"{output} is there, was not drawn by this project, and is not overwritten; choose another --output")
     for folder in args.picture.resolve().parents[:3]:
         if (folder / RECORD).is_file():
             record, name = read_record(folder), args.picture.resolve().relative_to(folder).as_posix()
             break
     batch = next((batch for batch in reversed(record["batches"] if record else []) if name in batch), [name])
     where = record["where"] if record else {}
-    if isinstance(where.get("threads"), int) and where["threads"] > 0:
+    if isinstance(where.get("threads"), int) and 0 < where["threads"] <= 1024:
         torch.set_num_threads(where["threads"])
     try:
         again = draw(made, name, {other: record["pictures"][other] if record else made["of"] for other in batch}, where, args)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"what {args.picture} tells of its making is damaged ({type(error).__name__}: {first_line(error)})") from None
-    output = args.output or Path("runs") / "redrawn" / args.picture.name
-    if output.resolve() == args.picture.resolve():
-        raise UserError(f"--output {output} is the picture itself")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_image(again, output, made)
     before = np.asarray(read_picture(args.picture)).astype(int)

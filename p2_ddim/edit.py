@@ -7,6 +7,7 @@
 
 import argparse
 import copy
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .data import checked_pair
 from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
-from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, lock, run, writable_file, writable_folder, write_json
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
+from .tensors import read_tensors
 
 
 def square(picture, side):
@@ -57,6 +60,16 @@ def invert_all(unet, pictures, config, batch_size, dtype=torch.float32):
 def value_range(picture):
     """(lowest, highest) value of a picture, which the drawing stretches to."""
     return float(picture.min()), float(picture.max())
+
+
+def refuse_others(folder, stems):
+    """A `UserError` for a file in the way of a picture's noise that `invert` did not write, such as one of the course's noises."""
+    for path in (folder / f"{stem}.pt" for stem in stems):
+        if os.path.lexists(path):
+            try:
+                checked_pair(read_tensors(path, "noise tensor"), path)
+            except (UserError, AttributeError):
+                raise UserError(f"{path} is there, was not made by p2_invert, and is not overwritten; choose another OUT") from None
 
 
 def save_pair(path, pair, picture, num_steps):
@@ -161,16 +174,24 @@ def main():
     other = next((name for name in sizes if sizes[name] != sizes[first]), None)
     if other:
         raise UserError(f"{other} is {sizes[other]}, but {first} is {sizes[first]}; give --side to crop them to one size")
-    output = writable_folder(args.output)
+    with lock(writable_folder(args.output)):
+        write(args, pictures, config, batch_size, device, dtype)
+
+
+def write(args, pictures, config, batch_size, device, dtype):
+    """The `invert` and the `morph` command. pictures: {name: uint8 [H, W, 3]}, all of one size."""
+    output, first = args.output, next(iter(pictures))
+    if args.command == "invert":
+        stems = {name: Path(name).stem for name in pictures}
+        if len(set(stems.values())) < len(stems):
+            raise UserError(f"two pictures of {args.pictures} have one name but for its ending; rename one")
+        refuse_others(output, stems.values())
     started = time.perf_counter()
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, (3, *pictures[first].shape[:2]))
     print(f"{len(pictures)} pictures, with {args.checkpoint}, on {describe(device, dtype)}", flush=True)
     if args.command == "invert":
         pairs = invert_all(unet, pictures, config, batch_size, dtype)
-        stems = {name: Path(name).stem for name in pairs}
-        if len(set(stems.values())) < len(stems):
-            raise UserError(f"two pictures of {args.pictures} have one name but for its ending; rename one")
         for name, pair in pairs.items():
             save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps)
         spread = [pair[0].std().item() for pair in pairs.values()]

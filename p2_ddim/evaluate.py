@@ -39,7 +39,8 @@ def read_pairs(output, truth):
         if pairs[name][0].shape != pairs[name][1].shape:
             ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
             raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
-    note_left_out(output, left_out(output, pairs))
+    for folder in (output, truth):
+        note_left_out(folder, left_out(folder, pairs))
     return pairs
 
 
@@ -80,6 +81,8 @@ def main():
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and comparison.png (default: OUT_grade beside OUT)")
     args = parser.parse_args()
     pairs = read_pairs(args.output, args.truth)
+    if args.report and args.report.resolve() == args.truth.resolve():
+        raise UserError(f"--report {args.report} is the folder of the references; choose another")
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
     paths = [args.output / name for name in pairs]
     made = check_made(args.output, paths)

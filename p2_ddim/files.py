@@ -104,6 +104,8 @@ def common_cause(error):
         return f"not enough memory ({first_line(error)}); ask for less at a time, such as a smaller --batch-size"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({first_line(error)[:150]}); it needs a C++ compiler, on a GPU Triton too: install them, or leave --compile out"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"the name {shown(error.object)[:200]} is no text, as its bytes are not UTF-8; rename that file"
     if "without overflow" in str(error):
         return f"a number is too large to compute with ({first_line(error)}); try a smaller --lr"
     return None
@@ -252,10 +254,11 @@ def finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def parse_json(data, make=dict):
+def parse_json(data, make=dict, names=False):
     """The content of JSON in bytes, of any of Unicode's encodings, with a byte-order mark or without. `ValueError` or `RecursionError` where it is none.
 
-    Names given twice, of which Python would keep the last in silence, and NaN, which JSON has not, are none. make: what objects become, of their dict."""
+    Names given twice, of which Python would keep the last in silence, and NaN, which JSON has not, are none. make: what objects become, of their dict.
+    names: whether it may hold names of files that are no text, as a system may have them: Python writes their bytes as half pairs of surrogates."""
     def pairs(items):
         found = dict(items)
         if len(found) != len(items):
@@ -267,17 +270,17 @@ def parse_json(data, make=dict):
         raise ValueError(f"{name} is no number of JSON")
 
     content = json.loads(data, object_pairs_hook=pairs, parse_constant=constant)
-    json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a pair of surrogates is no text: no tokenizer and no file's name takes it
+    json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape" if names else "strict")  # other halves of a pair no file's name takes neither
     return content
 
 
-def read_json(path, make=dict):
-    """The content of a JSON file, which someone else may have written; a `UserError` that names the file where there is none."""
+def read_json(path, make=dict, names=False):
+    """The content of a JSON file, which someone else may have written; a `UserError` that names the file where there is none. As `parse_json`."""
     try:
         check_file(path)
         if os.path.getsize(path) > MOST_JSON:
             raise ValueError("too large")
-        return parse_json(Path(path).read_bytes(), make)
+        return parse_json(Path(path).read_bytes(), make, names)
     except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:

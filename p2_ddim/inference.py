@@ -21,7 +21,7 @@ from .data import read_noises, read_pairs
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
-from .files import ROOT, UserError, fingerprint, lock, run, writable_folder
+from .files import ROOT, UserError, fingerprint, lock, run, writable_file
 from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
@@ -167,8 +167,9 @@ def main():
     args = parser.parse_args()
     settings = settings_of(args, args.eta)
     noises, ranges = read_states(args.noise, settings[0])
-    folder = writable_folder(args.output)
-    with processes() as share, lock(folder) if share[0] == 0 else nullcontext():
+    for name in noises:
+        writable_file(args.output / f"{name}.png")  # .png is longer than .pt
+    with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
         draw(args, *settings, noises, ranges, share)
 
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .files import UserError
-from .tensors import fill, is_plain, read_tensors
+from .tensors import fill, find_state_dict, read_tensors
+
+NAMES = ("time.1.weight", "down1.weight", "down2.resblocks.conv1.weight", "mid1.resblocks.conv1.weight", "out.0.weight")  # some that each such network has
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ def config_of(state_dict, path="the state dict"):
 
 
 def load_unet(path, device="cpu"):
-    """Reads a state dict in the course's format strictly. Returns the UNet in eval mode, channels-last."""
-    state_dict = read_tensors(path, "UNet checkpoint")
-    if not isinstance(state_dict, dict) or not all(map(is_plain, state_dict.values())):
-        raise UserError(f"{path} is not a state dict of tensors; expected the course's UNet.pt")
+    """Reads a state dict in the course's format strictly, also where it lies under `model` or `state_dict` or in a wrapper's names. Returns the UNet in eval
+    mode, channels-last."""
+    expected = "the course's UNet.pt, a state dict"
+    state_dict, _ = find_state_dict(read_tensors(path, "UNet checkpoint", expected), path, NAMES, expected)
     config = config_of(state_dict, path)
     with torch.device("meta"):
         model = UNet(config)

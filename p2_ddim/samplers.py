@@ -233,4 +233,4 @@ class ImageNoise:
 
 def image_seed(seed, name):
     """A 63-bit seed from a run's seed and an image's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:8], "little") >> 1

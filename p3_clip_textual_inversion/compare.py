@@ -10,7 +10,6 @@ text score nine tenths of what they get, or of what the examples get, if that is
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
-from .files import ROOT, check_flags, run, writable_file, writable_folder, write_json
+from .files import ROOT, check_flags, read_json, run, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, load, settings_of
 from .pictures import save_image
 from .stable_diffusion import MINI_SD
@@ -108,7 +107,7 @@ def main():
     write_json(args.output / "results" / "p3_compare.json", {"summary": summary, "ways": scores, "examples_among_themselves": among,
                                                              "pictures": args.num_images, "guidance_weight": config.guidance_weight, "steps": config.num_steps})
     if args.write_baselines:
-        content = json.loads(args.input.read_text(encoding="utf-8"))
+        content = read_json(args.input)
         for own in concepts:
             of_examples = (100 * references[own.number] @ grader.of_texts(own.eval_prompts).T).mean(0).tolist()  # by prompt
             content[own.number]["baseline"] = [[round(image, 2), round(0.9 * min(text, of_examples[k]), 2)]

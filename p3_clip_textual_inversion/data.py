@@ -66,6 +66,13 @@ def read_concepts(path):
     return concepts
 
 
+def refuse_examples(output, path, concepts):
+    """A `UserError` where a run would write among the example pictures of an input.json: into the folder of one of its concepts."""
+    output, folders = Path(output).resolve(), [Path(path).resolve().parent / concept.number for concept in concepts]
+    if any(output in (folder, folder.parent) for folder in folders):
+        raise UserError(f"{output} is the folder of the example pictures of {path}; choose another to write into")
+
+
 def is_score(value):
     """A number that can be printed: JSON also has NaN, Infinity and whole numbers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9

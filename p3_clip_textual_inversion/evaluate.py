@@ -105,15 +105,15 @@ def main():
             if others:
                 raise UserError(f"{folder} holds {args.num_images + len(others)} files, as the grader counts; expected exactly {args.num_images}, without "
                                 f"{', '.join(others[:3])}")
+    all_paths = [picture_path(args.output, c.number, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)]
+    made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": c.prompts[k], "token": c.token} for c in concepts
+                                               for k in range(len(c.prompts)) for path in (picture_path(args.output, c.number, k, i)
+                                                                                           for i in range(args.num_images))})
     row = row_of(min(read_picture(picture_path(args.output, concepts[0].number, 0, 0)).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
     dtype = pick_dtype(args.dtype, device)
     print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)
     grader = judge_of(row, args, dtype, device)
-    all_paths = [picture_path(args.output, c.number, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)]
-    made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": c.prompts[k], "token": c.token} for c in concepts
-                                               for k in range(len(c.prompts)) for path in (picture_path(args.output, c.number, k, i)
-                                                                                           for i in range(args.num_images))})
     results, rows, lines = [], [], [f"{args.output}, {told(made)}"]
     for concept in concepts:
         references = grader.of_pictures(examples[concept.number])  # once per concept

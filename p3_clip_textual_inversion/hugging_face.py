@@ -19,7 +19,13 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SAID = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "image_size", "patch_size",
         "num_channels", "layer_norm_eps", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim", "projection_size", "hidden_act")  # of a tower
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")
-RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+PREPARED = {  # what preprocessor_config.json may say of how pictures are prepared, of a model that reads this side
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), lambda value, _: value is True),
+    "rescale_factor": lambda value, _: isinstance(value, float) and abs(value * 255 - 1) < 1e-3,
+    "resample": lambda value, _: value in (2, 3) and not isinstance(value, bool),
+    **dict.fromkeys(("size", "crop_size"), lambda value, side: set(value.values() if isinstance(value, dict) else [value]) == {side}),
+}
 
 
 class HuggingFace(torch.nn.Module):
@@ -79,13 +85,16 @@ def load(folder):
 
 def transform_of(preprocess, side, siglip, folder):
     """The image transform that preprocessor_config.json tells, or the usual one of the kind where there is none."""
+    wrong = [f"{key} {shown(preprocess[key])}" for key, fits in PREPARED.items() if preprocess.get(key) is not None and not fits(preprocess[key], side)]
+    if wrong:
+        raise UserError(f"{folder / 'preprocessor_config.json'} has {wrong[0][:80]}, which is not obeyed here")
     numbers = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if siglip else {}
     numbers |= {ours: preprocess[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in preprocess}
     if not all(len(value) == 3 and all(isinstance(number, (int, float)) for number in value) for value in numbers.values()):
         raise UserError(f"{folder / 'preprocessor_config.json'}: image_mean and image_std must be three numbers each")
     cropped = preprocess.get("do_center_crop", not siglip)
     return image_transform_v2(PreprocessCfg(size=side, resize_mode="shortest" if cropped else "squash",
-                                            interpolation=RESAMPLING.get(preprocess.get("resample", 3), "bicubic"), **numbers), is_train=False)
+                                            interpolation=RESAMPLING[preprocess.get("resample") or 3], **numbers), is_train=False)
 
 
 def build(kind, config, state, path):

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from .custom_diffusion import read_weights, set_weights
-from .data import read_concepts
+from .data import read_concepts, refuse_examples
 from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
-from .identity import identify
+from .identity import identify, weights_fingerprint
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
@@ -140,6 +140,7 @@ def main():
     config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
     concepts = read_concepts(args.input)
+    refuse_examples(args.output, args.input, concepts)
     tokens = [concept.token for concept in concepts]
     args.words = args.embeddings or [str(find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words"))]
     texts = [prompt for concept in concepts for prompt in concept.prompts]
@@ -159,7 +160,7 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
     """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way."""
     jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
     settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
-    made_of = {"model": model} | ({"projections": fingerprint(args.projections)} if args.projections else {})
+    made_of = {"model": model, "weights": weights_fingerprint(args.checkpoint)} | ({"projections": fingerprint(args.projections)} if args.projections else {})
     made = Made("p3_clip_textual_inversion.inference", settings, made_of)
     prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
     own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}

@@ -92,7 +92,7 @@ def write_predictions(path, data, outcome):
     """A CSV with a row per picture: file, class and its rank, the calibration of its first guess, and the five likeliest classes with their probabilities."""
     top = outcome.order[:, :TOP]
     chances = outcome.probability.gather(1, top)
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "class_id", "label", "rank", "fold", "temperature", "calibrated",
                          *(f"{what}_{i + 1}" for i in range(top.shape[1]) for what in ("predicted", "probability"))])

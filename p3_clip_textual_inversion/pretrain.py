@@ -18,7 +18,7 @@ from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
-from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder, write_json
 from .pictures import save_image, to_uint8
 from .tasks import TASKS
 from .training import load_state
@@ -63,6 +63,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+    with lock(writable_folder(args.output)):
+        train(args, args.output)
+
+
+def train(args, folder):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if dtype == torch.float16 and device.type != "cuda":
@@ -70,8 +75,8 @@ def main():
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
     device = accelerator.device
     use_tf32(True)
-    folder = writable_folder(args.output)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["made_of"] = fingerprint(args.drawings, *(path for path in (args.clip, args.vae) if path))
     state_file = folder / "state.pt"
     state = load_state(state_file, settings) if state_file.exists() else None
     torch.manual_seed(args.seed)

@@ -10,7 +10,7 @@ from .defaults import row_of
 from .device import DTYPES, pick_device
 from .embedding import model_name
 from .files import UserError, fingerprint, note, run
-from .identity import identify
+from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, expanded, noise_name, prepare
 from .inference import draw as draw_pictures
 from .provenance import redraw
@@ -23,7 +23,7 @@ def draw(made, name, batch, where, args):
     """uint8 [H, W, 3] of the picture `name`, drawn with the others of its batch."""
     checkpoint = args.checkpoint or where.get("checkpoint", str(MINI_SD))
     identity = identify(checkpoint)
-    if model_name(row_of(identity.side), identity) != made["made_of"]["model"]:
+    if (model_name(row_of(identity.side), identity), weights_fingerprint(checkpoint)) != (made["made_of"]["model"], made["made_of"].get("weights")):
         note(f"{checkpoint} is another model than the one that drew {args.picture}")
     config = DrawConfig(**{field.name: made["settings"][field.name] for field in fields(DrawConfig) if field.name not in ("batch_size", "dtype")},
                         batch_size=len(batch), dtype=DTYPES[made["settings"]["dtype"]])

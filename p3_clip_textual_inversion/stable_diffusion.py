@@ -14,14 +14,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .checkpoint import read_checkpoint
 from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
-from .files import MINI, UserError, first_line, note, shown
-from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint
+from .files import MINI, UserError, first_line, note, read_json, shown
+from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint, part_file
 from .tensors import check_numbers
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
 transformers.logging.disable_progress_bar()  # for files that load in a blink
 MINI_SD = MINI / "stable_diffusion"
 PARTS = ("text_encoder", "vae", "unet")
+MOST_LAYERS, LARGEST_NUMBER = 200, 1_000_000  # in a part's configuration
+UNOBEYED = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",  # of UNets that
+            "shift_factor", "latents_mean", "latents_std",  # are told more than t and a text, and of autoencoders whose latents are moved
+            "quantization_config", "auto_map")  # and what asks for other packages, or code
 
 
 @dataclass
@@ -100,8 +104,10 @@ def load_folder(source, local, dtype):
     options = {"local_files_only": local}
     try:
         schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **options)
-        for path in (path for part in PARTS for path in files_of(source, part)):
-            check_dtypes(path)
+        for part in PARTS:
+            check_config(part_file(source, part, ("config.json",)))
+            for path in files_of(source, part):
+                check_dtypes(path)
         parts = StableDiffusion(
             CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
             CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options, **variant(source, "text_encoder")).float(),
@@ -112,6 +118,7 @@ def load_folder(source, local, dtype):
     except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
         hint = "" if local else "; without internet, give a file or a folder"
         raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
+    parts.tokenizer.model_max_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)  # some say 10^30
     for part in PARTS:
         check_weights({f"{part}.{name}": tensor for name, tensor in getattr(parts, part).state_dict().items()}, source)
     if schedule.get("beta_schedule") != "scaled_linear" or schedule.get("prediction_type", "epsilon") != "epsilon":
@@ -125,6 +132,20 @@ def load_folder(source, local, dtype):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the schedule of {source} lacks or garbles {first_line(error)}") from None
     return parts
+
+
+def check_config(path):
+    """A `UserError` for a configuration that asks for what is not obeyed here, or for sizes with which a model would never be built to its end."""
+    config = read_json(path)
+    for key, value in config.items() if isinstance(config, dict) else [("it", config)]:
+        if value is None or (value is False and key in UNOBEYED):
+            continue
+        if key in UNOBEYED or isinstance(value, dict) or not isinstance(config, dict):
+            raise UserError(f"{path} has {shown(key)!r}, {shown(value)[:60]}, which is not obeyed here; expected Stable Diffusion v1")
+        most, values = MOST_LAYERS if "layers" in key else LARGEST_NUMBER, value if isinstance(value, list) else [value]
+        for number in values:
+            if isinstance(number, (dict, list)) or (isinstance(number, (int, float)) and not abs(number) <= most) or len(values) > 20:
+                raise UserError(f"{path}: {shown(key)} is {shown(value)[:60]}; expected a text, or numbers of at most {most:,}")
 
 
 def check_weights(weights, source):

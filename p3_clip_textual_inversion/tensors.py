@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import UserError, atomic_path, existing_file, first_line, parse_json, shown
+from .files import UserError, atomic_path, existing_file, first_line, note, parse_json, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights and noises are; fp8 and integers would need their scales
 HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -44,7 +44,7 @@ def what_is(path):
         return kind_of_zip(path, tail)
     if head.startswith(LEGACY):
         return "legacy", "a file of torch.save before version 1.6"
-    if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "pickle", "a pickle"
     if size > 8 and head[8:9] == b"{":
         length = struct.unpack("<Q", head[:8])[0]
@@ -209,7 +209,7 @@ def check_numbers(name, tensor, path):
 def find_state_dict(content, path, own=None, expected="a state dict"):
     """({name: tensor}, which part it is) of a file's content: itself, or what is under `state_dict`, `model`, ..., without the prefixes that wrappers add.
 
-    own: the names that the network has; of several candidates that one is taken of which most fit (averaged weights are named among them)."""
+    own: the names that the network has; of several candidates that one is taken of which most fit, the plain ones before averaged ones, with a note."""
     candidates = {"": content}
     for key in NESTED:
         for place, value in list(candidates.items()):
@@ -224,6 +224,9 @@ def find_state_dict(content, path, own=None, expected="a state dict"):
     if not found:
         raise UserError(f"{path} holds no tensors by name; expected {expected}")
     best = max(found, key=lambda place: (sum(name in found[place] for name in own or ()), len(found[place])))
+    others = [place for place in found if place != best and found[place].keys() == found[best].keys()]
+    if others:
+        note(f"{path} holds the same weights more than once, as {', '.join([best, *others])}; those of {best} are used")
     return found[best], best
 
 

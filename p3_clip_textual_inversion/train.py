@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import read_captions, read_concepts
+from .data import read_captions, read_concepts, refuse_examples
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
-from .files import UserError, atomic_path, check_flags, run, writable_folder, write_json
-from .identity import identify
+from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
+from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
 from .pictures import read_pictures, save_image
 from .sources import draw_batch, kind_of, make_held, make_sources
@@ -123,7 +123,7 @@ def fingerprint(folders):
     """Some digits by which the content of folders is known again."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(path.name.encode(errors="surrogateescape") + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -302,7 +302,7 @@ def parse_args():
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
     told, name = fill_in(args, row.learning), model_name(row, identity)
-    args.input = input_of(args.input, row.input)
+    args.input, args.weights = input_of(args.input, row.input), weights_fingerprint(args.checkpoint)
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
     check_flags(args, ("min_snr_gamma", "prior", "sample_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
@@ -325,10 +325,13 @@ def main():
                 raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
         concepts = [concept for concept in concepts if concept.number in args.concepts]
     check_files([concept.token for concept in concepts])
+    refuse_examples(args.output, args.input, concepts)
     for concept in concepts:
         folder = args.input.parent / concept.number  # before any long work starts
         read_captions(folder, read_pictures(folder)[0], concept.token)
-    accelerator, dtype = prepare(args, writable_folder(args.output), args.accumulate)
+    for concept in concepts:
+        writable_file(file_of(args.output, concept.token))  # a long token's name may be too long for a file
+    accelerator, dtype = prepare(args, args.output, args.accumulate)
     accelerator.print(told)
     started = time.perf_counter()
     groups = [concepts] if args.joint else [[concept] for concept in concepts]

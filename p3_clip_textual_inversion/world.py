@@ -84,7 +84,7 @@ class Drawings:
         try:
             with np.load(path) as content:  # allow_pickle is off
                 self.pixels, names, styles = (content[key] for key in ("pixels", "names", "styles"))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged archive makes its readers raise anything
             raise UserError(f"cannot read the drawings {path} ({error}); python -m p3_clip_textual_inversion.make_mini drawings {path} makes them") from None
         self.table = {}
         for row, (name, style) in enumerate(zip(names.tolist(), styles.tolist())):

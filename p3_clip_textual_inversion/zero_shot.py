@@ -188,6 +188,8 @@ def main():
     for model, weights in zip(models, pretrained):
         check_clip(model, weights)
     data = load_data(args.data)
+    if args.output.resolve() == (args.data / "val").resolve():
+        raise UserError(f"--output {args.output} is the folder of the pictures that are classified; choose another")
     writable_folder(args.output)
     print(f"{len(data.paths)} pictures from {args.data} by {', '.join(models)} on {describe(device, dtype)}", flush=True)
     rows, rights = [], []

@@ -81,8 +81,8 @@ def test_the_bundled_classifiers_and_reference():
     torch.testing.assert_close(embed(judges.embedding, images)[:2], embed(judges.embedding, images[:2]))
 
 
-def test_the_command(command, drawn, tmp_path):
-    code, out, err = command(GRADE, drawn, "--report", tmp_path / "grade", "--data", MINI_DATA)
+def test_the_command(call, drawn, tmp_path):
+    code, out, err = call(GRADE, drawn, "--report", tmp_path / "grade", "--data", MINI_DATA)
     assert code == 0, err
     scores = json.loads((tmp_path / "grade" / "grade.json").read_text())
     assert f"mean accuracy {scores['mean_accuracy']:.2%}" in out and "the grader expects 50 of each" in out
@@ -92,14 +92,14 @@ def test_the_command(command, drawn, tmp_path):
         assert image.width > 500
 
 
-def test_the_courses_classifier_is_read_safely(command, drawn, tmp_path):
+def test_the_courses_classifier_is_read_safely(call, drawn, tmp_path):
     torch.manual_seed(0)
     model = CourseClassifier()
     path = tmp_path / "Classifier.pth"
     torch.save({"state_dict": model.state_dict(), "optimizer": {"lr": 0.1}}, path)
     images = load_digits(MINI_DATA, "val").images[:8]
     torch.testing.assert_close(classify(load_classifier(path), images)[1], classify(model.eval(), images)[1])
-    code, out, err = command(GRADE, drawn, "--report", tmp_path / "grade", "--classifier-mnistm", path, "--data", "/nonexistent")
+    code, out, err = call(GRADE, drawn, "--report", tmp_path / "grade", "--classifier-mnistm", path, "--data", "/nonexistent")
     assert code == 0 and str(path) in out and "check was skipped" in out, err
 
     def refused(match):
@@ -117,7 +117,7 @@ def test_the_courses_classifier_is_read_safely(command, drawn, tmp_path):
     refused("cannot be read as a classifier")
     assert not (tmp_path / "executed").exists()
     torch.save({"weights": 1}, path)
-    refused("has no state_dict")
+    refused("holds no tensors by name; expected the course's Classifier")
     torch.save({"state_dict": {"conv1.weight": torch.zeros(6, 3, 5, 5)}}, path)
     refused("missing conv1.bias")
     path.write_bytes(b"")

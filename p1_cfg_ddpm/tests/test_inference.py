@@ -38,9 +38,9 @@ def test_the_bundled_model_is_independent_of_the_batch_too():
     assert max(np.abs(one[name] - all_[name]).max() for name in one) <= 1
 
 
-def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path):
+def test_the_command_writes_the_graders_files(call, tiny_checkpoint, tmp_path):
     out = tmp_path / "a folder with spaces, Ünïcode"
-    code, text, err = command(INFER, out, "--checkpoint", tiny_checkpoint, "--images-per-digit", 3, "--steps", 2)
+    code, text, err = call(INFER, out, "--checkpoint", tiny_checkpoint, "--images-per-digit", 3, "--steps", 2)
     assert code == 0, err
     expected = {f"{domain}/{digit}_{index:03d}.png" for domain in ("mnistm", "svhn") for digit in range(10) for index in (1, 2, 3)}
     assert {str(path.relative_to(out)) for path in out.rglob("[!.]*.*")} == expected
@@ -48,7 +48,7 @@ def test_the_command_writes_the_graders_files(command, tiny_checkpoint, tmp_path
         assert image.size == (28, 28) and image.mode == "RGB"
     assert "wrote 60 images" in text and "next: bash scripts/p1_grade.sh" in text
     # any subset gives the same files
-    command(INFER, tmp_path / "b", "--checkpoint", tiny_checkpoint, "--images-per-digit", 2, "--steps", 2, "--domains", "svhn", "--digits", "7", "0")
+    call(INFER, tmp_path / "b", "--checkpoint", tiny_checkpoint, "--images-per-digit", 2, "--steps", 2, "--domains", "svhn", "--digits", "7", "0")
     assert sorted(path.name for path in (tmp_path / "b").rglob("*.png")) == ["0_001.png", "0_002.png", "7_001.png", "7_002.png"]
     for path in (tmp_path / "b").rglob("*.png"):
         with Image.open(path) as ours, Image.open(out / "svhn" / path.name) as theirs:
@@ -80,13 +80,13 @@ def test_a_record_is_drawn_again(tiny_checkpoint, settings):
     (["--batch-size", "-1"], "--batch-size must be at least 1"),
     (["--device", "abacus"], "abacus"),
 ])  # fmt: skip
-def test_bad_flags_end_in_one_line(command, tmp_path, flags, message):
-    code, _, err = command(INFER, tmp_path / "out", *flags)
+def test_bad_flags_end_in_one_line(call, tmp_path, flags, message):
+    code, _, err = call(INFER, tmp_path / "out", *flags)
     assert code != 0 and err.startswith("error: ") and message in err and err.strip().count("\n") == 0
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_an_unwritable_folder_ends_in_one_line(command, tmp_path):
+def test_an_unwritable_folder_ends_in_one_line(call, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = command(INFER, tmp_path / "file" / "out")
+    code, _, err = call(INFER, tmp_path / "file" / "out")
     assert code != 0 and err.startswith("error: cannot write into folder") and err.strip().count("\n") == 0

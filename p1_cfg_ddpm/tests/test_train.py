@@ -14,7 +14,6 @@ from p1_cfg_ddpm.training import make_optimizer
 
 TRAIN = "p1_cfg_ddpm.train"
 SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 8, "--save-every", 5, "--sample-every", 0, "--dtype", "fp32", "--device", "cpu"]
-THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 def numbers_of(folder):
@@ -24,19 +23,19 @@ def numbers_of(folder):
                 for row in csv.DictReader(file)]
 
 
-def test_a_killed_run_ends_with_the_same_weights(command, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, tmp_path):
     settings = [*SETTINGS, "--steps", 40]
-    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole", **THREADS)
+    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "whole")
     assert code == 0, err
     assert "next: bash scripts/p1_infer.sh" in out
-    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False, **THREADS)
+    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False)
     while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
-    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed", **THREADS)
+    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "killed")
     assert code == 0 and "going on at step" in out, err
     whole, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed"))
     for whole_part, resumed_part in ((whole["model"], resumed["model"]), (whole["ema"][0], resumed["ema"][0])):
@@ -44,9 +43,9 @@ def test_a_killed_run_ends_with_the_same_weights(command, tmp_path):
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
 
 
-def test_training_learns_and_samples_on_the_way(command, tmp_path):
+def test_training_learns_and_samples_on_the_way(call, tmp_path):
     settings = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 32, "--steps", 150, "--sample-every", 150, "--warmup", 20, "--lr", "3e-3"]
-    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "run")
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "run")
     assert code == 0, err
     history = numbers_of(tmp_path / "run")
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]  # the first row is a mean over the first 50 steps
@@ -83,17 +82,17 @@ def test_every_parameter_moves(tiny_model):
     (["--device", "cuda:99"], "cuda:99"),
     (["--output", "/dev/null/run"], "/dev/null/run"),
 ])  # fmt: skip
-def test_bad_flags_end_in_one_line(command, tmp_path, flags, message):
-    code, _, err = command(TRAIN, *SETTINGS, "--output", tmp_path, *flags)
+def test_bad_flags_end_in_one_line(call, tmp_path, flags, message):
+    code, _, err = call(TRAIN, *SETTINGS, "--output", tmp_path, *flags)
     assert code != 0 and "Traceback" not in err
     assert err.strip().count("\n") == 0 and err.startswith("error: ") and message in err
 
 
-def test_other_settings_are_not_resumed(command, tmp_path):
+def test_other_settings_are_not_resumed(call, tmp_path):
     settings = [*SETTINGS, "--output", tmp_path, "--steps", 1]
-    assert command(TRAIN, *settings)[0] == 0
-    code, _, err = command(TRAIN, *settings, "--lr", "0.5")
+    assert call(TRAIN, *settings)[0] == 0
+    code, _, err = call(TRAIN, *settings, "--lr", "0.5")
     assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
     (tmp_path / "state.pt").write_bytes(b"half a file")
-    code, _, err = command(TRAIN, *settings)
+    code, _, err = call(TRAIN, *settings)
     assert code != 0 and "state.pt cannot be read" in err and "Traceback" not in err

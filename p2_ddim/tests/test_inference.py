@@ -42,14 +42,14 @@ def test_an_image_does_not_depend_on_the_others(network, eta):
             assert np.abs(to_pictures(x[None])[0] - whole[name]).max() <= 1
 
 
-def test_the_command_and_its_grading(command, files):
+def test_the_command_and_its_grading(call, files):
     out = files / "a folder, Ünïcode"
-    code, text, err = command("p2_ddim.inference", files / "noise", out, files / "UNet.pt", "--steps", 3)
+    code, text, err = call("p2_ddim.inference", files / "noise", out, files / "UNet.pt", "--steps", 3)
     assert code == 0 and "wrote 3 images" in text, err
     assert sorted(path.name for path in out.glob("[!.]*")) == ["00.png", "01.png", "02.png"]
     with Image.open(out / "01.png") as image:
         assert image.size == (16, 16) and image.mode == "RGB" and np.asarray(image).max() == 255
-    code, text, err = command("p2_ddim.evaluate", out, out, "--report", files / "grade")
+    code, text, err = call("p2_ddim.evaluate", out, out, "--report", files / "grade")
     assert code == 0 and "3 of 3 pass" in text, err
     assert json.loads((files / "grade" / "grade.json").read_text())["mean_mse"] == 0
     assert (files / "grade" / "comparison.png").exists()
@@ -90,7 +90,7 @@ def test_bad_noise_is_refused_in_one_line(tmp_path):
         read_noises(tmp_path)
 
 
-def test_bad_calls_end_in_one_line_and_write_nothing(command, files):
+def test_bad_calls_end_in_one_line_and_write_nothing(call, files):
     empty = files / "empty"
     empty.mkdir()
     noise, out, checkpoint = files / "noise", files / "out", files / "UNet.pt"
@@ -101,7 +101,7 @@ def test_bad_calls_end_in_one_line_and_write_nothing(command, files):
                                ((noise, out, files / "no.pt"), "no such UNet checkpoint"),
                                ((noise, out, checkpoint, "--steps", 0), "--steps must be between 1 and 1000, not 0"),
                                ((odd, out, checkpoint), "multiples of 2"), ((noise, "/dev/null/out", checkpoint), "/dev/null/out")):
-        code, _, err = command("p2_ddim.inference", *arguments)
+        code, _, err = call("p2_ddim.inference", *arguments)
         assert code != 0 and err.startswith("error: ") and message in err and err.strip().count("\n") == 0, err
     assert not list(files.rglob("*.png"))
 

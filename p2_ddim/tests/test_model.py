@@ -73,7 +73,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
     path.write_bytes(b"")
     refused("cannot be read")
     torch.save([1, 2], path)
-    refused("is not a state dict of tensors")
+    refused("holds no tensors by name; expected the course's UNet.pt")
     torch.save({"weight": torch.zeros(3)}, path)
     refused("is not a checkpoint of the face UNet")
     state = random_unet(MINI).state_dict()

@@ -17,7 +17,6 @@ from p2_ddim.training import make_optimizer
 TRAIN = "p2_ddim.train"
 SETTINGS = ["--image-size", 16, "--widths", 32, 32, "--attention", 1, "--batch-size", 4, "--save-every", 5, "--sample-every", 0, "--warmup", 1,
             "--dtype", "fp32", "--device", "cpu", "--dropout", 0.1, "--flip"]
-THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 def numbers_of(folder):
@@ -39,30 +38,30 @@ def pictures(tmp_path):
     return folder
 
 
-def test_a_killed_run_ends_with_the_same_weights(command, pictures, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, pictures, tmp_path):
     settings = [*SETTINGS, "--data", pictures, "--steps", 40]
-    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole", **THREADS)
+    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "whole")
     assert code == 0 and "next: bash scripts/p2_infer.sh" in out, err
-    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False, **THREADS)
+    process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False)
     while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "UNet.pt").exists()
     assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
-    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed", **THREADS)
+    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "killed")
     assert code == 0 and "going on at step" in out, err
     whole, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed"))
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
-    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "whole", "--lr", "0.5")
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "whole", "--lr", "0.5")
     assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
 
 
-def test_training_learns_and_its_result_draws(command, pictures, tmp_path):
+def test_training_learns_and_its_result_draws(call, pictures, tmp_path):
     settings = [*SETTINGS[:-3], "--data", pictures, "--steps", 150, "--batch-size", 16, "--sample-every", 150, "--dtype", "auto"]
-    code, _, err = command(TRAIN, *settings, "--output", tmp_path / "run")
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "run")
     assert code == 0, err
     history = numbers_of(tmp_path / "run")
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]  # the first entry is a mean over the first 50 steps
@@ -96,10 +95,10 @@ def test_pictures_are_cropped_to_their_middle(pictures):
     assert (read_pictures(pictures, 8)[0, 0, :, 0] == np.arange(3, 19, 2)).all()  # 2.5 becomes 3
 
 
-def test_bad_flags_and_pictures_end_in_one_line(command, pictures, tmp_path):
+def test_bad_flags_and_pictures_end_in_one_line(call, pictures, tmp_path):
     for flags, message in ((["--data", tmp_path / "no"], "no such folder of pictures"), (["--steps", 0], "--steps must be at least 1"),
                            (["--widths", 20], "multiples of 32"), (["--image-size", 15], "cannot be halved"), (["--output", "/dev/null/run"], "/dev/null/run")):
-        code, _, err = command(TRAIN, *SETTINGS, "--data", pictures, "--output", tmp_path / "run", *flags)
+        code, _, err = call(TRAIN, *SETTINGS, "--data", pictures, "--output", tmp_path / "run", *flags)
         assert code != 0 and err.startswith("error: ") and err.strip().count("\n") == 0 and message in err, err
     (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"cannot read the picture .*0\.png"):

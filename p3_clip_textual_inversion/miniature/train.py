@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import UserError, atomic_path, check_flags, run, writable_folder
+from ..files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
 from ..training import (
     Log,
     add_arguments,
@@ -77,9 +77,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    accelerator, dtype = prepare(args, args.output)
-    device, folder = accelerator.device, writable_folder(args.output)
+    with lock(writable_folder(args.output)):
+        train(args, args.output)
+
+
+def train(args, folder):
+    accelerator, dtype = prepare(args, folder)
+    device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["made_of"] = fingerprint(args.drawings, *(path for path in (args.clip, args.vae) if path))
     state_file = folder / "state.pt"
     state = load_state(state_file, settings) if state_file.exists() else None
     torch.manual_seed(args.seed)

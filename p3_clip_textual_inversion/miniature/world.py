@@ -70,7 +70,7 @@ class Drawings:
         try:
             with np.load(path) as content:  # allow_pickle is off
                 pixels, of_names, of_styles = (content[key] for key in ("pixels", "names", "styles"))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged archive makes its readers raise anything
             command = f"python -m p3_clip_textual_inversion.miniature.drawings render {path}"
             raise UserError(f"cannot read the drawings {path} ({error}); {command} makes them") from None
         self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)

@@ -1,0 +1,194 @@
+"""Results know what made them: pictures of two makings are never mixed nor graded as something else, each can be drawn again, and no run writes over what is
+not its own."""
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm.files import MINI, lock
+from p1_cfg_ddpm.model import SIZES, save_model
+from p1_cfg_ddpm.model import UNet as DigitUNet
+from p2_ddim.model import UNet, UNetConfig
+from p3_clip_textual_inversion.embedding import save_embedding
+from p3_clip_textual_inversion.tests.conftest import tiny_clip, tiny_sd  # noqa: F401
+
+P1, P2, P3 = "p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"
+ERRORS = "is not overwritten|choose another"
+
+
+@dataclass
+class Problem:
+    """draw, grade: arguments with OUT for the folder; names: of its pictures."""
+    package: str
+    draw: list
+    grade: list
+    names: list
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process; returns (exit code, stdout, stderr)."""
+    def run(package, module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        AcceleratorState._reset_state(True)
+        code = 0
+        try:
+            importlib.import_module(f"{package}.files").run(importlib.import_module(f"{package}.{module}").main)
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 1
+            print(stopped.code, file=sys.stderr)
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def places(tmp_path, tiny_sd):  # noqa: F811
+    """What is drawn from and learned from, untrained and tiny: {problem: `Problem`}, made once a test."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "tiny.safetensors", DigitUNet(SIZES["tiny"]), Diffusion())
+    for name in ("noise", "references", "concepts/0", "words", "digits"):
+        (tmp_path / name).mkdir(parents=True)
+    torch.save(UNet(UNetConfig((32,), (), 1)).state_dict(), tmp_path / "UNet.pt")
+    for i in range(2):
+        torch.save(torch.randn(1, 3, 16, 16), tmp_path / "noise" / f"0{i}.pt")
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "references" / f"0{i}.png")
+        Image.effect_noise((70, 70), 50).convert("RGB").save(tmp_path / "concepts" / "0" / f"{i}.png")
+    (tmp_path / "concepts" / "input.json").write_text(json.dumps({"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"]}}))
+    save_embedding(tmp_path / "words" / "new1.safetensors", "<new1>", torch.ones(1, 32))
+    return {
+        P1: Problem(P1, ["OUT", "--checkpoint", tmp_path / "tiny.safetensors", "--images-per-digit=1", "--digits", 3, 4, "--steps=2"],
+                    ["OUT", "--report", tmp_path / "grade", "--data", tmp_path / "no"],
+                    [f"{domain}/{digit}_001.png" for domain in ("mnistm", "svhn") for digit in (3, 4)]),
+        P2: Problem(P2, [tmp_path / "noise", "OUT", tmp_path / "UNet.pt", "--steps=2"], ["OUT", tmp_path / "references", "--report", tmp_path / "grade"],
+                    ["00.png", "01.png"]),
+        P3: Problem(P3, [tmp_path / "concepts" / "input.json", "OUT", tiny_sd, "--embeddings", tmp_path / "words", "--num-images=2", "--steps=1"],
+                    ["OUT", tmp_path / "concepts" / "input.json", "--num-images=2", "--report", tmp_path / "grade", "--model", MINI / "clip"],
+                    [f"0/0/source0_prompt0_{i}.png" for i in range(2)])}
+
+
+def contents(folder, names):
+    return [(folder / name).read_bytes() for name in names]
+
+
+@pytest.mark.parametrize("package", [P1, P2, P3])
+def test_results_of_two_makings_are_not_mixed(call, places, tmp_path, package):
+    problem, out, other = places[package], tmp_path / "out", tmp_path / "other"
+
+    def draw(folder, *flags, seed=0):
+        return call(package, "inference", *(folder if part == "OUT" else part for part in problem.draw), "--seed", seed, *flags)
+
+    def graded(said):
+        code, _, err = call(package, "evaluate", *(out if part == "OUT" else part for part in problem.grade))
+        assert code == 1 and err.startswith("error: ") and said in err and err.count("\n") == 1, err
+        assert not (tmp_path / "grade" / "grade.json").exists()
+
+    for folder, seed in ((out, 0), (other, 1)):
+        code, _, err = draw(folder, seed=seed)
+        assert code == 0, err
+    first, second = contents(out, problem.names), contents(other, problem.names)
+    assert draw(out)[0] == 0 and contents(out, problem.names) == first
+
+    code, _, err = draw(out, seed=1)
+    assert code == 1 and "was made otherwise (settings seed 0 is now 1); choose another folder, or --overwrite" in err and contents(out, problem.names) == first
+
+    one = out / problem.names[1]
+    one.write_bytes(b"")  # a disk that was full
+    assert draw(out)[0] == 0 and contents(out, problem.names) == first
+
+    with Image.open(one) as image:
+        Image.new("RGB", image.size, "red").save(one)
+    theirs = one.read_bytes()
+    for flags in ((), ("--overwrite",)):
+        code, _, err = draw(out, *flags)
+        assert code == 1 and f"{one} was not drawn by this project" in err and one.read_bytes() == theirs
+    graded("was made otherwise than the rest (by another program)")
+
+    one.write_bytes((other / problem.names[1]).read_bytes())
+    graded("was made otherwise than the rest (settings seed 0 is now 1)")
+    one.unlink()
+    graded("is missing")
+
+    code, _, err = draw(out, "--overwrite", seed=1)
+    assert code == 0 and contents(out, problem.names) == second, err
+
+
+@pytest.mark.parametrize("package", [P1, P2, P3])
+def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package):
+    """In the batch that it was drawn in; and over no file of the user's."""
+    problem, again = places[package], tmp_path / "again.png"
+    assert call(package, "inference", *(tmp_path / "out" if part == "OUT" else part for part in problem.draw))[0] == 0
+    picture = tmp_path / "out" / problem.names[1]
+    code, out, err = call(package, "redraw", picture, "--output", again)
+    assert code == 0 and "byte for byte" in out and again.read_bytes() == picture.read_bytes(), out + err
+    again.write_text("the user's")
+    code, _, err = call(package, "redraw", picture, "--output", again)
+    assert code == 1 and "was not drawn by this project, and is not overwritten" in err and again.read_text() == "the user's"
+    code, _, err = call(package, "redraw", picture, "--output", picture)
+    assert code == 1 and "is the picture itself" in err
+    Image.new("RGB", (28, 28)).save(again)
+    code, _, err = call(package, "redraw", again)
+    assert code == 1 and "does not tell how it was made" in err
+
+
+def test_another_model_of_the_same_words_is_another_model(call, places, tmp_path):
+    """A finetuning may leave alone the token table and the first convolution, by which a model is known to its words."""
+    problem, (input_json, _, source, *flags) = places[P3], places[P3].draw
+    copy = importlib.import_module("shutil").copytree(source, tmp_path / "sd")
+    assert call(P3, "inference", input_json, tmp_path / "out", copy, *flags)[0] == 0
+    before = contents(tmp_path / "out", problem.names)
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    code, _, err = call(P3, "inference", input_json, tmp_path / "out", copy, *flags)
+    assert code == 1 and "was made otherwise (made_of weights" in err and contents(tmp_path / "out", problem.names) == before, err
+
+
+@pytest.mark.parametrize("package, module, arguments, kept", [
+    (P1, "train", "--data={mini}/digits --output={t}/run --size=tiny --steps=1", "run/model.safetensors"),
+    (P1, "distill", "--teacher={t}/tiny.safetensors --data={mini}/digits --output={t}/run --size=tiny --steps=1 --paths=2", "run/model.safetensors"),
+    (P2, "train", "--data={t}/references --output={t}/run --image-size=16 --widths=32 --attention=0 --steps=1 --batch-size=1", "run/UNet.pt"),
+    (P3, "train", "{t}/concepts/input.json --checkpoint={sd} --output={t}/run --steps=1 --batch-size=1", "run/new1.safetensors"),
+    (P2, "edit", "invert {t}/references {t}/noise {t}/UNet.pt", "noise/00.pt"),
+    (P3, "train", "{t}/concepts/input.json --checkpoint={sd} --output={t}/concepts --steps=1 --batch-size=1", "concepts/0/0.png"),
+    (P3, "inference", "{t}/concepts/input.json {t}/concepts {sd} --embeddings={t}/words", "concepts/0/0.png"),
+    (P2, "inference", "{t}/noise {t}/references {t}/UNet.pt --steps=2", "references/00.png"),
+    (P2, "evaluate", "{t}/references {t}/references --report={t}/references", "references/00.png"),
+    (P1, "inference", "{t}/digits --checkpoint={t}/tiny.safetensors --steps=2", "digits/svhn/data/1.png"),
+])
+def test_nothing_that_is_not_this_runs_is_overwritten(call, places, tmp_path, tiny_sd, package, module, arguments, kept):  # noqa: F811
+    """Results whose state is gone, noises, references, example pictures."""
+    path = tmp_path / kept
+    if not path.exists():
+        path.parent.mkdir(parents=True)
+        path.write_text("the user's")
+    before = {entry: entry.read_bytes() for entry in tmp_path.rglob("*") if entry.is_file()}
+    code, _, err = call(package, module, *(part.format(t=tmp_path, mini=MINI, sd=tiny_sd) for part in arguments.split()))
+    assert code == 1 and any(said in err for said in ERRORS.split("|")) and "Traceback" not in err, err
+    assert {entry: entry.read_bytes() for entry in tmp_path.rglob("*") if entry.is_file()} == before
+
+
+@pytest.mark.parametrize("package, module, arguments", [
+    (P1, "inference", "{t}/run --checkpoint={t}/tiny.safetensors --steps=2 --digits=3"),
+    (P1, "train", "--data={mini}/digits --output={t}/run --size=tiny --steps=1"),
+    (P1, "distill", "--teacher={t}/tiny.safetensors --data={mini}/digits --output={t}/run --size=tiny --steps=1"),
+    (P2, "inference", "{t}/noise {t}/run {t}/UNet.pt --steps=2"), (P2, "edit", "invert {t}/references {t}/run {t}/UNet.pt"),
+    (P2, "train", "--data={t}/references --output={t}/run --image-size=16 --widths=32 --attention=0 --steps=1 --batch-size=1"),
+    (P3, "inference", "{t}/concepts/input.json {t}/run {sd} --embeddings={t}/words --num-images=1 --steps=1"),
+    (P3, "train", "{t}/concepts/input.json --checkpoint={sd} --output={t}/run --steps=1 --batch-size=1"),
+    (P3, "pretrain", "clip --drawings={t}/no --output={t}/run"), (P3, "miniature.train", "clip --drawings={t}/no --output={t}/run"),
+])
+def test_a_second_run_into_a_folder_says_who_has_it(call, places, tmp_path, tiny_sd, package, module, arguments):  # noqa: F811
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        code, _, err = call(package, module, *(part.format(t=tmp_path, mini=MINI, sd=tiny_sd) for part in arguments.split()))
+    assert code == 1 and "is in use by process " in err.splitlines()[-1], err
+    assert not [path for path in Path(tmp_path / "run").rglob("*") if path.is_file()]
