@@ -51,7 +51,7 @@ from .training import (
 LOG_EVERY = 20
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7}  # what a prompt of CLIP and a memory hold
 VALIDATED, VALIDATIONS = 64, 15  # kept latents, at a moment each; how often in a run
-FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", *WATCHING)  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", "weights", *WATCHING)  # between a run and its continuation
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
 
 
@@ -150,7 +150,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
-                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id}
+                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id, "weights": args.weights}
     refuse_others(folder / "state.pt", results.values())
     needed = ("step", "history", "recent", "trained", "best")
     state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None

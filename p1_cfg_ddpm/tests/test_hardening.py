@@ -255,10 +255,10 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, tiny_checkpoint, tmp_path):
-    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
-    arguments, out, killed = ["--checkpoint", tiny_checkpoint, *DRAW], tmp_path / "märz 数字 out", tmp_path / "killed"
+    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
+    arguments, out, killed = ["--checkpoint", tiny_checkpoint, *DRAW], tmp_path / "märz 数字 'out'", tmp_path / "killed"
     victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p1_cfg_ddpm.inference", killed, *arguments])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False) for _ in range(2)]
+    both = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
     assert call("inference", tmp_path / "one", *arguments)[0] == 0
     ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
     assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends

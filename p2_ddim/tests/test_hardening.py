@@ -205,13 +205,13 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places):
-    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the third picture leaves two."""
+    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the third picture leaves two."""
     def arguments(output):
         return [places / "noise", output, places / "UNet.pt", "--steps=2", "--batch-size=1"]
 
-    out, killed = places / "märz 数字 out", places / "killed"
+    out, killed = places / "märz 数字 'out'", places / "killed"
     victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p2_ddim.inference", *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command("p2_ddim.inference", *arguments(out), wait=False) for _ in range(2)]
+    both = [command("p2_ddim.inference", *arguments(out), wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
     assert call("inference", *arguments(places / "one"))[0] == 0
     ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
     assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends

@@ -357,15 +357,15 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places, tiny_sd):
-    """Of two at once in one folder one says who has it, and all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
+    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
     next run adds the others."""
     def arguments(output):
         return [places / "concepts" / "input.json", output, tiny_sd, "--embeddings", places / "words", "--num-images=1", "--steps=1", "--dtype=fp32",
                 "--batch-size=1"]
 
-    module, out, killed = f"{PACKAGE}.inference", places / "märz 数字 out", places / "killed"
+    module, out, killed = f"{PACKAGE}.inference", places / "märz 数字 'out'", places / "killed"
     victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, module, *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command(module, *arguments(out), "--overwrite", wait=False) for _ in range(2)]
+    both = [command(module, *arguments(out), "--overwrite", wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
     assert call(module, *arguments(places / "one"))[0] == 0
     ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
     assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends

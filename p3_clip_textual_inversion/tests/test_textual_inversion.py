@@ -200,7 +200,7 @@ def test_a_finished_run_is_known_by_its_pictures_and_its_model(call, concepts_js
     path = tmp_path / "moved" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"conv_in.weight": torch.ones(32, 4, 3, 3)}, path)  # another model, of as many bytes
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "moved")
-    assert code == 1 and f"other settings (model miniature-{before} is now miniature-{identify(tmp_path / 'moved')})" in err
+    assert code == 1 and f"other settings (model miniature-{before} is now miniature-{identify(tmp_path / 'moved')};" in err
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--checkpoint", tmp_path / "no.ckpt")
     assert code == 1 and f"no such checkpoint: {tmp_path / 'no.ckpt'}" in err
     (concepts_json.parent / "1" / "2.png").unlink()
