@@ -255,7 +255,7 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, tiny_checkpoint, tmp_path):
-    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
+    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
     arguments, out, killed = ["--checkpoint", tiny_checkpoint, *DRAW], tmp_path / "märz 数字 'out'", tmp_path / "killed"
     victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p1_cfg_ddpm.inference", killed, *arguments])), cwd=ROOT, stderr=subprocess.DEVNULL)
     both = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]

@@ -205,7 +205,7 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places):
-    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the third picture leaves two."""
+    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the third picture leaves two."""
     def arguments(output):
         return [places / "noise", output, places / "UNet.pt", "--steps=2", "--batch-size=1"]
 

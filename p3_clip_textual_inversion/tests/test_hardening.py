@@ -357,7 +357,7 @@ def pictures(folder):
 
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places, tiny_sd):
-    """Of two at once in a folder, without a home, one says who has it; all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
+    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
     next run adds the others."""
     def arguments(output):
         return [places / "concepts" / "input.json", output, tiny_sd, "--embeddings", places / "words", "--num-images=1", "--steps=1", "--dtype=fp32",
