@@ -189,15 +189,15 @@ def writable_folder(folder):
 def writable_file(path):
     """Checks that a file can be written at `path`, before any long work starts. Returns its path."""
     path = Path(path)
+    folder = writable_folder(path.parent)  # first: the system looks at a name only where its folder is there
     try:
-        if os.path.lexists(path) and stat.S_ISDIR(os.stat(path).st_mode):
+        if stat.S_ISDIR(os.stat(path).st_mode):
             raise UserError(f"cannot write the file {path}: it is a folder")
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
         raise UserError(f"cannot write the file {path}: {first_line(error)}") from None
-    return writable_folder(path.parent) / path.name
+    return folder / path.name
 
 
 @contextmanager

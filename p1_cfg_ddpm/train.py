@@ -216,6 +216,7 @@ def draw_batch(step, args, num_images, steps_until, device):
 
     A function of (seed, step) alone, so that a resumed run, or one on several processes, draws the same numbers. t is stratified: the batch is
     spread evenly over the distribution whose cumulative sum is `steps_until`, [T], so that losses of different batches can be compared."""
+    eps = torch.empty(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)  # first: too large a batch ends here
     index, position, end = [], step * args.batch_size, (step + 1) * args.batch_size
     while position < end:
         epoch, place = divmod(position, num_images)
@@ -224,7 +225,7 @@ def draw_batch(step, args, num_images, steps_until, device):
     options = {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
     spread = (torch.arange(args.batch_size, device=device) + torch.rand(args.batch_size, **options)) / args.batch_size
     t = torch.searchsorted(steps_until, spread).clamp(max=len(steps_until) - 1)
-    eps = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, **options)
+    eps.normal_(generator=options["generator"])
     drop = torch.rand(args.batch_size, **options) < args.drop_condition
     return torch.cat(index), t, eps, drop
 
@@ -270,7 +271,7 @@ class PowerEMA:
         return net.to(device=device, memory_format=torch.channels_last).eval()
 
     def load_state_dict(self, averages):
-        for own, saved in zip(self.averages, averages):
+        for own, saved in zip(self.averages, averages, strict=True):
             for name in own:
                 own[name].copy_(saved[name])
 

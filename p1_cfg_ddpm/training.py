@@ -20,6 +20,7 @@ from .files import UserError, atomic_path, lock
 from .tensors import read_tensors
 
 WATCHING = ("device", "validate_every", "stop_when_flat", "report_to", "defaults")  # flags that a run may change and still be the same run
+MOST_ITEMS = 1_000_000  # of a batch: more would end in the system's killing the process, not in an error
 LEAST_GAIN = 1e-3  # of the validation loss: less is flat
 
 
@@ -51,6 +52,8 @@ def prepare(args, folder, accumulate=1):
     precision = {"fp32": "no"}.get(name_of(dtype), name_of(dtype))
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=accumulate,
                               log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)
+    if args.batch_size > MOST_ITEMS:
+        raise UserError(f"--batch-size must be at most {MOST_ITEMS:,}, not {args.batch_size:,}")
     if args.batch_size % accelerator.num_processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {accelerator.num_processes} processes")
     return accelerator, dtype
@@ -204,10 +207,11 @@ def data_fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
-def load_state(path, settings, needed=("step", "history", "recent"), steps=None, defaults=None):
+def load_state(path, settings, needed=("step", "history", "recent"), steps=None, defaults=None, row=dict):
     """The state that a run of these settings saved; another run's, half a one, or one that is beyond `steps` already, is refused.
 
-    defaults: of the flags; what a flag was that did not exist when the state was written (None: it depends on others, and is not held against it)."""
+    row: what the rows of its history are. defaults: of the flags; what a flag was that did not exist when the state was written (None: it depends on others,
+    and is not held against it)."""
     state = read_tensors(path, "training state")
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
@@ -216,7 +220,9 @@ def load_state(path, settings, needed=("step", "history", "recent"), steps=None,
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
     missing = [name for name in needed if name not in state]
-    if missing or not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["history"], list):
+    whole = not missing and isinstance(state["history"], list) and all(
+        isinstance(line, row) and all(isinstance(value, (int, float)) for value in (line.values() if row is dict else line)) for line in state["history"])
+    if not whole or type(state["step"]) is not int or state["step"] < 0:
         raise UserError(f"{path} is damaged: it has no usable {', '.join(missing) or 'step and history'}; choose another --output")
     if steps is not None and state["step"] > steps:
         raise UserError(f"{path} is at step {state['step']} already, beyond --steps {steps}; choose another --output")

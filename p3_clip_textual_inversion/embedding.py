@@ -20,12 +20,18 @@ INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds
 
 
 class LearnedEmbedding(torch.nn.Module):
-    """The token table with new rows after its end. The table is never a parameter to learn, so it stays bit-identical; `rows` [n, dim] is all that learns."""
+    """The token table with new rows after its end. The table is never a parameter to learn, so it stays bit-identical; `rows` [n, dim] is all that learns.
 
-    def __init__(self, table, rows):
+    ids: of the new rows; one that the table has too, as that of a word which a training wrote into the model, means the new row."""
+
+    def __init__(self, table, rows, ids=None):
         super().__init__()
         self.table = table.requires_grad_(False)
         self.rows = torch.nn.Parameter(rows.detach().clone().to(table.weight))
+        ids = list(ids or range(table.num_embeddings, table.num_embeddings + len(rows)))
+        row_of = torch.full((max(table.num_embeddings, max(ids) + 1),), -1)
+        row_of[ids] = torch.arange(len(rows))
+        self.register_buffer("row_of", row_of.to(table.weight.device), persistent=False)  # -1: none, the table's own
 
     @property
     def weight(self):  # transformers and diffusers read a dtype and a device here
@@ -33,10 +39,13 @@ class LearnedEmbedding(torch.nn.Module):
 
     def forward(self, ids):
         """int [B, N] -> [B, N, dim]"""
-        known = self.table.num_embeddings
-        old = self.table(ids.clamp(max=known - 1))
-        new = F.embedding((ids - known).clamp(min=0), self.rows)
-        return torch.where((ids >= known)[..., None], new, old)
+        old = self.table(ids.clamp(max=self.table.num_embeddings - 1))
+        new = F.embedding(self.row_of[ids].clamp(min=0), self.rows)
+        return torch.where(self.is_new(ids)[..., None], new, old)
+
+    def is_new(self, ids):
+        """bool, like ids: which tokens are learned words'."""
+        return self.row_of.to(ids.device)[ids] >= 0
 
 
 def tokens_of(word, count):
@@ -46,13 +55,13 @@ def tokens_of(word, count):
 
 def check_words(words, tokenizer):
     """Refuses words that cannot become tokens of their own."""
-    known = tokenizer.get_vocab()
+    known = {token for token, number in tokenizer.get_vocab().items() if number < tokenizer.vocab_size}  # later ones a training wrote there
     for word in words:
         if not word or word.split() != [word]:
             raise UserError(f"the token name {word!r} must be one word without spaces, such as <new1>")
         if word in known or f"{word}</w>" in known:
-            raise UserError(f"the model itself already knows the word {word!r}, from its vocabulary or since a training wrote it there; choose another, "
-                            f"such as <my-{re.sub('[^a-z0-9]', '', word.lower()) or 'word'}>, or the model without it")
+            raise UserError(f"the model itself already knows the word {word!r}, from its vocabulary; choose another, "
+                            f"such as <my-{re.sub('[^a-z0-9]', '', word.lower()) or 'word'}>")
         if any(word != other and other in word for other in words):
             raise UserError(f"the token name {word!r} contains another one; choose names of which none is part of another")
     if len(set(words)) != len(words):
@@ -75,14 +84,13 @@ def add_words(parts, vectors):
     tokens = [token for word, rows in vectors.items() for token in tokens_of(word, len(rows))]
     parts.tokenizer.add_tokens(tokens)
     ids = parts.tokenizer.convert_tokens_to_ids(tokens)
-    if ids != list(range(table.num_embeddings, table.num_embeddings + len(tokens))):
-        raise UserError(f"the tokenizer numbers the new words {ids}, but the token table ends at {table.num_embeddings}; tokenizer and text encoder "
-                        "do not belong together")
-    learned = LearnedEmbedding(table, torch.cat(list(vectors.values())))
+    if parts.tokenizer.vocab_size > table.num_embeddings or min(ids) < parts.tokenizer.vocab_size:
+        raise UserError(f"the tokenizer has {parts.tokenizer.vocab_size} tokens and numbers the new words {ids}, but the token table ends at "
+                        f"{table.num_embeddings}; tokenizer and text encoder do not belong together")
+    learned = LearnedEmbedding(table, torch.cat(list(vectors.values())), ids)
     parts.text_encoder.set_input_embeddings(learned)
     for word, rows in vectors.items():
-        found = parts.tokens([expand(f"a {word} b", {word: len(rows)})])[0].tolist()
-        if sum(token >= table.num_embeddings for token in found) != len(rows):
+        if learned.is_new(parts.tokens([expand(f"a {word} b", {word: len(rows)})])[0]).sum() != len(rows):
             raise UserError(f"the tokenizer does not read {word!r} as a token of its own; choose another name, such as <new1>")
     return learned
 

@@ -10,14 +10,18 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, Sig
 
 from .checkpoint import read_checkpoint
 from .files import UserError, read_json, shown
+from .open_clip_folder import is_number
 from .tensors import fill
 
 CLIP_VOCABULARY = 49408  # tokens of OpenAI's CLIP, which open_clip's own tokenizer knows
 HEAD_WIDTH = 64  # in every CLIP of OpenAI's shape
+TOWERS = ("text_config", "vision_config")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # without one of them, transformers would make a tokenizer that knows nothing
 KINDS = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SAID = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "image_size", "patch_size",
         "num_channels", "layer_norm_eps", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim", "projection_size", "hidden_act")  # of a tower
+MOST_LAYERS, LARGEST_NUMBER = 200, 1_000_000
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 PREPARED = {  # what preprocessor_config.json may say of how pictures are prepared, of a model that reads this side
@@ -67,10 +71,13 @@ def load(folder):
     if path is None:
         raise UserError(f"{folder} has a config.json, but none of {', '.join(WEIGHTS)}")
     config_kind, model_kind = KINDS[kind]
-    towers = {tower: {key: value for key, value in (config.get(tower) or {}).items() if key in SAID} for tower in ("text_config", "vision_config")}
+    if not isinstance(preprocess, dict) or not all(isinstance(config.get(tower) or {}, dict) for tower in TOWERS):
+        raise UserError(f"{folder}: preprocessor_config.json and {' and '.join(TOWERS)} of config.json must be objects")
+    towers = {tower: {key: value for key, value in (config.get(tower) or {}).items() if key in SAID} for tower in TOWERS}
     for tower, sizes in towers.items():
         for key, value in sizes.items():
-            if (value not in ACTIVATIONS) if key == "hidden_act" else not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1e6:
+            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_NUMBER
+            if (value not in ACTIVATIONS) if key == "hidden_act" else not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
                 raise UserError(f"{folder / 'config.json'}: {key} of {tower} is {shown(value)}, which is not known here")
     options = {"projection_dim": config["projection_dim"]} if kind == "clip" and isinstance(config.get("projection_dim"), int) else {}
     state = {name: tensor for name, tensor in read_checkpoint(path).items() if not name.endswith("position_ids")}  # older ones store the numbers 0 to 76
@@ -79,6 +86,8 @@ def load(folder):
     if not siglip and text.vocab_size == CLIP_VOCABULARY:
         tokenizer = open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
     else:
+        if not any((folder / name).is_file() for name in VOCABULARIES):
+            raise UserError(f"{folder} has a vocabulary of its own ({text.vocab_size:,} tokens), but none of {', '.join(VOCABULARIES)}")
         tokenizer = partial(tokenize, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), text.max_position_embeddings)
     return HuggingFace(model), transform_of(preprocess, model.config.vision_config.image_size, siglip, folder), tokenizer
 
@@ -90,8 +99,8 @@ def transform_of(preprocess, side, siglip, folder):
         raise UserError(f"{folder / 'preprocessor_config.json'} has {wrong[0][:80]}, which is not obeyed here")
     numbers = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if siglip else {}
     numbers |= {ours: preprocess[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in preprocess}
-    if not all(len(value) == 3 and all(isinstance(number, (int, float)) for number in value) for value in numbers.values()):
-        raise UserError(f"{folder / 'preprocessor_config.json'}: image_mean and image_std must be three numbers each")
+    if not all(len(value) == 3 and all(map(is_number, value)) for value in numbers.values()) or not all(numbers.get("std", (1,))):
+        raise UserError(f"{folder / 'preprocessor_config.json'}: image_mean and image_std must be three numbers each, the latter not 0")
     cropped = preprocess.get("do_center_crop", not siglip)
     return image_transform_v2(PreprocessCfg(size=side, resize_mode="shortest" if cropped else "squash",
                                             interpolation=RESAMPLING[preprocess.get("resample") or 3], **numbers), is_train=False)

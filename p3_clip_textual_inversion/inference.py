@@ -26,7 +26,7 @@ from .provenance import Made, claim
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
-from .words import gather
+from .words import gather, own_words
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,14 @@ def main():
     concepts = read_concepts(args.input)
     refuse_examples(args.output, args.input, concepts)
     tokens = [concept.token for concept in concepts]
-    args.words = args.embeddings or [str(find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words"))]
+    own = {word: rows for word, rows in own_words(args.checkpoint).items() if word in tokens}
+    args.words, missing = args.embeddings or [], [token for token in tokens if token not in own]
+    if missing and not args.words:
+        args.words = [str(find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words"))]
     texts = [prompt for concept in concepts for prompt in concept.prompts]
-    vectors, initials, origin = gather(args.words, tokens, texts, args.width, model)
+    vectors, initials, origin = gather(args.words, missing, texts, args.width, model) if args.words else ({}, {}, {})
+    args.words += [args.checkpoint] if own.keys() - vectors.keys() else []
+    vectors = own | vectors
     if args.projections:
         existing_file(args.projections, "projections")
     told = {path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}

@@ -167,7 +167,7 @@ def prepare(method, args, concepts, device, config):
             for concept in concepts:  # the hidden states of its words in its captions, which is what its projections learned
                 captions = [expand(t.format(concept.token), counts) for t in templates[kind_of(concept, args)]]
                 ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
-                targets.append(hidden[ids >= parts.text_encoder.get_input_embeddings().table.num_embeddings])
+                targets.append(hidden[parts.text_encoder.get_input_embeddings().is_new(ids).cpu()])
             captions = [t.format(word) for t in templates["object"] for word in args.row.ordinary]
             ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
         set_weights(parts.unet, merge(base, tuned, targets, hidden[ids != parts.tokenizer.pad_token_id]))

@@ -73,9 +73,14 @@ def check_config(config, path):
         if preprocess.get(key, expected[0]) not in expected:
             raise UserError(f"{path}: {key} {shown(preprocess[key])!r} is not known here")
     for key in ("mean", "std"):
-        if key in preprocess and (not isinstance(preprocess[key], list) or len(preprocess[key]) != 3):
-            raise UserError(f"{path}: {key} must be three numbers")
+        if key in preprocess and not (isinstance(preprocess[key], list) and len(preprocess[key]) == 3 and all(map(is_number, preprocess[key]))
+                                      and (key == "mean" or all(preprocess[key]))):
+            raise UserError(f"{path}: {key} must be three numbers{', none of them 0' if key == 'std' else ''}")
     return model, {key: value for key, value in preprocess.items() if value is not None}
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def section(config, name, allowed, path):
@@ -91,6 +96,8 @@ def section(config, name, allowed, path):
         if key in OPTIONS and value is not None:
             if not isinstance(value, dict) or not set(value) <= set(OPTIONS[key]):
                 raise UserError(f"{path}: {key} may have {', '.join(OPTIONS[key])} only")
+            if value.get("approximate", "none") not in ("none", "tanh"):
+                raise UserError(f"{path}: approximate of {key} is {shown(value['approximate'])}; expected none or tanh")
             value = list(value.values())
         for number in value if isinstance(value, list) else [] if value is None else [value]:
             wrong = isinstance(number, (dict, list)) or (isinstance(number, (int, float)) and not abs(number) <= LARGEST.get(key, LARGEST_NUMBER))

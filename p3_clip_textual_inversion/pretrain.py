@@ -78,7 +78,7 @@ def train(args, folder):
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["made_of"] = fingerprint(args.drawings, *(path for path in (args.clip, args.vae) if path))
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings) if state_file.exists() else None
+    state = load_state(state_file, settings, row=list) if state_file.exists() else None
     torch.manual_seed(args.seed)
     task = TASKS[args.task](args, Drawings(args.drawings), device)
     net, step, history, recent = task.model, 0, [], []

@@ -16,7 +16,7 @@ from .inference import draw as draw_pictures
 from .provenance import redraw
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
-from .words import gather
+from .words import gather, own_words
 
 
 def draw(made, name, batch, where, args):
@@ -29,7 +29,10 @@ def draw(made, name, batch, where, args):
                         batch_size=len(batch), dtype=DTYPES[made["settings"]["dtype"]])
     wanted = {word: print_ for own in batch.values() for word, print_ in own["words"].items()}
     sources = where.get("words", ".")
-    vectors, initials, _ = gather([sources] if isinstance(sources, str) else sources, list(wanted))
+    own = {word: rows for word, rows in own_words(checkpoint).items() if word in wanted}
+    sources = [source for source in ([sources] if isinstance(sources, str) else sources) if str(source) != str(checkpoint)]
+    vectors, initials, _ = gather(sources, [word for word in wanted if word not in own], list(wanted)) if sources else ({}, {}, {})
+    vectors = own | vectors
     for word, rows in vectors.items():
         if tensor_fingerprint(rows) != wanted[word].rpartition("+")[2]:
             note(f"the word {word} of {where.get('words')} is another one than that of {args.picture}")

@@ -20,9 +20,11 @@ from .tensors import check_numbers
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception
 transformers.logging.disable_progress_bar()  # for files that load in a blink
+transformers.logging.set_verbosity_error()  # it warns of prompts that are read here as they should be, and tables what does not fit
 MINI_SD = MINI / "stable_diffusion"
 PARTS = ("text_encoder", "vae", "unet")
-MOST_LAYERS, LARGEST_NUMBER = 200, 1_000_000  # in a part's configuration
+MOST_ADDED = 4096  # rows of a token table beyond the tokenizer's own: words that a training added, and what makes the number round
+MOST_LAYERS, LARGEST_TOKEN, LARGEST_NUMBER = 200, 1_000_000, 5120  # in a part's configuration: diffusers takes memory for each layer before it has its weights
 UNOBEYED = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",  # of UNets that
             "shift_factor", "latents_mean", "latents_std",  # are told more than t and a text, and of autoencoders whose latents are moved
             "quantization_config", "auto_map")  # and what asks for other packages, or code
@@ -117,7 +119,11 @@ def load_folder(source, local, dtype):
         raise
     except Exception as error:  # OSError for what is missing; damaged files raise what their libraries please
         hint = "" if local else "; without internet, give a file or a folder"
-        raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}{hint}") from None
+        reason = "a part's weights are not of the sizes that its config.json tells" if "mismatched_sizes" in str(error) else first_line(error)
+        raise UserError(f"cannot load Stable Diffusion from {source}: {reason}{hint}") from None
+    tokens, rows = parts.tokenizer.vocab_size, parts.text_encoder.get_input_embeddings().num_embeddings
+    if not tokens <= rows < tokens + MOST_ADDED:  # without its files, transformers makes a tokenizer that knows nothing
+        raise UserError(f"{source} is not whole: its tokenizer knows {tokens:,} tokens, its text encoder {rows:,}")
     parts.tokenizer.model_max_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)  # some say 10^30
     for part in PARTS:
         check_weights({f"{part}.{name}": tensor for name, tensor in getattr(parts, part).state_dict().items()}, source)
@@ -126,9 +132,9 @@ def load_folder(source, local, dtype):
                         "expected scaled_linear and epsilon, as Stable Diffusion v1 has")
     check_schedule(schedule, source)
     try:
-        parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
-        if len(parts.alpha_bar) != 1000:
-            raise ValueError(f"num_train_timesteps {len(parts.alpha_bar)}, expected 1000")
+        if schedule["num_train_timesteps"] != 1000:
+            raise ValueError(f"num_train_timesteps {shown(schedule['num_train_timesteps'])[:20]}, expected 1000")
+        parts.alpha_bar = make_alpha_bar(schedule["beta_start"], schedule["beta_end"], 1000)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the schedule of {source} lacks or garbles {first_line(error)}") from None
     return parts
@@ -142,7 +148,8 @@ def check_config(path):
             continue
         if key in UNOBEYED or isinstance(value, dict) or not isinstance(config, dict):
             raise UserError(f"{path} has {shown(key)!r}, {shown(value)[:60]}, which is not obeyed here; expected Stable Diffusion v1")
-        most, values = MOST_LAYERS if "layers" in key else LARGEST_NUMBER, value if isinstance(value, list) else [value]
+        most = MOST_LAYERS if "layers" in key else LARGEST_TOKEN if key == "vocab_size" or key.endswith("_id") else LARGEST_NUMBER
+        values = value if isinstance(value, list) else [value]
         for number in values:
             if isinstance(number, (dict, list)) or (isinstance(number, (int, float)) and not abs(number) <= most) or len(values) > 20:
                 raise UserError(f"{path}: {shown(key)} is {shown(value)[:60]}; expected a text, or numbers of at most {most:,}")

@@ -107,12 +107,14 @@ def read_tensors(path, what, expected="", foreign=False):
 
 def unpickle(path, kind, foreign):
     """torch's reader of weights, which builds tensors and plain containers only."""
-    options = {"mmap": True} if kind == "torch" and foreign else {}  # a large file: what is not used is not read
-    if not foreign or kind == "legacy":  # whose classes torch cannot list
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    inert = []
+    if foreign and kind != "legacy":  # whose classes torch cannot list
+        inert = [(type("Inert", (Inert,), {}), name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+    with torch.serialization.safe_globals(inert):
+        if kind == "torch" and foreign and path.suffix != ".safetensors":  # a large file: what is not used is not read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(path, "rb") as file:  # torch would believe a name that ends in .safetensors
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class Inert:

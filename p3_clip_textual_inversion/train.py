@@ -326,11 +326,9 @@ def main():
         concepts = [concept for concept in concepts if concept.number in args.concepts]
     check_files([concept.token for concept in concepts])
     refuse_examples(args.output, args.input, concepts)
-    for concept in concepts:
-        folder = args.input.parent / concept.number  # before any long work starts
-        read_captions(folder, read_pictures(folder)[0], concept.token)
-    for concept in concepts:
+    for concept in concepts:  # before any long work starts
         writable_file(file_of(args.output, concept.token))  # a long token's name may be too long for a file
+        read_captions(args.input.parent / concept.number, read_pictures(args.input.parent / concept.number)[0], concept.token)
     accelerator, dtype = prepare(args, args.output, args.accumulate)
     accelerator.print(told)
     started = time.perf_counter()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import CLIPTokenizer
 
-from .files import UserError, existing_file, note
-from .identity import VOCABULARY
+from .files import UserError, existing_file, first_line, note
+from .identity import TOKEN_TABLE, VOCABULARY, part_file
+from .identity import read_tensors as read_some
 from .tensors import is_finite, is_plain, read_tensors, what_is
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -51,6 +53,23 @@ def read_words(path):
     initial = next((content[key] for key in INITIAL if isinstance(content, dict) and isinstance(content.get(key), str)), None)
     told = isinstance(content, dict) and any(key in content for key in ("delta", "difference"))
     return found, dict.fromkeys(found, initial) if initial and told else {}, metadata
+
+
+def own_words(source):
+    """{word: rows [n, dim] float32} that a training wrote into a model of diffusers' itself, behind its tokenizer's own vocabulary."""
+    if not os.path.isdir(source):
+        return {}
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", local_files_only=True)
+    except Exception as error:  # a damaged file makes its reader raise anything
+        raise UserError(f"cannot load Stable Diffusion from {source}: {first_line(error)}") from None
+    added = sorted((number, token) for token, number in tokenizer.get_added_vocab().items() if number >= tokenizer.vocab_size)
+    table, found = read_some(part_file(source, *TOKEN_TABLE[1::2]), [TOKEN_TABLE[2]])[0] if added else (), {}
+    for number, token in added:
+        first = re.sub(r"_\d+$", "", token)
+        if number < len(table):
+            found.setdefault(first if first in found else token, []).append(table[number].float())
+    return {word: torch.stack(rows) for word, rows in found.items()}
 
 
 def words_of(content, path):

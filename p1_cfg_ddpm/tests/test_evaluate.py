@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from p1_cfg_ddpm import classifier
-from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, bundled_classifier, classify, load_classifier
+from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, DigitClassifier, bundled_classifier, classify, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits
 from p1_cfg_ddpm.embedding import embed
 from p1_cfg_ddpm.evaluate import grade, main, nearest_of, read_folder
@@ -179,3 +180,17 @@ def test_half_an_image_of_a_killed_run_is_not_read(drawn, tmp_path):
     out = shutil.copytree(drawn, tmp_path / "out")
     (out / "svhn" / ".3_006.png.partx.png").write_bytes(b"half")
     assert len(read_folder(out)["svhn"][0]) == 50
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state},
+                                  lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}])
+def test_the_courses_classifier_in_wrappings_and_formats(tmp_path, wrap):
+    """What a file is, its bytes tell: torch.save's format of either age, or safetensors, under any name."""
+    state = CourseClassifier().state_dict()
+    for i, write in enumerate((lambda path: torch.save(wrap(state), path), lambda path: torch.save(wrap(state), path, _use_new_zipfile_serialization=False),
+                               lambda path: save_file(state, path))):
+        for suffix in (".pth", ".safetensors"):
+            write(tmp_path / f"{i}{suffix}")
+            assert load_classifier(tmp_path / f"{i}{suffix}").conv1.weight.equal(state["conv1.weight"])
+    shutil.copyfile(bundled_classifier("svhn"), tmp_path / "ours.pth")
+    assert isinstance(load_classifier(tmp_path / "ours.pth"), DigitClassifier)

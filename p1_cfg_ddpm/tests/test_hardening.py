@@ -92,6 +92,7 @@ def places(tmp_path):
     ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
     ("train", ["--ema=nan"], "--ema must be between 0.001 and 0.25, not [nan]"),
     ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("train", ["--batch-size=1000000000"], "--batch-size must be at most 1,000,000, not 1,000,000,000"),
     ("train", ["--min-snr-gamma=inf"], "--min-snr-gamma must be a number above 0, not inf"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--epochs=0"], "--epochs must be at least 1, not 0"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--batch-size=-1"], "--batch-size must be at least 1, not -1"),

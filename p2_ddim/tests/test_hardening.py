@@ -126,6 +126,7 @@ def test_figures_elsewhere_leave_the_reports_numbers_alone(call, places, monkeyp
     ("train", ["--attention", "9"], "--attention must be levels from 0 to 1"),
     ("train", [f"--seed={10**30}"], "--seed must be a whole number of at most 12 digits"),
     ("train", ["--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("train", ["--batch-size=1000000000", "--device=cpu", "--dtype=fp32"], "--batch-size must be at most 1,000,000, not 1,000,000,000"),
     ("train", ["--data={t}/file", "--device=cpu", "--dtype=fp32"], "no such folder of pictures: {t}/file"),
 ])
 def test_bad_calls_end_in_one_line(call, places, module, arguments, said):

@@ -86,3 +86,17 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2])
     refused("cannot be read")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"state_dict": state}, lambda state: {"model": state, "ema": state, "optimizer": {}, "step": 3},
+    lambda state: {f"module.{name}": tensor for name, tensor in state.items()}, lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+    lambda state: {f"{kind}_model.{name}": tensor for kind in ("online", "ema") for name, tensor in state.items()} | {"step": torch.tensor(3)},
+])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_state_dict_in_wrappings_and_old_files(tmp_path, capsys, wrap, old):
+    """As trainings save it, in torch.save's format of either age; of averaged and plain weights it is said which are used."""
+    state = random_unet(MINI).state_dict()
+    torch.save(wrap(state), tmp_path / "UNet.pt", _use_new_zipfile_serialization=not old)
+    assert all(tensor.equal(state[name]) for name, tensor in load_unet(tmp_path / "UNet.pt").state_dict().items())
+    assert ("as model, ema; those of model are used" in capsys.readouterr().err) == ("ema" in wrap(state))

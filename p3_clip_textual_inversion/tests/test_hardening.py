@@ -29,6 +29,7 @@ from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import SAMPLERS, leading
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.training import load_state
+from p3_clip_textual_inversion.words import own_words
 
 PACKAGE = "p3_clip_textual_inversion"
 # Runs a module, but its second picture is half written when the process is killed, as by kill -9.
@@ -94,6 +95,7 @@ ARGUMENTS = {
     ("train", ["--vectors=20"], "the model reads 24 tokens, and <new1> comes after them, or not whole, in"),
     ("train", ["--crops=1000000000"], "--crops must be at most 1000, not 1000000000"),
     ("train", ["--prior=1000000000", "--custom-diffusion"], "--prior must be at most 100000, not 1000000000"),
+    ("train", ["--batch-size=1000000000"], "--batch-size must be at most 1,000,000, not 1,000,000,000"),
     ("train", ["--steps=1000000000"], "--steps must be at most 10000000, not 1000000000"),
     ("train", ["--lr=1e38"], "a number is too large to compute with (value cannot be converted to type float without overflow); try a smaller --lr"),
     ("inference", ["--guidance-weight=nan"], "--guidance-weight must be a finite number, not nan"),
@@ -177,9 +179,24 @@ def test_a_model_that_has_the_word_already(call, places, tiny_sd):
     parts.text_encoder.resize_token_embeddings(len(parts.tokenizer))
     parts.tokenizer.save_pretrained(places / "sd" / "tokenizer")
     parts.text_encoder.save_pretrained(places / "sd" / "text_encoder")
-    for module in ("train", "inference"):
-        code, _, err = call(f"{PACKAGE}.{module}", *(a.format(t=places, sd=places / "sd") for a in ARGUMENTS[module]))
-        assert code == 1 and "the model itself already knows the word '<new1>'" in err.splitlines()[-1] and "Traceback" not in err, err
+    (rows,) = own_words(places / "sd").values()
+    assert rows.equal(parts.text_encoder.get_input_embeddings().weight[-1:].float()) and own_words(tiny_sd) == {}
+    path = places / "concepts" / "input.json"
+    path.write_text(json.dumps({"0": json.loads(path.read_text())["0"]}))
+    arguments = [a.format(t=places, sd=places / "sd") for a in ARGUMENTS["inference"]]
+    pictures = {}
+    for name, flags in (("given", ["--embeddings", places / "words"]), ("own", []), ("again", ["--embeddings", places / "rows"])):
+        if name == "again":
+            save_embedding(places / "rows" / "new1.safetensors", "<new1>", rows) if (places / "rows").mkdir() is None else None
+        code, out, err = call(f"{PACKAGE}.inference", arguments[0], places / name, *[a for a in arguments[2:] if not a.startswith("--embeddings")], *flags)
+        assert code == 0, err
+        pictures[name] = (places / name / "0" / "0" / "source0_prompt0_0.png")
+    given, own, again = (np.asarray(Image.open(path)) for path in pictures.values())
+    assert (own == again).all() and (own != given).any()
+    code, out, err = call(f"{PACKAGE}.redraw", pictures["own"], "--output", places / "redrawn.png")
+    assert code == 0 and "byte for byte" in out, out + err
+    code, _, err = call(f"{PACKAGE}.train", *(a.format(t=places, sd=places / "sd") for a in ARGUMENTS["train"]))
+    assert code == 0 and (places / "new" / "new1.safetensors").is_file(), err
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -23,8 +23,8 @@ DRAW = {  # problem: (module, arguments with OUT for the folder)
 
 
 @pytest.mark.parametrize("problem", DRAW)
-def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(problem, tmp_path, monkeypatch):
-    """No file may grow beyond 100 bytes: the system refuses the write itself, as on a full disk."""
+def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(problem, tmp_path, monkeypatch, capsys):
+    """No file may grow beyond 100 bytes: the system refuses the write itself, as on a full disk. (capsys: what is printed must go into no file.)"""
     module, arguments = DRAW[problem]
     monkeypatch.setattr(sys, "argv", [module, *(str(tmp_path / "out") if argument == "OUT" else str(argument) for argument in arguments)])
     command, files = (importlib.import_module(name) for name in (module, f"{module.split('.')[0]}.files"))
