@@ -23,6 +23,7 @@ transformers.logging.disable_progress_bar()  # for files that load in a blink
 transformers.logging.set_verbosity_error()  # it warns of prompts that are read here as they should be, and tables what does not fit
 MINI_SD = MINI / "stable_diffusion"
 PARTS = ("text_encoder", "vae", "unet")
+LEAST_TOKENS = 514  # of CLIP's kind of tokenizer: each byte, each as the end of a word, start and end
 MOST_ADDED = 4096  # rows of a token table beyond the tokenizer's own: words that a training added, and what makes the number round
 MOST_LAYERS, LARGEST_TOKEN, LARGEST_NUMBER = 200, 1_000_000, 5120  # in a part's configuration: diffusers takes memory for each layer before it has its weights
 UNOBEYED = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",  # of UNets that
@@ -122,7 +123,7 @@ def load_folder(source, local, dtype):
         reason = "a part's weights are not of the sizes that its config.json tells" if "mismatched_sizes" in str(error) else first_line(error)
         raise UserError(f"cannot load Stable Diffusion from {source}: {reason}{hint}") from None
     tokens, rows = parts.tokenizer.vocab_size, parts.text_encoder.get_input_embeddings().num_embeddings
-    if not tokens <= rows < tokens + MOST_ADDED:  # without its files, transformers makes a tokenizer that knows nothing
+    if not LEAST_TOKENS <= tokens <= rows < tokens + MOST_ADDED:  # without its files, transformers makes a tokenizer that knows nothing
         raise UserError(f"{source} is not whole: its tokenizer knows {tokens:,} tokens, its text encoder {rows:,}")
     parts.tokenizer.model_max_length = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)  # some say 10^30
     for part in PARTS:

@@ -72,8 +72,8 @@ def test_another_runs_result_and_state_are_kept(tmp_path):
     assert data_fingerprint(torch.ones(2, 3).numpy()) != data_fingerprint(torch.ones(3, 2).numpy())
 
 
-@pytest.mark.parametrize("change", [{"step": "3"}, {"step": -1}, {"step": True}, {"step": 3.0}, {"history": None}, {"history": [3]}, {"history": [{"loss": "x"}]},
-                                    {"history": [[1, 2]]}])
+@pytest.mark.parametrize("change", [{"step": "3"}, {"step": -1}, {"step": True}, {"step": 3.0}, {"history": None}, {"history": [3]}, {"history": [[1, 2]]},
+                                    {"history": [{"loss": "x"}]}])
 def test_a_state_of_the_right_settings_and_wrong_contents(tmp_path, change):
     """What a training could not go on from is refused, not found out by a traceback or taken for a number."""
     content = {"settings": {"lr": 1}, "step": 5, "history": [{"step": 5, "loss": 0.5}], "recent": []}
