@@ -35,7 +35,7 @@ KINDS = {  # a file's name: (picture, options of its saving, what is to be seen)
     "i16.png": (grey(GREY, "uint16"), {}, GREY), "i16.tiff": (grey(GREY, "uint16"), {}, GREY), "i32.tiff": (grey(GREY, "int32"), {}, GREY),
     "f.tiff": (grey(GREY, "float32"), {}, GREY), "l.png": (Image.fromarray(GREY), {}, GREY), "rgb.bmp": (RGB, {}, COLOUR),
     "rgba.png": (transparent("RGBA"), {}, WHITE), "la.png": (transparent("LA"), {}, WHITE), "cmyk.tiff": (RGB.convert("CMYK"), {}, COLOUR),
-    "palette.png": (Image.new("P", (28, 28), 3), {"transparency": 3}, WHITE), "white.gif": (Image.new("P", (28, 28), 7), {"transparency": 7}, WHITE),
+    "palette.png": (Image.fromarray(GREY).convert("P"), {"transparency": bytes(256)}, WHITE), "white.gif": (Image.new("P", (28, 28), 7), {"transparency": 7}, WHITE),
     "exif.png": (RGB, turned(), UPRIGHT), "exif.webp": (RGB, turned() | {"lossless": True}, UPRIGHT),
     "moving.webp": (RGB, {"save_all": True, "append_images": [RGB.rotate(90)], "lossless": True}, COLOUR),
 }
@@ -78,5 +78,5 @@ def test_a_bomb_is_refused(tmp_path, reader):
     content[16:24] = struct.pack(">II", 40_000, 40_000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(Exception, match=r"(claims 40000x40000 pixels|has no readable picture)"):
+    with pytest.raises(Exception, match=r"(1600000000 pixels|has no readable picture)"):
         READERS[reader](tmp_path / "a.png")
