@@ -35,7 +35,8 @@ KINDS = {  # a file's name: (picture, options of its saving, what is to be seen)
     "i16.png": (grey(GREY, "uint16"), {}, GREY), "i16.tiff": (grey(GREY, "uint16"), {}, GREY), "i32.tiff": (grey(GREY, "int32"), {}, GREY),
     "f.tiff": (grey(GREY, "float32"), {}, GREY), "l.png": (Image.fromarray(GREY), {}, GREY), "rgb.bmp": (RGB, {}, COLOUR),
     "rgba.png": (transparent("RGBA"), {}, WHITE), "la.png": (transparent("LA"), {}, WHITE), "cmyk.tiff": (RGB.convert("CMYK"), {}, COLOUR),
-    "palette.png": (Image.fromarray(GREY).convert("P"), {"transparency": bytes(256)}, WHITE), "white.gif": (Image.new("P", (28, 28), 7), {"transparency": 7}, WHITE),
+    "palette.png": (Image.fromarray(GREY).convert("P"), {"transparency": bytes(256)}, WHITE),
+    "white.gif": (Image.new("P", (28, 28), 7), {"transparency": 7}, WHITE),
     "exif.png": (RGB, turned(), UPRIGHT), "exif.webp": (RGB, turned() | {"lossless": True}, UPRIGHT),
     "moving.webp": (RGB, {"save_all": True, "append_images": [RGB.rotate(90)], "lossless": True}, COLOUR),
 }
