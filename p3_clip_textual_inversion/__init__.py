@@ -1,4 +1,21 @@
-"""P3: CLIP zero-shot classification, and personalising Stable Diffusion by textual inversion."""
+"""P3: CLIP zero-shot classification, and personalising Stable Diffusion by textual inversion.
+
+The map; a file imports only from floors with a lower number (scripts/tests/test_house.py):
+
+     1  guard (how a command begins and is interrupted)
+     2  files (errors in one line, whole writes, locks), samplers (the update rules), diffusion (loss, guidance), measures (intervals, calibration)
+     3  pictures (one careful reader), tensors (one careful reader), device (where, in which format), compose (noise estimates), defaults (a row a model)
+     4  data (the course's layout), checkpoint (others' files), training (optimisers, states), provenance (what made a picture), estimate, custom_diffusion
+     5  identity (by what a model is known), open_clip_folder (CLIP as open_clip saves it), outcome (a classification's scores)
+     6  words (files of words, others' too), hugging_face (CLIP as transformers saves it), zero_shot_figures (its pictures)
+     7  clip (CLIP and its features), embedding (the token table with new rows)
+     8  stable_diffusion (its five parts, from anywhere), cache (features kept)
+     9  inference (the graded files), adapters (few shots, transduction), fullsize (a file of full size)
+    10  evaluate (the grade), sources (what a word is learned from), redraw (a picture again), zero_shot (classification)
+    11  train (textual inversion), compare (against untrained words), multi (several concepts)
+    12  benchmark (speed), figures (the report's), minimal (the problem on one page)
+    13  miniature (the workshop; a user need not look), world, model, tasks, make_mini, pretrain, mini_scores (the first one, which made today's)
+"""
 
 from .guard import begin
 

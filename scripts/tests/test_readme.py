@@ -1,7 +1,8 @@
-"""README is short, its table of results comes from the JSON, and every script that it names is there."""
+"""README is short, its table of results comes from the JSON, every script that it names is there, and the links of all pages lead somewhere."""
 
 import re
 
+from check import broken_links
 from common import ROOT, read_json
 from results import RESULTS, table
 
@@ -22,3 +23,11 @@ def test_each_script_that_it_names_is_there_and_each_that_is_there_is_named():
     there = {path.name for path in (ROOT / "scripts").glob("*.sh")}
     assert named <= there, named - there
     assert there - named <= {"env.sh", "setup.sh"}, there - named
+
+
+def test_links_lead_somewhere(tmp_path):
+    (tmp_path / "a.md").write_text("# A head, `here`\n[x](b.md#b) [y](b.md#c) [z](none.png) [w](https://a.b/c) ![p](sub) [own](#a-head-here) [no](#nothing)\n")
+    (tmp_path / "b.md").write_text("## B\n")
+    (tmp_path / "sub").mkdir()
+    assert broken_links(tmp_path) == ["a.md: b.md has no heading #c", "a.md: none.png is not there", "a.md: a.md has no heading #nothing"]
+    assert broken_links(ROOT) == []

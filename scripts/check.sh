@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Checks in seconds what a commit should not break: style, shared files, maps, README's tables, links.  (--help)
+set -euo pipefail
+setup_flags=--dev
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec "$python" "$scripts/check.py" "$@"

@@ -1,0 +1,45 @@
+"""The map in each folder's __init__.py: every file is on it, and imports only from the floors below its own."""
+
+import ast
+import importlib
+import re
+
+import pytest
+
+from common import ROOT
+
+PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
+
+
+def floors_of(package):
+    """{file: number of its floor}"""
+    lines = re.findall(r"^ +(\d+)  (.*)$", importlib.import_module(package).__doc__, re.MULTILINE)
+    return {name: int(number) for number, line in lines for name in re.findall(r"\w+", re.sub(r"\([^)]*\)", "", line))}
+
+
+def imports_of(path):
+    """The names of the folder's own files that one imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_map_has_every_file_and_its_floors_hold(package):
+    floors, files = floors_of(package), {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
+    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} - {"tests"}
+    assert floors.keys() == files.keys() | folders
+    top = max(floors.values())  # in P3 the workshop, whose files import one another
+    for name, path in files.items():
+        wrong = {other for other in imports_of(path) if floors[other] >= floors[name] and not (package.startswith("p3") and floors[name] == top)}
+        assert not wrong, f"{name} imports {wrong} from its own floor or above"
+
+
+def test_no_folder_imports_another_and_no_file_is_long():
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text()
+            assert "tests" in path.parts or len(text.splitlines()) <= 350, path
+            assert not re.search(rf"^\s*(from|import) ({'|'.join(other for other in PACKAGES if other != package)})\b", text, re.MULTILINE), path
