@@ -15,59 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from .data import read_noises
 from .device import describe
 from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
-from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, read_json, run, writable_file, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, check_flags, read_json, run, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, settings_of, to_pictures
 from .interpolation import lerp, mix, slerp
 from .inversion import invert
 from .model import load_unet
-from .pictures import save_image
+from .pictures import chart, save_image, sheet
 from .quality import high_frequency
 from .samplers import ImageNoise, ddim, finish
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHAS = tuple(i / 10 for i in range(11))
 ROUND_TRIP_STEPS = (20, 50, 100)
-
-
-def grid(rows, row_titles, column_titles, left=64):
-    """rows: lists of uint8 [H, W, 3] -> one picture with titles."""
-    height, width = rows[0][0].shape[:2]
-    picture = Image.new("RGB", (left + len(column_titles) * (width + 4), 22 + len(rows) * (height + 4)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for column, title in enumerate(column_titles):
-        draw.text((left + column * (width + 4) + width // 2, 10), str(title), "black", font, anchor="mm")
-    for row, (images, title) in enumerate(zip(rows, row_titles)):
-        draw.text((4, 22 + row * (height + 4) + height // 2), str(title), "black", font, anchor="lm")
-        for column, image in enumerate(images):
-            picture.paste(Image.fromarray(image), (left + column * (width + 4), 22 + row * (height + 4)))
-    return picture
+MOMENTS = 6  # of the way from noise to face
 
 
 def drawn(unet, noises, config, batch_size, seed, dtype):
     """The pictures of {name: noise}, in order: a list of uint8 [H, W, 3]."""
     return [to_pictures(x[None])[0] for _, x in generate(unet, noises, config, batch_size, seed, dtype)]
-
-
-def chart(path, *panels):
-    """A picture of panels side by side; each: a function that draws on matplotlib's axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels):
-        panel(axis)
-        axis.legend(fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def norm_panel(a, b):
@@ -77,8 +47,8 @@ def norm_panel(a, b):
         for name, function in (("slerp", slerp), ("lerp", lerp)):
             axis.plot(alphas, [function(a, b, float(alpha)).norm().item() / expected for alpha in alphas], label=name)
         spread = 4 / (2 * a.numel()) ** 0.5  # the norm of n standard normals has standard deviation 1/sqrt(2), around sqrt(n)
-        axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 standard deviations of noise")
-        axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="noise: lerp leaves the sphere, slerp stays on it")
+        axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 deviations of noise")
+        axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="the noise: lerp leaves the sphere, slerp stays")
     return panel
 
 
@@ -144,21 +114,26 @@ def corner_map(unet, corners, config, batch_size, dtype, side=5):
 
 def sampler_panels(results):
     """What p2_ddim.sweep measured, by evaluations: a panel for each of its measures that there is."""
-    told = {"distance": ("distance to {truth_steps} steps of ddim, no clamp, {faces} faces", "root mean square, grey levels"),
-            "clamped": ("the same with the clamp of x0, {faces} faces", "root mean square, grey levels"),
-            "frechet": ("Fréchet distance of {faces} faces", "Fréchet distance, features of CLIP")}
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    told = {"distance": ("distance to {truth_steps} steps of ddim\nno clamp, {faces} faces", "root mean square, grey levels"),
+            "clamped": ("the same with the clamp of x0\n{faces} faces", "root mean square, grey levels"),
+            "frechet": ("Fréchet distance of {faces} faces\nin features of CLIP", "Fréchet distance")}
     samplers = dict.fromkeys((row["sampler"], row["spacing"]) for part in results.values() for row in part["rows"])
 
     def panel(axis, part, title, ylabel):
         for color, (sampler, spacing) in enumerate(samplers):
             own = [row for row in part["rows"] if (row["sampler"], row["spacing"]) == (sampler, spacing)]
-            label = f"--quality {sampler}" if sampler == "exact" else sampler if spacing == "trailing" else f"{sampler}, {spacing}"
+            label = sampler if sampler == "exact" or spacing == "trailing" else f"{sampler}, {spacing}"
             if own:
                 axis.plot([row["evaluations"] for row in own], [row["value"] for row in own], "k*" if sampler == "exact" else f"C{color}o-", label=label)
         asked = sorted({row["asked"] for row in part["rows"]})
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel=ylabel, title=title.format(**part))
         axis.set_xticks(asked, map(str, asked))
         axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter("")
         if "of_drawn" in part:
             axis.axhline(part["of_drawn"], color="tab:gray", label="drawn faces")
     return [partial(panel, part=results[name], title=title, ylabel=ylabel) for name, (title, ylabel) in told.items() if name in results]
@@ -217,27 +192,27 @@ def main():
         return drawn(compiled, some, settings, batch_size, seed, dtype)
 
     by_eta = {eta: draw(four, replace(config, eta=eta)) for eta in ETAS}
-    save_image(grid(list(by_eta.values()), [f"eta {eta:g}" for eta in ETAS], names), folder / "p2_eta.png")
+    save_image(sheet(by_eta.values(), [f"eta {eta:g}" for eta in ETAS], names), folder / "p2_eta.png")
     spread = deviations(by_eta, lambda eta, seed: draw(four, replace(config, eta=eta), seed), range(args.seed, args.seed + args.seeds))
-    chart(folder / "p2_deviation.png", deviation_panel(spread, names))
+    chart([deviation_panel(spread, names)], folder / "p2_deviation.png")
     rows = [draw({f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}) for function in (slerp, lerp)]
-    save_image(grid(rows, ["slerp", "lerp"], [f"alpha {alpha:g}" for alpha in ALPHAS]), folder / "p2_interpolation.png")
+    save_image(sheet(rows, ["slerp", "lerp"], [f"{alpha:.1f}" for alpha in ALPHAS]), folder / "p2_interpolation.png")
     between = halfway(compiled, config, a.shape, args.pairs, batch_size, args.seed, dtype)
-    chart(folder / "p2_norm.png", norm_panel(a, b), spectrum_panel(between))
+    chart([norm_panel(a, b), spectrum_panel(between)], folder / "p2_norm.png")
     rows = corner_map(compiled, list(four.values()), config, batch_size, dtype)
-    save_image(grid(rows, [f"{names[0]} .. {names[1]}", "", "", "", f"{names[2]} .. {names[3]}"], [names[0], "", "", "", names[1]]), folder / "p2_corners.png")
+    save_image(sheet(rows, [names[0], "", "", "", names[2]], [names[0], "", "", "", names[1]]), folder / "p2_corners.png")
     with torch.inference_mode():
         states = list(config.states(compiled, a[None].to(device), dtype=dtype))
-    chosen = [states[i] for i in np.linspace(0, len(states) - 1, 10).round().astype(int)]
+    chosen = [states[i] for i in np.linspace(0, len(states) - 1, MOMENTS).round().astype(int)]
     rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
-    save_image(grid(rows, ["x_t", "predicted x0"], [f"t = {state.t}" for state in chosen], 84), folder / "p2_steps.png")
+    save_image(sheet(rows, ["x_t", "x0"], [f"t = {state.t}" for state in chosen]), folder / "p2_steps.png")
     start = torch.stack(list(four.values())[:2]).to(device)
     trips, usual = (round_trips(compiled, start, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
-    save_image(grid(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips], 92), folder / "p2_inversion.png")
+    save_image(sheet(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips]), folder / "p2_inversion.png")
     if args.samplers.is_file():
-        chart(folder / "p2_samplers.png", *sampler_panels(read_json(args.samplers)))
+        chart(sampler_panels(read_json(args.samplers)), folder / "p2_samplers.png", columns=3, size=(4.4, 3.8))
     mini = args.checkpoint.resolve() == (MINI / "UNet.pt").resolve()
     write_json(results, {
         "network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,

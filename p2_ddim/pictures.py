@@ -18,6 +18,8 @@ from .files import UserError, atomic_path, check_file, existing_folder, first_li
 MOST_PIXELS = 89_478_485  # Pillow's own line; a file of some kB may claim any size
 OUTSIDE_PROGRAMS = ("EPS", "WMF", "MPEG")  # what Pillow would give to another program (Ghostscript), or cannot draw
 SETTINGS = "settings"  # the PNG's text that holds what made it, as JSON
+PARTS = "parts"  # how a sheet or chart is divided, for pages that lay it out again: [{"box": [x, y, width, height], "title", "rows", "columns"}, ...]
+DPI = 120
 NO_PICTURES = (".txt", ".csv", ".jsonl", ".json")  # captions and tables beside pictures
 
 
@@ -138,12 +140,15 @@ def to_uint8(images):
 
 
 def save_image(image, path, settings=None):
-    """Writes a picture (PIL, or uint8 [H, W, 3]). settings: what made it, JSON-able, kept in a PNG's text."""
+    """Writes a picture (PIL, or uint8 [H, W, 3]). settings: what made it, JSON-able, kept in a PNG's text; the parts of a sheet are kept there too."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    parts = image.info.get(PARTS)
+    texts = ({} if settings is None else {SETTINGS: settings}) | ({PARTS: parts} if isinstance(parts, list) else {})
     options = {}
-    if settings is not None:
+    if texts:
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text(SETTINGS, json.dumps(settings, sort_keys=True))
+        for key, value in texts.items():
+            options["pnginfo"].add_text(key, json.dumps(value, sort_keys=True))
     with atomic_path(path) as temporary:
         image.save(temporary, **options)
 
@@ -159,7 +164,14 @@ def sheet(rows, left=(), above=(), titles=(), side=None, gap=4, enlarge=False):
     font = ImageFont.load_default(12)
     margin = max((int(font.getlength(str(label))) + 10 for label in left), default=gap)
     head, title = 20 if above else gap, 20 if titles else 0
-    picture = Image.new("RGB", (margin + max(map(len, rows), default=0) * (width + gap), head + len(rows) * (height + gap + title)), "white")
+    across, down = max(map(len, rows), default=0) * (width + gap), len(rows) * (height + gap + title)
+    longest = max((int(font.getlength(str(text))) + gap for text in titles), default=0)
+    picture = Image.new("RGB", (margin + max(across, longest), head + down), "white")
+    labels = {"columns": [str(label) for label in above], "rows": [str(label) for label in left]}
+    picture.info[PARTS] = [{"box": [margin, head, across, down], **labels}]
+    if titles:  # each row is a part of its own
+        picture.info[PARTS] = [{"box": [margin, head + i * (height + gap + title) + title, len(row) * (width + gap), height + gap], "title": str(titles[i]),
+                                **labels, "rows": labels["rows"][i:i + 1]} for i, row in enumerate(rows)]
     draw = ImageDraw.Draw(picture)
     for column, label in enumerate(above):
         draw.text((margin + column * (width + gap) + width // 2, 10), str(label), "black", font, anchor="mm")
@@ -172,3 +184,31 @@ def sheet(rows, left=(), above=(), titles=(), side=None, gap=4, enlarge=False):
         for column, image in enumerate(row):
             picture.paste(image, (margin + column * (width + gap), top + title))
     return picture
+
+
+def chart(panels, path, columns=2, size=(4.4, 3.2)):
+    """Writes a PNG of charts, equally large, `columns` beside each other. panels: functions that draw on matplotlib's axes; size: of each, in inches.
+
+    A legend stands below its panel, where it hides nothing. Letters are large enough for a panel to be shown alone on a telephone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns, (width, height) = min(columns, len(panels)), size
+    count = -(-len(panels) // columns)
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(width * columns, height * count), layout="constrained")
+        parts = []
+        for i, (part, draw) in enumerate(zip(figure.subfigures(count, columns, wspace=0, hspace=0, squeeze=False).flat, panels)):
+            axis = part.subplots()
+            draw(axis)
+            handles, labels = axis.get_legend_handles_labels()
+            if handles:
+                part.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, columnspacing=1, handletextpad=0.5)
+            corner = (i % columns * width, i // columns * height)
+            parts.append({"box": [round(DPI * value) for value in (*corner, width, height)], "label": axis.get_title()})
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, metadata={PARTS: json.dumps(parts)})
+        plt.close(figure)
+    return path

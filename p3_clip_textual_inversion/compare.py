@@ -21,10 +21,10 @@ from .data import example_pictures, read_concepts
 from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, initial_rows, read_embeddings
-from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of, sheet
+from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of
 from .files import ROOT, check_flags, read_json, run, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, load, settings_of
-from .pictures import save_image
+from .pictures import save_image, sheet
 from .stable_diffusion import MINI_SD
 
 
@@ -125,7 +125,7 @@ def main():
             print(f"  {what:5} score: initial words {score['initial']:.1f}, "
                   f"untrained {score['untrained']:.1f} ({score['untrained_lowest']:.1f} to {score['untrained_highest']:.1f}), "
                   f"learned {score['learned']:.1f} ({score['lowest']:.1f} to {score['highest']:.1f})")
-    save_image(sheet(rows, side=96), args.output / "figures" / "p3_compare.png")
+    save_image(sheet([row[:5] for _, row in rows], titles=[title for title, _ in rows], side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from .clip import Grader
 from .data import example_pictures, read_concepts
@@ -20,7 +19,7 @@ from .defaults import ROWS, SD_V1, WEIGHTS, HelpFormatter, row_of
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
 from .inference import picture_path
-from .pictures import left_out, read_picture, save_image
+from .pictures import left_out, read_picture, save_image, sheet
 from .provenance import check_made, digest, told
 
 TEXT_WEIGHT, BEST = 2.5, 5
@@ -68,17 +67,6 @@ def judge_of(row, args, dtype=torch.float32, device="cpu"):
     note = "" if row is not SD_V1 or max(np.atleast_1d(size)) >= 224 else "; note: it reads thumbnails, and its scores say next to nothing of photographs"
     print(f"judge: {Path(name).name} {weights or ''}".rstrip() + note, flush=True)
     return grader
-
-
-def sheet(rows, side=128, columns=BEST):
-    """A picture with a row per prompt: its title, then its example and best pictures. rows: [(title, [PIL image, ...]), ...]"""
-    picture = Image.new("RGB", (columns * (side + 4) + 4, len(rows) * (side + 24)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for row, (title, images) in enumerate(rows):
-        draw.text((6, row * (side + 24) + 10), title, "black", font, anchor="lm")
-        for column, image in enumerate(images[:columns]):
-            picture.paste(image.convert("RGB").resize((side, side)), (4 + column * (side + 4), row * (side + 24) + 20))
-    return picture
 
 
 def main():
@@ -134,7 +122,7 @@ def main():
     judged = [row["passed"] for row in results if row["passed"] is not None]
     write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name,
                                        "made": made, "pictures": digest(all_paths)})
-    save_image(sheet(rows), report / "best.png")
+    save_image(sheet([pictures[:BEST] for _, pictures in rows], titles=[title for title, _ in rows], side=128), report / "best.png")
     print("\n".join(lines))
     print(f"{sum(judged)} of {len(judged)} prompts pass\nwrote grade.json and best.png to {report}")
 

@@ -7,23 +7,19 @@ p3_steps: the same prompt and noise at several training steps.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from .data import example_pictures, read_concepts
 from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
-from .evaluate import sheet
-from .files import ROOT, UserError, atomic_path, first_line, read_json, run, writable_folder
+from .files import ROOT, UserError, first_line, read_json, run, writable_folder
 from .inference import add_arguments, draw, load, settings_of
-from .pictures import save_image
+from .pictures import chart, save_image, sheet
 from .stable_diffusion import MINI_SD
 from .tensors import read_tensors
 
@@ -40,22 +36,20 @@ def read_run(folder):
     return history, dict(sorted(snapshots.items()))
 
 
-def draw_learning(concepts, runs, parts, path):
-    """Per concept: the loss, the vectors' mean length, and the nearest words of the first vector at a few steps."""
-    figure, axes = plt.subplots(len(concepts), 3, figsize=(12, 2.9 * len(concepts)), layout="constrained", squeeze=False, width_ratios=[1, 1, 1.3])
-    for row, concept in enumerate(concepts):
-        history, snapshots = runs[concept.number]
-        for axis, key in zip(axes[row], ("loss", "norm")):
-            axis.plot([point["step"] for point in history], [point[key] for point in history])
-            axis.set(xlabel="step", title=f"{concept.token}: " + {"loss": "loss", "norm": "length of the vectors"}[key])
-        axes[row, 1].set_ylim(0, 1.2 * max(point["norm"] for point in history))
-        axes[row, 2].axis("off")
+def learning_panels(concept, history, snapshots, parts):
+    """Three: the loss, the vectors' mean length, and the nearest words of the first vector at a few steps."""
+    def curve(axis, key, title):
+        axis.plot([point["step"] for point in history], [point[key] for point in history])
+        axis.set(xlabel="step", ylim=(0, 1.2 * max(point[key] for point in history)))
+        axis.set_title(title, parse_math=False)
+
+    def words(axis):
         shown = list(snapshots)[:: max(len(snapshots) // 6, 1)]
         lines = [f"{step:5}  " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest_words(parts, snapshots[step][:1])[0]) for step in shown]
-        axes[row, 2].text(0, 0.95, "step   nearest words (cosine)\n" + "\n".join(lines), family="monospace", fontsize=9, va="top", parse_math=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
-    plt.close(figure)
+        axis.axis("off")
+        axis.set_title(f"{concept.token}: the nearest words, and their cosine", parse_math=False)
+        axis.text(0, 0.95, "\n".join([" step", *lines]), family="monospace", fontsize=8, va="top", parse_math=False)
+    return [partial(curve, key="loss", title=f"{concept.token}: loss"), partial(curve, key="norm", title=f"{concept.token}: length of the vectors"), words]
 
 
 def main():
@@ -74,7 +68,8 @@ def main():
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     writable_folder(args.output)
     parts = load(args.checkpoint, device, config)
-    draw_learning(concepts, runs, parts, args.output / "p3_learning.png")
+    panels = [panel for concept in concepts for panel in learning_panels(concept, *runs[concept.number], parts)]
+    chart(panels, args.output / "p3_learning.png", columns=3, size=(4.4, 2.8))
     learned = add_words(parts, vectors)
     counts = {word: len(rows) for word, rows in vectors.items()}
     first = dict(zip(counts, np.cumsum([0, *counts.values()])))  # of each word's rows
@@ -93,8 +88,8 @@ def main():
             row += [Image.fromarray(p) for p in draw(parts, [expand(concept.prompts[0], counts)], [f"{concept.token}/{concept.prompts[0]}/0"], config)]
         learned.rows.data[at] = final
         steps.append((f"{concept.prompts[0]}: after {', '.join(map(str, shown))} steps", row))
-    save_image(sheet(words), args.output / "p3_words.png")
-    save_image(sheet(steps, columns=max(len(row) for _, row in steps)), args.output / "p3_steps.png")
+    save_image(sheet([row[:5] for _, row in words], titles=[title for title, _ in words], side=128), args.output / "p3_words.png")
+    save_image(sheet([row for _, row in steps], titles=[title for title, _ in steps], side=128), args.output / "p3_steps.png")
     print(f"wrote p3_words.png, p3_learning.png and p3_steps.png to {args.output}")
 
 

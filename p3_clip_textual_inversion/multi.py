@@ -23,12 +23,12 @@ from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of
 from .device import progress
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
-from .evaluate import add_judge_arguments, judge_of, sheet
+from .evaluate import add_judge_arguments, judge_of
 from .files import ROOT, UserError, check_flags, run, writable_folder, write_json
 from .guard import command as command_of
 from .inference import add_arguments, draw, load, settings_of
 from .measures import wilson
-from .pictures import read_picture, save_image
+from .pictures import read_picture, save_image, sheet
 from .sources import kind_of
 from .stable_diffusion import MINI_SD
 
@@ -285,8 +285,9 @@ def main():
                 rows.append((f"{prompt}: {method}, both in {both} of {args.num_images}", pictures[:8]))
     write_json(args.report / "results" / "p3_multi.json", {"methods": results, "drift": drifts, "validation": validation, "pictures": args.num_images,
                                                            "guidance_weight": config.guidance_weight, "steps": config.num_steps})
-    order = sorted(range(len(rows)), key=lambda i: i % len(prompts))  # by prompt
-    save_image(sheet([rows[i] for i in order], side=64 if config.side is None else 96, columns=8), args.report / "figures" / "p3_multi.png")
+    rows = [row for k in range(len(prompts)) for row in rows[k::len(prompts)]]  # by prompt
+    side = 64 if config.side is None else 96
+    save_image(sheet([shown for _, shown in rows], titles=[title for title, _ in rows], side=side), args.report / "figures" / "p3_multi.png")
     for prompt, _ in prompts:
         print(prompt)
         for method in METHODS:

@@ -1,23 +1,20 @@
 """What a zero-shot classification looks like: examples, confusions, calibration, the nearest pictures to pictures."""
 
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from .files import atomic_path
 from .measures import expected_calibration_error, reliability
-from .pictures import read_picture, save_image
+from .pictures import PARTS, chart, read_picture, save_image
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 GREEN, RED, GRAY, LIGHT = (46, 125, 50), (198, 40, 40), (190, 198, 206), (240, 242, 244)
 SUREST, LEAST_SURE = 3, 2  # of the five successes and of the five failures
-SIDE, WIDTH, BAR = 132, 208, 19  # of an example: its picture, its column, each bar, in pixels
+SIDE, WIDTH, BAR = 132, 208, 21  # of an example: its picture, its column, each bar, in pixels
 NEAREST = 3
 QUERIES, ANSWERS = 10, 6  # of the retrieval sheet
 
@@ -51,14 +48,18 @@ def draw_examples(data, features, outcome, path):
     """Five successes above five failures, each with its five likeliest classes; below a failure the pictures nearest to it in the class it was taken for."""
     heights = [SIDE + 24 + 5 * BAR + 30, SIDE + 24 + 5 * BAR + 36 + WIDTH // NEAREST]
     sheet = Image.new("RGB", (5 * (WIDTH + 14) + 14, sum(heights) + 2 * 30), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
+    draw, top, parts = ImageDraw.Draw(sheet), 0, []
     for right, height, colour in ((True, heights[0], GREEN), (False, heights[1], RED)):
         group = (outcome.right == right).nonzero()[:, 0].tolist()
         title = f"{'right' if right else 'wrong'}: {len(group)} of {len(data.truth)}"
         draw.text((14, top + 8), f"{title}; the surest and the least sure, one a class", colour, font(15))
         for column, (row, what) in enumerate(choose(outcome.confidence, data.truth, group)):
-            draw_example(sheet, draw, (14 + column * (WIDTH + 14), top + 34), data, features, outcome, row, what)
+            place = (14 + column * (WIDTH + 14), top + 34)
+            draw_example(sheet, draw, place, data, features, outcome, row, what)
+            parts.append({"box": [place[0] - 6, top + 34, WIDTH + 12, height - 10], "title": "right" if right else "wrong",
+                          "label": f"{data.names[data.truth[row]]}, {what}"})
         top += height + 30
+    sheet.info[PARTS] = parts
     save_image(sheet, path)
 
 
@@ -66,20 +67,20 @@ def draw_example(sheet, draw, place, data, features, outcome, row, what):
     x, y = place
     sheet.paste(thumbnail(data.paths[row], SIDE), (x + (WIDTH - SIDE) // 2, y))
     true = data.truth[row].item()
-    draw.text((x + WIDTH / 2, y + SIDE + 12), f"{shorten(data.names[true], 20)} ({what})", "black", font(13), anchor="mm")
+    draw.text((x + WIDTH / 2, y + SIDE + 12), f"{shorten(data.names[true], 20)} ({what})", "black", font(14), anchor="mm")
     y += SIDE + 24
     for k in outcome.order[row, :5].tolist():
         chance = outcome.probability[row, k].item()
         draw.rectangle((x, y + 1, x + WIDTH, y + BAR - 3), fill=LIGHT)
         draw.rectangle((x, y + 1, x + round(WIDTH * chance), y + BAR - 3), fill=(150, 205, 150) if k == true else GRAY)
-        draw.text((x + 4, y + BAR / 2 - 1), shorten(data.names[k], 22), "black", font(12), anchor="lm")
-        draw.text((x + WIDTH - 4, y + BAR / 2 - 1), f"{chance:.1%}", "black", font(11), anchor="rm")
+        draw.text((x + 4, y + BAR / 2 - 1), shorten(data.names[k], 19), "black", font(13), anchor="lm")
+        draw.text((x + WIDTH - 4, y + BAR / 2 - 1), f"{chance:.1%}", "black", font(13), anchor="rm")
         y += BAR
     guess = outcome.order[row, 0].item()
     others = [other for other in (data.truth == guess).nonzero()[:, 0].tolist() if other != row]
     if guess != true and others:
         near = sorted(others, key=lambda other: -(features[row] @ features[other]).item())[:NEAREST]
-        draw.text((x + WIDTH / 2, y + 12), f"nearest of {shorten(data.names[guess], 20)}", "black", font(12), anchor="mm")
+        draw.text((x + WIDTH / 2, y + 12), f"nearest of {shorten(data.names[guess], 20)}", "black", font(13), anchor="mm")
         for i, other in enumerate(near):
             sheet.paste(thumbnail(data.paths[other], WIDTH // NEAREST - 4), (x + i * (WIDTH // NEAREST) + 2, y + 26))
 
@@ -133,17 +134,14 @@ def draw_confusion(data, outcome, directions, path):
 
 def draw_calibration(outcome, path):
     """Share right against confidence, in bins, before and after the temperature: on the diagonal a confidence is honest."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.5), layout="constrained", sharey=True)
-    for axis, confidence, title in ((axes[0], outcome.confidence, "as CLIP says"), (axes[1], outcome.calibrated, "at a temperature fitted on other pictures")):
+    def panel(axis, confidence, title):
         count, sure, share = zip(*reliability(confidence, outcome.right))
         axis.plot([0, 1], [0, 1], color="gray", linewidth=1)
         axis.scatter(sure, share, s=[12 + 400 * c / len(outcome.right) for c in count], color="tab:blue", alpha=0.75)
-        axis.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xlabel="confidence in the first guess")
-        axis.set_title(f"{title}\nexpected calibration error {expected_calibration_error(confidence, outcome.right):.1%}", fontsize=10)
-    axes[0].set_ylabel("share right (area: pictures)")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100)
-    plt.close(figure)
+        axis.set(xlim=(0, 1.04), ylim=(-0.04, 1.04), xlabel="confidence in the first guess", ylabel="share right (area: pictures)",
+                 title=f"{title}\nexpected calibration error {expected_calibration_error(confidence, outcome.right):.1%}")
+    chart([partial(panel, confidence=outcome.confidence, title="as CLIP says"),
+           partial(panel, confidence=outcome.calibrated, title="at a temperature fitted on other pictures")], path)
 
 
 def nearest_pictures(features, count):
@@ -157,16 +155,18 @@ def draw_retrieval(data, features, path):
     near, side = nearest_pictures(features, ANSWERS), 84
     classes = data.truth.unique()
     rows = [(data.truth == k).nonzero()[0, 0].item() for k in classes[np.linspace(0, len(classes) - 1, min(QUERIES, len(classes))).round().astype(int)]]
-    sheet = Image.new("RGB", (190 + (side + 8) * (1 + near.shape[1]) + 16, 34 + len(rows) * (side + 8)), "white")
+    sheet = Image.new("RGB", (190 + (side + 8) * (1 + near.shape[1]), 34 + len(rows) * (side + 8)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((190, 10), "picture", "black", font(12))
-    draw.text((190 + side + 24, 10), "the nearest others (green: of its class)", "black", font(12))
+    draw.text((190 + side + 8, 10), "the nearest others (green: of its class)", "black", font(12))
     for i, row in enumerate(rows):
         y = 30 + i * (side + 8)
         draw.text((180, y + side / 2), shorten(data.names[data.truth[row]], 22), "black", font(13), anchor="rm")
         sheet.paste(thumbnail(data.paths[row], side), (190, y))
         for j, other in enumerate(near[row].tolist()):
-            x = 190 + (j + 1) * (side + 8) + 16
+            x = 190 + (j + 1) * (side + 8)
             draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill=GREEN if data.truth[other] == data.truth[row] else RED)
             sheet.paste(thumbnail(data.paths[other], side), (x, y))
+    sheet.info[PARTS] = [{"box": [186, 26, (side + 8) * (1 + near.shape[1]), len(rows) * (side + 8)], "rows": [data.names[data.truth[row]] for row in rows],
+                          "columns": ["picture", *range(1, near.shape[1] + 1)]}]
     save_image(sheet, path)

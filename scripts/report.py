@@ -1,4 +1,5 @@
-"""Renders report/text.md, with the numbers of report/results/*.json put in, as report/report.md and as one self-contained page, report/index.html.
+"""Renders report/text.md, a Jinja template in Markdown with the numbers of report/results/*.json, as report/report.md and, by report/template.html, as one
+self-contained page, report/index.html.
 
 Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data is in hw2_data/, its face
 network draws P2's figures and is graded, and its pictures are classified too, by OpenAI's CLIP from the hub: a matter for a GPU. Benchmarks and trainings are
@@ -11,11 +12,13 @@ import html
 import json
 import re
 import shutil
-import string
 import tempfile
+import traceback
 from pathlib import Path
 
+import jinja2
 import markdown
+from markupsafe import Markup
 from PIL import Image
 
 from common import ROOT, UserError, atomic_path, fail, module, read_json, run, write_whole
@@ -23,113 +26,159 @@ from common import ROOT, UserError, atomic_path, fail, module, read_json, run, w
 REPORT = ROOT / "report"
 COURSE_DATA = ROOT / "hw2_data"
 COURSE_MODELS = {"ViT-B-32": "b32", "ViT-L-14": "l14"}  # that the assignment asks for, and their names in report/results
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --text: #1d2127; --ground: #fff; --line: #d4d9df; --soft: #f3f5f7; --accent: #1f6feb }
-@media (prefers-color-scheme: dark) { :root { --text: #e3e6ea; --ground: #15181c; --line: #353b43; --soft: #1f242a; --accent: #79b0ff } }
-body { margin: 0 auto; padding: 1rem; max-width: 54rem; font: 1rem/1.6 system-ui, sans-serif; color: var(--text); background: var(--ground) }
-h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem } h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem }
-a { color: var(--accent) } code { background: var(--soft); padding: .1em .3em; border-radius: .25em; font-size: .9em; overflow-wrap: anywhere }
-.table { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 } th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left }
-th { background: var(--soft) } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem }
-figcaption { font-size: .9rem; opacity: .8 } .window { overflow: hidden; position: relative; max-width: 100%; border-radius: .3rem; background: #fff }
-.window img { position: absolute; max-width: none } label { display: flex; gap: .8rem; align-items: center; margin: .4rem 0; flex-wrap: wrap }
-input[type=range] { flex: 1; min-width: 10rem; accent-color: var(--accent) } output { min-width: 6rem }
-</style>
-<body>
-$body
-<script>
-for (const figure of document.querySelectorAll("figure[data-slider]")) {
-  const s = JSON.parse(figure.dataset.slider), range = figure.querySelector("input"), image = figure.querySelector(".window img");
-  const box = figure.querySelector(".window"), out = figure.querySelector("output");
-  const show = () => {
-    const zoom = Math.min(3, box.parentElement.clientWidth / s.width), i = Number(range.value);
-    const cell = s.along === "rows" ? [s.left, s.top + i * s.step] : [s.left + i * s.step, s.top];
-    box.style.width = s.width * zoom + "px"; box.style.height = s.height * zoom + "px";
-    image.style.width = s.full * zoom + "px"; image.style.left = -cell[0] * zoom + "px"; image.style.top = -cell[1] * zoom + "px";
-    image.style.imageRendering = zoom > 1 ? "pixelated" : "auto"; out.value = s.labels[i];
-  };
-  range.addEventListener("input", show); window.addEventListener("resize", show); show();
+RESULTS = {  # what text.md may take numbers from, and the command that measures it
+    "p1_benchmark": "bash scripts/p1_benchmark.sh",
+    "p2_benchmark": "bash scripts/p2_benchmark.sh",
+    "p2_course": "bash scripts/report.sh",
+    "p2_exact": "python -m p2_ddim.edit measure --count 4 --batch-size 4",
+    "p2_figures": "bash scripts/p2_figures.sh",
+    "p2_samplers": "python -m p2_ddim.sweep",
+    "p3_benchmark": "bash scripts/p3_benchmark.sh",
+    "p3_compare": "python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",
+    "p3_mini": "python -m p3_clip_textual_inversion.mini_scores --drawings runs/emoji.npz",
+    "p3_multi": "bash scripts/p3_multi.sh",
+    "p3_zero_shot": "bash scripts/report.sh --only zero-shot",
+    "p3_zero_shot_b32": "bash scripts/report.sh --only zero-shot",
+    "p3_zero_shot_l14": "bash scripts/report.sh --only zero-shot",
+    "memory": "bash scripts/memory.sh",
 }
-</script>
-</html>
-"""
-
-
 MISSING = "not measured here"
+JINJA = {"undefined": jinja2.StrictUndefined, "autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
 
 
-class Missing(dict):
-    """What stands for the results of a run that has not happened: every key, to any depth, reads "not measured here"."""
+class Missing(jinja2.ChainableUndefined):
+    """What stands for the results of a run that has not happened: what is looked up in it, to any depth, is as little measured; loops over it do nothing."""
 
-    def __missing__(self, key):
-        return self[str(key)] if isinstance(key, int) and str(key) in self else Missing()  # JSON's keys are texts, format's digits numbers
-
-    def __format__(self, spec):
+    def __str__(self):
         return MISSING
 
 
 def read_results(folder):
-    """{file name: content} of every JSON."""
-    results = Missing()
-    for path in sorted(folder.glob("*.json")):
-        results[path.stem] = read_json(path, Missing)
-    return results
+    """{name: content} of RESULTS' JSON files, `Missing` for those that are not there."""
+    return {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else Missing(name=name) for name in RESULTS}
 
 
-class Filler(string.Formatter):
-    """Numbers are put in as they are formatted; texts, which come from files and may hold anything, so that they are shown letter by letter, in Markdown
-    and in HTML."""
+def measured(value):
+    """Whether there is a number. A misspelt key is an error, as it is no number that a run could bring."""
+    if isinstance(value, jinja2.Undefined):
+        return str(value) != MISSING
+    return value is not None
 
-    def format_field(self, value, spec):
-        formatted = super().format_field(value, spec)
-        if isinstance(value, (int, float, Missing)):
-            return formatted
-        return re.sub(r"[^\w\s.,:;%/@=-]", lambda match: f"&#{ord(match[0])};", " ".join(formatted.split())).replace("_", "&#95;")
+
+def put(value):
+    """What {{ }} puts into the text. Texts, which come from files and may hold anything, are shown letter by letter, in Markdown and in HTML."""
+    if isinstance(value, Markup):
+        return value
+    if not measured(value):
+        return Markup(MISSING)
+    if isinstance(value, str):
+        return Markup(re.sub(r"[^\w\s.,:;%/@=+(){}'-]", lambda match: f"&#{ord(match[0])};", " ".join(value.split())).replace("_", "&#95;"))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r:.60} needs a format, such as |fixed(1) or |percent")
+    return Markup(f"{value:,}")
+
+
+def fixed(value, digits=0, sign=""):
+    """A number with so many digits after the point; sign "+" shows it always."""
+    return Markup(f"{value:{sign},.{digits}f}") if measured(value) else Markup(MISSING)
+
+
+def percent(value, digits=1, sign=""):
+    return Markup(f"{100 * value:{sign}.{digits}f}\N{NO-BREAK SPACE}%") if measured(value) else Markup(MISSING)
+
+
+def small(value):
+    """A number of any size by two digits, such as a p."""
+    return Markup(f"{value:.2g}") if measured(value) else Markup(MISSING)
+
+
+def share(value, interval, digits=1, sign=""):
+    """A percentage and its interval."""
+    return Markup("{} ({} to {})").format(*(percent(number, digits, sign) for number in (value, *interval))) if measured(value) else Markup(MISSING)
+
+
+def source(name, results, flags=""):
+    """The command that measures a file of results, and on what it did."""
+    command, content = f"{RESULTS[name]} {flags}".strip(), results[name]
+    if not measured(content):
+        return Markup(f"`{command}`")
+    machine = next((part["machine"] for part in (content, *content.values()) if isinstance(part, dict) and "machine" in part), {})
+    told = [str(machine[key]) for key in ("device", "date") if key in machine]
+    threads = [f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"] if "threads" in machine else []
+    on = put(", ".join([*told[:1], *threads, *told[1:]]))
+    return Markup(f"`{command}`" + (f" ({on})" if on else ""))
 
 
 def fill_in(text, results):
-    """The text with {file[key][key]:format} replaced by numbers; {{ and }} are braces."""
+    """The text, a Jinja template, with the results' numbers in place. One line tells what it asks for and the results do not have."""
+    environment = jinja2.Environment(finalize=put, keep_trailing_newline=True, **JINJA)
+    environment.filters |= {"fixed": fixed, "percent": percent, "small": small, "mean": lambda values: reduced(values, lambda v: sum(v) / len(v)),
+                            "lowest": lambda values: reduced(values, min)}
+    environment.globals |= {"share": share, "source": lambda name, flags="": source(name, results, flags), **results}
     try:
-        return re.sub(rf" \({MISSING}( to {MISSING})?\)", "", Filler().vformat(text, (), results))  # an interval of nothing
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        fail(f"report/text.md asks for a number that report/results has not: {type(error).__name__}: {error}")
+        return environment.from_string(text).render()
+    except (jinja2.TemplateError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+        line = lines[-1] if lines else getattr(error, "lineno", "?")
+        fail(f"report/text.md, line {line}, asks for what report/results has not: {type(error).__name__}: {error}")
 
 
-def data_url(path):
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def reduced(values, by):
+    """by(values), where they are there."""
+    values = list(values)
+    return by(values) if values else Missing()
 
 
-def figure(match):
-    """<img> of a Markdown picture -> a <figure>; with a title "slider ...", one with a slider over the picture's columns or rows."""
-    attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[0]))
-    path, caption = REPORT / attributes["src"], attributes.get("alt", "")
-    title = html.unescape(attributes.get("title", ""))
-    if not title.startswith("slider "):
-        return f'<figure><img src="{data_url(path)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    along, left, top, labels = title.removeprefix("slider ").split(" ", 3)
-    left, top, labels = int(left), int(top), [label.strip() for label in labels.split(",")]
-    with Image.open(path) as image:  # what is right of `left` and below `top` is shared evenly by the labels
-        width, height = image.width - left, image.height - top
-        step = (width if along == "columns" else height) // len(labels)
-        settings = {"along": along, "left": left, "top": top, "step": step, "width": step if along == "columns" else width,
-                    "height": step if along == "rows" else height, "full": image.width, "labels": labels}
-    return (f'<figure data-slider="{html.escape(json.dumps(settings))}"><div class="window"><img src="{data_url(path)}" alt="{caption}"></div>'
-            f'<label><input type="range" min="0" max="{len(labels) - 1}" value="0" aria-label="{caption}"><output></output></label>'
-            f"<figcaption>{caption}</figcaption></figure>")
+def figure_of(address, alt, caption, seen):
+    """What template.html needs to show a picture: its file as a data URL and its parts, as its own text tells them, as columns and rows of labels around
+    a box of pixels. address: figures/NAME.png, where "#only=TEXT" leaves those parts whose title has the text, and "#slider" shows a column at a time."""
+    name, _, fragment = address.partition("#")
+    path = REPORT / name
+    with Image.open(path) as image:
+        parts, chart, (width, height) = json.loads(image.text.get("parts", "[]")), "Matplotlib" in image.text.get("Software", ""), image.size
+    whole = not parts
+    parts = [{"title": "", "label": "", "columns": [], "rows": []} | part for part in parts or [{"box": [0, 0, width, height]}]]
+    if fragment.startswith("only="):
+        parts = [part for part in parts if fragment.removeprefix("only=") in part["title"]] or parts
+    first = path.stem not in seen
+    seen.add(path.stem)
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return {"id": path.stem, "first": first, "url": url, "width": width, "height": height, "alt": alt, "caption": caption, "chart": chart,
+            "parts": parts, "whole": whole, "slider": fragment == "slider" and len(parts) == 1 and bool(parts[0]["columns"])}
 
 
 def render(text):
     """Writes report.md and index.html. A picture that is not there is said to be missing."""
-    text = re.sub(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)", lambda match: match[0] if (REPORT / match[2]).is_file() else f"*{match[1]}: not drawn yet*\n", text)
-    write_whole(REPORT / "report.md", re.sub(r'(\]\([^)\s]+) "slider [^"]*"\)', r"\1)", text))
-    body = markdown.markdown(text, extensions=["tables"])
-    body = re.sub(r"<table>.*?</table>", lambda match: f'<div class="table">{match[0]}</div>', body, flags=re.DOTALL)
-    body = re.sub(r"(?:<p>)?<img [^>]*/?>(?:</p>)?", figure, body)
-    title = re.search(r"<h1>(.*?)</h1>", body)
-    write_whole(REPORT / "index.html", string.Template(PAGE).substitute(title=title[1] if title else "Report", body=body))
+    pictures = re.compile(r'!\[([^\]]*)\]\(<?(figures/[^#)>"]*?)(#[^)>"]*)?>?(?: "([^"]*)")?\)')
+    text = pictures.sub(lambda match: match[0] if (REPORT / match[2]).is_file() else f"*{match[1]}: not drawn yet*\n", text)
+    write_whole(REPORT / "report.md", pictures.sub(as_markdown, text))
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(REPORT), **JINJA)
+    converter, seen = markdown.Markdown(extensions=["tables", "toc", "md_in_html"]), set()
+    body = converter.convert(text)
+    body = body.replace("<table>", '<div class="table" tabindex="0" role="region" aria-label="table"><table>').replace("</table>", "</table></div>")
+    intro, heading, rest = body.partition("<h2")
+    (title,) = converter.toc_tokens or [{"name": "Report", "children": []}]
+    page = environment.get_template("template.html").render(title=html.unescape(title["name"]), contents=title["children"], intro=pieces(intro, seen),
+                                                            body=pieces(heading + rest, seen))
+    write_whole(REPORT / "index.html", page)
+
+
+def pieces(body, seen):
+    """HTML as a list: its text, safe, and for paragraphs of pictures the list of what template.html needs to show them."""
+    result = []
+    for part in re.split(r"(<p>(?:<img [^>]*>\s*)+</p>)", body):
+        tags = [{name: html.unescape(value) for name, value in re.findall(r'(\w+)="([^"]*)"', tag)} for tag in re.findall(r"<img [^>]*>", part)]
+        result.append([figure_of(tag["src"], tag.get("alt", ""), tag.get("title", ""), seen) for tag in tags] or Markup(part))
+    return result
+
+
+def as_markdown(match):
+    """A picture in report.md: its caption is written below it; a slider moves only on the page, and of a part the whole is linked."""
+    alt, path, fragment, caption = match.groups()
+    told = f"\n\n*{caption}*\n" if caption else "\n"
+    if fragment:
+        return f"{alt}: [on the page](index.html)." if fragment == "#slider" else f"[{alt}]({path}){told}"
+    return f"![{alt}]({path}){told}"
 
 
 def stage(title, name, *arguments, needed=True):
@@ -203,8 +252,8 @@ def main():
         draw_everything(args.words)
     try:
         render(fill_in((REPORT / "text.md").read_text(encoding="utf-8"), read_results(REPORT / "results")))
-    except OSError as error:
-        fail(f"cannot read the report's parts: {error}")
+    except (OSError, jinja2.TemplateError, LookupError, ValueError, TypeError) as error:
+        fail(f"cannot put the report's parts together: {type(error).__name__}: {error}")
     print(f"wrote {REPORT / 'report.md'} and {REPORT / 'index.html'}")
 
 

@@ -24,85 +24,158 @@ def report(tmp_path, monkeypatch):
     return module
 
 
+def results_of(report, tmp_path, **files):
+    """The report's results, as if runs had written these files."""
+    for name, content in files.items():
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(content))
+    return report.read_results(tmp_path / "results")
+
+
 def test_numbers_come_from_the_results(report, tmp_path):
-    (tmp_path / "results" / "p1.json").write_text('{"way, fast": {"share": 0.1234}, "list": [{"x": 2}], "by": {"50": 0.5}}')
-    results = report.read_results(tmp_path / "results")
-    assert report.fill_in("{p1[by][50]:.1f}", results) == "0.5"
-    assert report.fill_in("{p1[way, fast][share]:.1%}, {p1[list][0][x]}, {{0..24}}, {p2[a][b]:.3f}", results) == "12.3%, 2, {0..24}, not measured here"
-    assert report.fill_in("| {p2[a]:.1%} ({p2[b]:.1%} to {p2[c]:.1%}) | (56.5 %) |", results) == "| not measured here | (56.5 %) |"
-    with pytest.raises(SystemExit, match="IndexError"):
-        report.fill_in("{p1[list][7]}", results)
-    (tmp_path / "results" / "bad.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"bad\.json: it is not JSON"):
+    content = {"way, fast": {"share": 0.1234}, "list": [{"x": 2}, {"x": 5}], "by": {"50": 0.5}, "none": None, "p": 1.2e-9, "many": 12345}
+    results = results_of(report, tmp_path, p1_benchmark=content)
+    for text, filled in {
+        '{{ p1_benchmark.by["50"]|fixed(1) }}': "0.5",
+        '{{ p1_benchmark["way, fast"].share|percent }}, {{ p1_benchmark.list[0].x }}, {0..24}': "12.3\xa0%, 2, {0..24}",
+        "{{ share(0.5, [0.4, 0.6], 0, '+') }} {{ p1_benchmark.p|small }} {{ p1_benchmark.many }}": "+50\xa0% (+40\xa0% to +60\xa0%) 1.2e-09 12,345",
+        '{{ p1_benchmark.list|map(attribute="x")|mean|fixed(1) }} {{ p1_benchmark.list|map(attribute="x")|lowest }}': "3.5 2",
+        "{% for row in p1_benchmark.list %}\n| {{ row.x }} |\n{% endfor %}\nend": "| 2 |\n| 5 |\nend",
+        "{{ p2_course.a.b|fixed(3) }}; {{ p1_benchmark.none|percent }}; {{ share(p2_course.a, p2_course.b) }}": "; ".join(["not measured here"] * 3),
+        "{% for a, b in p2_course.rows|items %}{{ a }}{% endfor %}{{ p2_course.rows|map(attribute='x')|mean|fixed }}": "not measured here",
+    }.items():
+        assert report.fill_in(text, results) == filled, text
+
+
+@pytest.mark.parametrize("text, told", [
+    ("a\n{{ p1_benchmark.list[7].x }}", "line 2, asks for what report/results has not: UndefinedError: list object has no element 7"),
+    ("{{ p1_benchmark.misspelt|percent }}", "line 1, asks for what report/results has not: UndefinedError: 'dict object' has no attribute 'misspelt'"),
+    ("{{ share(p1_benchmark.misspelt, [0, 1]) }}", "'misspelt'"), ("{{ p1_benchmark.misspelt }}", "'misspelt'"),
+    ("{{ p1_benchmark.list|map(attribute='y')|mean|fixed }}", "has no attribute 'y'"),
+    ("{{ unknown_file.x|fixed }}", "'unknown_file' is undefined"), ("{{ source('unknown') }}", "KeyError: 'unknown'"),
+    ("{{ p1_benchmark.share }}", "0.5 needs a format"), ("{{ p1_benchmark.list }}", "needs a format"), ("{{ p1_benchmark.name|fixed }}", "ValueError"),
+    ("\n\n{% for %}", "line 3")])
+def test_what_the_results_have_not_is_one_line(report, tmp_path, text, told):
+    results = results_of(report, tmp_path, p1_benchmark={"list": [{"x": 2}], "share": 0.5, "name": "a"})
+    with pytest.raises(SystemExit, match=f"^error: report/text.md, .*{re.escape(told)}"):
+        report.fill_in(text, results)
+    (tmp_path / "results" / "p2_course.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"p2_course\.json: it is not JSON"):
         report.read_results(tmp_path / "results")
 
 
+def test_the_command_stands_beside_the_number(report, tmp_path):
+    machine = {"device": "A <b> card", "threads": 1, "date": "2026-01-02"}
+    several = {"distance": {"machine": machine | {"threads": 2}}}
+    results = results_of(report, tmp_path, p1_benchmark={"machine": machine}, p2_samplers=several, p2_exact={"a": 1})
+    filled = report.fill_in('{{ source("p1_benchmark") }}|{{ source("p2_samplers", "--near 2") }}|{{ source("p2_exact") }}|{{ source("p2_course") }}', results)
+    assert filled.split("|") == ["`bash scripts/p1_benchmark.sh` (A &#60;b&#62; card, 1 thread, 2026-01-02)",
+                                 "`python -m p2_ddim.sweep --near 2` (A &#60;b&#62; card, 2 threads, 2026-01-02)",
+                                 "`python -m p2_ddim.edit measure --count 4 --batch-size 4`", "`bash scripts/report.sh`"]
+
+
 HOSTILE = ["<script>alert(1)</script>", "a</h1><img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "**bold** _it_ `code`",
-           "![y](http://z/y.png)", "a | b\nc", "&lt;script&gt;", '" onmouseover="alert(1)', "{p1[name]}", "$body ${title}", "<!-- ", "http://a.b"]
+           "![y](http://z/y.png)", "a | b\nc", "&lt;script&gt;", '" onmouseover="alert(1)', "{{ p1_benchmark.name }}", "{% raw %}", "<!-- ", "http://a.b"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("text", ["# {p1[name]}\n", "Drawn with {p1[name]}.\n", "| a |\n| --- |\n| {p1[name]} |\n", "- {p1[list][0][name]}\n"])
+@pytest.mark.parametrize("text", ["# {{ p1_benchmark.name }}\n", "Drawn with {{ p1_benchmark.name }}.\n", "| a |\n| --- |\n| {{ p1_benchmark.name }} |\n",
+                                  "- {{ p1_benchmark.list[0].name }}\n"])
 def test_texts_from_files_are_shown_and_not_obeyed(report, tmp_path, name, text):
-    (tmp_path / "results" / "p1.json").write_text(json.dumps({"name": name, "list": [{"name": name}]}))
-    report.render(report.fill_in(text, report.read_results(tmp_path / "results")))
-    template, page = report.PAGE, (tmp_path / "index.html").read_text()
-    tags = {tag for tag in re.findall(r"<(\w+)", page) if tag not in re.findall(r"<(\w+)", template)}
-    assert tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "div"} and page.count("<script") == template.count("<script")
+    empty = page_of(report, tmp_path, "# a\n")
+    page = page_of(report, tmp_path, report.fill_in(text, results_of(report, tmp_path, p1_benchmark={"name": name, "list": [{"name": name}]})))
+    tags = {tag for tag in re.findall(r"<(\w+)", page) if tag not in re.findall(r"<(\w+)", empty)}
+    assert tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "div"} and page.count("<script") == empty.count("<script")
     assert " ".join(name.split()) in html.unescape(re.sub(r"<[^>]*>", "", page))
 
 
-def make_page(report, tmp_path):
-    Image.new("RGB", (268, 90), "green").save(tmp_path / "figures" / "strip.png")
-    Image.new("RGB", (50, 40), "blue").save(tmp_path / "figures" / "plain.png")
-    report.render('# Title\n\n![a strip](figures/strip.png "slider columns 64 22 t 1,t 2,t 3")\n\n![plain](figures/plain.png)\n\n'
-                  '![later](figures/none.png)\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n')
-    return (tmp_path / "index.html").read_text(), (tmp_path / "report.md").read_text()
+@pytest.mark.parametrize("name", HOSTILE)
+def test_texts_of_pictures_are_shown_and_not_obeyed(report, tmp_path, name):
+    """The labels in a PNG are the file's, whoever made it."""
+    draw_sheet(tmp_path / "figures" / "sheet.png", titles=[name, "b"], left=[name, "b"], above=[name, name])
+    draw_sheet(tmp_path / "figures" / "strip.png", left=[name, "b"], above=[name, name])
+    page = page_of(report, tmp_path, '# a\n\n![alt](figures/sheet.png "told")\n\n![alt](figures/strip.png#slider "told")\n')
+    assert page.count("<script") == 1 and "onerror" not in re.sub(r'"[^"]*"|>[^<]*<', "", page)
+    assert html.unescape(page).count(name) >= 5
+
+
+def page_of(report, tmp_path, text):
+    shutil.copyfile(SCRIPTS.parent / "report" / "template.html", tmp_path / "template.html")
+    report.render(text)
+    return (tmp_path / "index.html").read_text()
+
+
+def draw_sheet(path, **labels):
+    pictures = importlib.import_module("p1_cfg_ddpm.pictures")
+    pictures.save_image(pictures.sheet([[Image.new("RGB", (40, 30), colour) for colour in ("green", "blue")] for _ in range(2)], **labels), path)
+
+
+def test_sheets_and_charts_know_their_parts(tmp_path):
+    """The pixels that a PNG names are those of the pictures, their labels the given ones; a title is not cut off; panels are equally large."""
+    pictures = importlib.import_module("p1_cfg_ddpm.pictures")
+    red, blue = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
+    pictures.save_image(pictures.sheet([[red, blue], [blue]], titles=["a title that is longer than its row", "b"], left=["l", 2]), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as sheet:
+        parts = json.loads(sheet.text["parts"])
+        assert [(part["title"], part["rows"], part["columns"]) for part in parts] == [("a title that is longer than its row", ["l"], []), ("b", ["2"], [])]
+        colours = [[sheet.getpixel((x + 24 * i + d, y + 9)) for i in range(w // 24) for d in (0, 19)] for x, y, w, h in (part["box"] for part in parts)]
+        assert colours == [[(255, 0, 0)] * 2 + [(0, 0, 255)] * 2, [(0, 0, 255)] * 2] and sheet.width > 150
+    path = pictures.chart([lambda axis, i=i: axis.set(title=f"panel {i}") for i in range(3)], tmp_path / "b.png", size=(2, 1))
+    with Image.open(path) as chart:
+        assert [(part["box"], part["label"]) for part in json.loads(chart.text["parts"])] == [
+            ([0, 0, 240, 120], "panel 0"), ([240, 0, 240, 120], "panel 1"), ([0, 120, 240, 120], "panel 2")] and chart.size == (480, 240)
+    pictures.save_image(red, tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").text == {}
 
 
 def test_the_page_is_self_contained(report, tmp_path):
-    page, text = make_page(report, tmp_path)
-    assert page.count("data:image/png;base64,") == 2 and "figures/" not in page and "http" not in page
-    assert "<title>Title</title>" in page and '<div class="table"><table>' in page and "later: not drawn yet" in page
-    settings = json.loads(html.unescape(re.search(r'data-slider="(.*?)"', page)[1]))
-    assert settings == {"along": "columns", "left": 64, "top": 22, "step": 68, "width": 68, "height": 68, "full": 268, "labels": ["t 1", "t 2", "t 3"]}
-    assert "![a strip](figures/strip.png)" in text and "*later: not drawn yet*" in text and "none.png" not in text and "slider" not in text
+    draw_sheet(tmp_path / "figures" / "strip.png", left=["x_t", "x0"], above=["t = 9", "t = 1"])
+    draw_sheet(tmp_path / "figures" / "titled.png", titles=["one way", "another"])
+    Image.new("RGB", (50, 40), "blue").save(tmp_path / "figures" / "plain.png")
+    page = page_of(report, tmp_path, '# Title\n\n![a strip](figures/strip.png "told & shown")\n\n![it moves](figures/strip.png#slider)\n\n'
+                   '![plain](figures/plain.png)\n\n![some](<figures/titled.png#only=one way> "part")\n\n![later](figures/none.png)\n\n'
+                   "## Part\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    text = (tmp_path / "report.md").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "figures/" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "<title>Title</title>" in page and "<table>" in page and "later: not drawn yet" in page and '<a href="#part">Part</a>' in page
+    boxes = re.findall(r'viewBox="([^"]*)"', page)
+    left = Image.open(tmp_path / "figures" / "strip.png").width - 88
+    assert boxes == [f"{left} 20 88 68", f"{left} 20 44.0 68", "0 0 50 40", "4 24 88 34"], "strip, its first column, the plain picture, the first title's part"
+    assert re.findall(r"<span>(.*?)</span>", page) == ["t = 9", "t = 1", "x_t", "x0", "x_t", "x0"] and page.count('class="title"') == 1
+    (slider,) = re.findall(r'data-labels="(.*?)" data-box="(.*?)"', page)
+    assert [json.loads(html.unescape(value)) for value in slider] == [["t = 9", "t = 1"], [left, 20, 44.0, 68]]
+    assert "<figcaption>told &amp; shown</figcaption>" in page
+    assert "![a strip](figures/strip.png)\n\n*told & shown*" in text and "*later: not drawn yet*" in text and "none.png" not in text
+    assert "it moves: [on the page](index.html)." in text and "[some](figures/titled.png)" in text and "png#" not in text
 
 
-def test_the_text_of_the_project_can_be_filled_in(report):
-    results = report.read_results(SCRIPTS.parent / "report" / "results")
-    assert "{" not in report.fill_in((SCRIPTS.parent / "report" / "text.md").read_text(), results).replace("{digit}", "").replace("{}", "")
+def test_the_committed_report_is_what_its_results_say(report, tmp_path):
+    """Whoever changes words, numbers or figures renders again: bash scripts/report.sh --render."""
+    folder = SCRIPTS.parent / "report"
+    for name in ("figures", "results"):
+        (tmp_path / name).rmdir()
+        (tmp_path / name).symlink_to(folder / name)
+    page = page_of(report, tmp_path, report.fill_in((folder / "text.md").read_text(), report.read_results(folder / "results")))
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text(), "report/report.md is older than its text or numbers"
+    assert page == (folder / "index.html").read_text(), "report/index.html is older than its text, numbers, figures or template"
 
 
-def test_the_page_in_a_browser(report, tmp_path):
-    """No console errors, every image loads, the sliders move: in Chromium, where there is one."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here")
-    pages = [tmp_path / "index.html", SCRIPTS.parent / "report" / "index.html"]
-    make_page(report, tmp_path)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for path in pages:
-            page, errors = browser.new_page(viewport={"width": 390, "height": 800}), []
-            page.on("console", lambda message, errors=errors: errors.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
-            page.goto(path.as_uri())
-            assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than a phone"
-            figures = page.query_selector_all("figure[data-slider]")
-            assert figures
-            for figure in figures:
-                settings = json.loads(figure.get_attribute("data-slider"))
-                image, slider = figure.query_selector(".window img"), figure.query_selector("input")
-                before = image.bounding_box()
-                slider.evaluate("(input) => { input.value = 1; input.dispatchEvent(new Event('input')) }")
-                after = image.bounding_box()
-                assert (after["y"] < before["y"]) if settings["along"] == "rows" else (after["x"] < before["x"])
-                assert figure.query_selector("output").evaluate("(output) => output.value") == settings["labels"][1]
-            assert errors == []
-        browser.close()
+def test_the_text_says_so_where_nothing_was_measured(report, tmp_path):
+    text = (SCRIPTS.parent / "report" / "text.md").read_text()
+    filled = report.fill_in(text, report.read_results(tmp_path / "results"))
+    assert filled.count("not measured here") > 40 and "{" not in filled.replace("{digit}", "") and "Undefined" not in filled
+
+
+def test_one_source_of_words_a_sentence_a_line(report):
+    """Lines that a person can read and a diff can show; and in each section, beside the numbers of a file of results, the command that measures it."""
+    text = (SCRIPTS.parent / "report" / "text.md").read_text()
+    assert max(map(len, text.splitlines())) <= 400
+    for line in text.splitlines():
+        words = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|`[^`]*`|\*\*[^*]*\*\*|!\[.*", "", line)
+        assert line.startswith(("|", ">", "- ", "#")) or not re.search(r"[a-z)]\. [A-Z]", words), f"two sentences in one line: {line}"
+    for section in re.split(r"(?m)^##+ ", text)[1:]:
+        used, told = set(re.findall(r"\b(p\d_\w+)\b(?=[.\[|)])", section)), set(re.findall(r'source\("(\w+)"', section))
+        missing = {name for name in used & set(report.RESULTS) if report.RESULTS[name] not in {report.RESULTS[other] for other in told}}
+        assert not missing, f"{section.splitlines()[0]}: no source(...) of {missing}"
 
 
 @pytest.mark.parametrize("online, here", [(True, False), (False, False), (True, True)])
@@ -140,12 +213,12 @@ def test_the_courses_data_is_taken_in_where_it_is(report, monkeypatch, tmp_path,
     (course,) = (call for call in calls if "--data" in call)
     models = [course[i + 1] for i, flag in enumerate(course) if flag == "--model"]
     assert models == ([str(path) for path in weights] if here else ["ViT-B-32", "ViT-L-14"]) and ("--pretrained" in course) == (not here)
-    filled = report.fill_in("{p2_course[mean_mse]} {p3_zero_shot[top1]:.0%} {p3_zero_shot_l14[top1]:.0%} {p3_zero_shot_b32[top1]:.0%}",
-                            report.read_results(tmp_path / "results"))
-    assert filled == ("1.5 20% 40% 20%" if online else "1.5 20% not measured here not measured here")
+    numbers = ("p2_course.mean_mse", "p3_zero_shot.top1", "p3_zero_shot_l14.top1", "p3_zero_shot_b32.top1")
+    filled = report.fill_in(" ".join(f"{{{{ {name}|fixed(1) }}}}" for name in numbers), report.read_results(tmp_path / "results"))
+    assert filled == ("1.5 0.2 0.4 0.2" if online else "1.5 0.2 not measured here not measured here")
 
 
 def test_report_script_says_what_is_wrong(report, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["report.py", "--render"])
-    with pytest.raises(SystemExit, match="cannot read the report's parts"):
+    with pytest.raises(SystemExit, match="cannot put the report's parts together"):
         report.main()
