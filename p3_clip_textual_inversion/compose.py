@@ -4,6 +4,8 @@ The noise estimate of "a <new1> next to a <new2>" is a weighted sum: a share of 
 (regional guidance, in the manner of MultiDiffusion, Bar-Tal et al. 2023); or, with masks of one half everywhere, composed noise estimates (Liu et al. 2022).
 """
 
+import math
+
 import torch
 
 from .diffusion import Guided
@@ -11,11 +13,14 @@ from .diffusion import Guided
 SEPARATOR = " next to "
 
 
-def halves(height, width, soft=0.125):
-    """Two masks [1, 1, height, width] that sum to 1: the left half and the right, with a soft seam of `soft` of the width on either side of the middle."""
-    x = (torch.arange(width) + 0.5) / width
-    right = ((x - 0.5) / (2 * soft) + 0.5).clamp(0, 1).expand(1, 1, height, width)
-    return 1 - right, right
+def halves(height, width, soft=0.125, first=(0.25, 0.5), second=(0.75, 0.5)):
+    """Two masks [1, 1, height, width] that sum to 1: of what is nearer to the point `first` and of what is nearer to `second`, by default the left half and
+    the right. Points are (x, y), 0..1 from the upper left corner; the seam between the halves is soft for `soft` of the side to either side."""
+    (x1, y1), (x2, y2) = first, second
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    beyond = ((x - (x1 + x2) / 2) * (x2 - x1) + (y - (y1 + y2) / 2) * (y2 - y1)) / math.hypot(x2 - x1, y2 - y1)
+    nearer = (beyond / (2 * soft) + 0.5).clamp(0, 1)[None, None]
+    return 1 - nearer, nearer
 
 
 class Regional(Guided):

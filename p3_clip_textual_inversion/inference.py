@@ -46,6 +46,13 @@ class DrawConfig:
         return SAMPLERS[self.sampler](model, noise(), spacing(alpha_bar, self.num_steps), noise=noise)
 
 
+def states(parts, cond, names, config, guided=Guided):
+    """A sampler's states for a batch. cond: hidden states [B, tokens, dim] of the prompts; names: of the pictures, which seed their noise."""
+    noise = ImageNoise(config.seed, names, parts.latent_shape(config.side), parts.device)
+    model = guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
+    return config.states(model, parts.alpha_bar, noise)
+
+
 def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
     """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
 
@@ -59,16 +66,12 @@ def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
 def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None, share=(0, 1)):
     """Yields (number of the prompt, picture) as `draw`, of one of several processes. share: (rank, processes): which whole batches are its own."""
     config = config or DrawConfig()
-    shape = parts.latent_shape(config.side)
     unique = list(dict.fromkeys(prompts))
     hidden = dict(zip(unique, torch.cat([parts.encode_text(unique[i:i + 64]) for i in range(0, len(unique), 64)])))
-    empty = parts.encode_text([""])
 
     def work(batch):
         cond = torch.stack([hidden[prompts[i]] for i in batch])
-        noise = ImageNoise(config.seed, [names[i] for i in batch], shape, parts.device)
-        model = guided(parts.unet, parts.alpha_bar, cond, empty.expand_as(cond), config.guidance_weight, config.dtype)
-        return parts.decode(finish(config.states(model, parts.alpha_bar, noise)).x)
+        return parts.decode(finish(states(parts, cond, [names[i] for i in batch], config, guided)).x)
 
     for batch, decoded in in_batches(range(len(prompts)), config.batch_size, work, "picture", "--dtype fp16 or a smaller --side", share):
         if not decoded.isfinite().all():

@@ -1,7 +1,8 @@
 """Finds or makes the environment of this project, and prints its interpreter. Plain Python: it runs before anything is installed.
 
-An environment is good when it has every package of requirements.txt (with --dev also of requirements-dev.txt). Looked at in this
-order: the folder in $VENV, .venv, the Python that runs this. Where none is good, the packages are installed into $VENV or .venv.
+An environment is good when it has every package of requirements.txt (with --dev also of requirements-dev.txt, with --demo of
+requirements-demo.txt). Looked at in this order: the folder in $VENV, .venv, the Python that runs this. Where none is good, the
+packages are installed into $VENV or .venv.
 """
 
 import argparse
@@ -35,10 +36,11 @@ for line in sys.argv[1:]:
 def main():
     parser = argparse.ArgumentParser(description="Sets up the environment of this project, and prints its interpreter.")
     parser.add_argument("--dev", action="store_true", help="also what the tests and the miniature's builders need")
+    parser.add_argument("--demo", action="store_true", help="also what the page to play with needs")
     args = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         fail(f"Python {sys.version.split()[0]} is too old; install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and run this again")
-    files = [ROOT / "requirements.txt"] + ([ROOT / "scripts" / "requirements-dev.txt"] if args.dev else [])
+    files = [ROOT / "requirements.txt"] + [ROOT / "scripts" / f"requirements-{name}.txt" for name in ("dev", "demo") if getattr(args, name)]
     requirements = [line.split("#")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     requirements = [line for line in requirements if line]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment (.venv, or the folder in $VENV), installs the requirements, and prints the interpreter that has them.
 set -euo pipefail
-setup_flags="$*"  # --dev: also what the tests and the miniature's builders need
+setup_flags="$*"  # --dev: also what the tests and the miniature's builders need; --demo: also what demo.sh needs
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 echo "$python"
