@@ -35,7 +35,9 @@ CSS = """
 .pictures img.tiny { image-rendering: pixelated }
 .pictures figcaption { font-size: .78rem; color: var(--body-text-color-subdued); padding-top: .15rem; overflow-wrap: anywhere }
 .status { display: flex; align-items: center; gap: .7rem; font-size: .85rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums }
-.status progress { flex: 1; max-width: 16rem; height: .5rem; accent-color: var(--color-accent) }
+.status progress { flex: 1; max-width: 16rem; height: .5rem; appearance: none; border: 0; border-radius: .25rem; overflow: hidden }
+.status progress::-webkit-progress-bar { background: var(--background-fill-secondary) }
+.status progress::-webkit-progress-value, .status progress::-moz-progress-bar { background: var(--color-accent) }
 .way { font-size: .85rem; color: var(--body-text-color-subdued); margin: .9rem 0 0 }
 .failed { border-left: 3px solid #d33; padding: .5rem .8rem; border-radius: .2rem; background: var(--background-fill-secondary); overflow-wrap: anywhere }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: .6rem; padding: 3.5rem 1rem; text-align: center }
@@ -43,7 +45,8 @@ CSS = """
 details.command { margin-top: .9rem; font-size: .85rem } details.command summary { cursor: pointer; color: var(--color-accent) }
 details.command pre { background: var(--background-fill-secondary); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font-family: var(--font-mono) }
-table.chances { width: 100%; border-collapse: collapse } .chances td, .chances th { padding: .25rem .5rem; border: 0; text-align: left; font-weight: normal }
+table.chances { width: 100%; border-collapse: collapse }
+.chances td, .chances th, .chances tr, table.chances { padding: .25rem .5rem; border: 0 !important; text-align: left; font-weight: normal }
 .chances td:last-child, .chances td:nth-child(3) { text-align: right; font-variant-numeric: tabular-nums }
 .chances .bar { width: 55% } .chances .bar div { background: var(--color-accent); height: .7rem; border-radius: .2rem; min-width: 2px }
 .seen { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 3fr); gap: 1rem; align-items: start }

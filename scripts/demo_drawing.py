@@ -172,7 +172,7 @@ class Words:
         self.prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in self.rows.items()}
         self.parts = (p3.prepare(args.checkpoint, device, self.config, self.rows, None, initials) if self.rows
                       else p3.load(args.checkpoint, device, self.config))
-        self.counts = {word: len(rows) for word, rows in self.rows.items()}
+        self.counts, self.weights = {word: len(rows) for word, rows in self.rows.items()}, p3.weights_fingerprint(args.checkpoint)
 
     def examples(self):
         """Prompts to begin with: those of the model's own input.json whose words are there, and one of two ordinary things."""
@@ -198,7 +198,7 @@ class Words:
         own = [{"prompt": prompt, "token": token, "number": i, "words": {word: self.prints[word] for word in self.counts if word in prompt}}
                for i in range(int(count))]
         settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
-        made = Made("p3_clip_textual_inversion.inference", settings, {"model": self.model})
+        made = Made("p3_clip_textual_inversion.inference", settings, {"model": self.model, "weights": self.weights})
         with torch.inference_mode():
             states = p3.states(self.parts, self.parts.encode_text([text]).expand(len(own), -1, -1), [p3.noise_name(one) for one in own], config, guided)
         return watch(states, config.num_steps, [f"picture {i}" for i in range(len(own))], lambda x: to_uint8(self.parts.decode(x)),
