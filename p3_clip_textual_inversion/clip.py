@@ -17,10 +17,11 @@ from transformers import CLIPTokenizer
 from . import hugging_face, open_clip_folder
 from .checkpoint import read_checkpoint, read_torchscript
 from .device import autocast
-from .files import MINI, UserError, existing_file, first_line, read_json
+from .files import MINI, UserError, check_file, existing_file, first_line, read_json
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
 
+MOST_LETTERS = 20_000_000  # of a BPE file; open_clip's, with five times the merges that CLIP uses, has 3 million
 BPE_FILE = "bpe.txt.gz"  # beside a CLIP with a vocabulary of its own
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
 DOWNLOADS = ("ViT-B-32", "ViT-L-14")  # OpenAI's files that scripts/download_weights.sh fetches
@@ -29,12 +30,15 @@ FOLDER_FILES = (*open_clip_folder.WEIGHTS, *hugging_face.WEIGHTS)
 
 def read_merges(path=None):
     """The merges [(left, right), ...] of a BPE file in open_clip's format; open_clip's own by default, of which CLIP uses 48,894."""
+    path = path or default_bpe()
     try:
-        with gzip.open(path or default_bpe(), "rt", encoding="utf-8") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read the BPE merges {path}: {error}") from None
-    if any(len(merge) != 2 for merge in merges):
+        check_file(path)
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            text = file.read(MOST_LETTERS)  # a small file may unpack to any size
+        merges = [tuple(line.split()) for line in text.split("\n")[1:49152 - 256 - 2 + 1]]
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read the BPE merges {path}: {first_line(error)}") from None
+    if not merges or any(len(merge) != 2 for merge in merges):
         raise UserError(f"{path} is not a BPE file: each line after the first must have two parts")
     return merges
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .files import UserError, existing_folder, first_line, parse_json, read_json
+from .files import UserError, check_file, existing_folder, first_line, parse_json, read_json
 from .pictures import note_left_out, read_pictures
 
 CAPTIONS = "metadata.jsonl"
@@ -95,6 +95,8 @@ def read_captions(folder, names, token):
     if path is None and not texts:
         return None
     try:
+        if path is not None:
+            check_file(path)  # a named pipe would be waited for
         if path is None:
             path = folder / f"{Path(next(name for name in names if name not in texts)).stem}.txt" if len(texts) < len(names) else folder
             captions = {name: file.read_text(encoding="utf-8-sig").strip() for name, file in texts.items()}

@@ -20,7 +20,7 @@ from .cache import make_grader
 from .clip import check_clip, ensemble, reads_thumbnails
 from .defaults import HelpFormatter
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
-from .files import MINI, UserError, check_flags, run, writable_folder, write_json
+from .files import MINI, UserError, check_file, check_flags, first_line, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
 from .outcome import cosines_of, load_data, outcome_of, score, write_predictions
 from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
@@ -40,9 +40,10 @@ def read_templates(name):
     if name in TEMPLATES:
         return TEMPLATES[name]
     try:
+        check_file(name)
         lines = tuple(line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise UserError(f"--templates {name} is neither {', '.join(TEMPLATES)} nor a file of captions: {error}") from None
+        raise UserError(f"--templates {name} is neither {', '.join(TEMPLATES)} nor a file of captions: {first_line(error)}") from None
     if not lines:
         raise UserError(f"--templates {name}: the file has no captions")
     for line in lines:
@@ -51,8 +52,8 @@ def read_templates(name):
 
 
 def check_template(template, where=""):
-    if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-        raise UserError(f"{where}the caption {template!r} must have {{}} once, in the label's place, and no other braces")
+    if not template.isprintable() or template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+        raise UserError(f"{where}the caption {template[:80]!r} must have {{}} once, in the label's place, and no other braces")
 
 
 def compare_templates(features, texts, sets, data):

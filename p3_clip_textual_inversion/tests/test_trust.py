@@ -1,6 +1,7 @@
 """Captions beside pictures, schedules that are not obeyed, folders in half precision, runs that would overwrite another's result."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,13 @@ def test_captions_in_every_form_with_a_byte_order_mark(tmp_path, kind):
         (tmp_path / "01.txt").unlink()
         with pytest.raises(UserError, match=r"01\.txt has no caption of 01\.png"):
             read_captions(tmp_path, NAMES, "<new1>")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_pipe_in_the_captions_place_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="it is a named pipe, expected a file"):
+        read_captions(tmp_path, NAMES, "<new1>")
 
 
 def test_a_schedule_that_is_not_obeyed(capsys):

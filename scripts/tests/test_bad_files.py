@@ -25,7 +25,7 @@ from p2_ddim import data as noises
 from p2_ddim import evaluate as faces
 from p2_ddim import files as files2
 from p2_ddim import model as unet
-from p3_clip_textual_inversion import checkpoint, clip, custom_diffusion, embedding, identity, words
+from p3_clip_textual_inversion import checkpoint, clip, custom_diffusion, embedding, identity, words, zero_shot
 from p3_clip_textual_inversion import data as concepts
 from p3_clip_textual_inversion import files as files3
 
@@ -188,6 +188,9 @@ READERS = {
     "P3 projections": lambda path: custom_diffusion.read_weights(path, NETWORK),
     "P3 concepts": concepts.read_concepts,
     "P3 clip": clip.load_weights,
+    "P3 merges": clip.read_merges,
+    "P3 captions for classes": lambda path: zero_shot.read_templates(str(path)),
+    "P1 archive of digits": lambda path: digits.load_archive(path, "train", ("svhn",)),
 }
 NETWORK = torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": torch.nn.Linear(2, 2), "to_v": torch.nn.Linear(2, 2)})})
 GOOD = {  # what a reader may take: a reader of any tensors takes tensors, a reader of JSON a JSON text

@@ -185,6 +185,16 @@ def test_a_record_of_anything_is_another_programs_or_refused(tmp_path, made, rec
     assert (tmp_path / "a.png").exists()
 
 
+def test_a_small_archive_that_says_it_holds_gigabytes(tmp_path):
+    """It is not unpacked to find out."""
+    content = bytearray(numpy_bytes(np.savez_compressed, svhn_train=DIGITS, svhn_train_label=[1, 2]))
+    place = content.index(b"PK\x01\x02") + 24  # in its table of contents: the size of the first file
+    content[place:place + 4] = (4_100_000_000).to_bytes(4, "little")
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(files.UserError, match="it holds more than any digits"):
+        data.load_archive(tmp_path / "a.npz", "train", ("svhn",))
+
+
 NAMES = ["string_to_param", "*", "name", "tokens", "embeddings", "token_ids", "learned_embeds", "delta", "initializer_token", "state_dict", "model", "ema",
          "unet", "modifier_token", "attn2.to_k.weight", "u", "v", "settings", "step", "<new1>", "clip_g", "states", "range", "steps", "conv1.weight"]
 VALUES = st.recursive(st.none() | st.integers() | st.text(max_size=4) | st.sampled_from(
