@@ -67,24 +67,33 @@ def run(main):
     """Calls `main()`. What the user, the disk or the memory causes is one line on stderr and exit code 1, Ctrl-C is "stopped" and 130."""
     try:
         if signal.getsignal(signal.SIGINT) is stop:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to tidy up
+            signal.signal(signal.SIGINT, interrupt)  # from here on there is something to tidy up
         try:
             main()
         finally:
             flush()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {first_line(error)}{'' if error.filename is None else f': {shown(error.filename)}'}")
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if INTERRUPTS or isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            sys.exit(f"error: {error}")
+        if isinstance(error, OSError):
+            sys.exit(f"error: {first_line(error)}{'' if error.filename is None else f': {shown(error.filename)}'}")
         cause = common_cause(error)
         if cause is None:
             raise
         sys.exit(f"error: {cause}")
+
+
+INTERRUPTS = []  # of this process
+
+
+def interrupt(*_):
+    """Ctrl-C. It is remembered, as libraries that catch it end with errors of their own."""
+    INTERRUPTS.append(True)
+    raise KeyboardInterrupt
 
 
 def flush():

@@ -133,3 +133,20 @@ def test_every_write_goes_by_way_of_a_temporary_name():
     found = [f"{path.name}: {line}" for package in (*PACKAGES, "scripts") for path in sorted((ROOT / package).glob("*.py"))
              if path.name not in ("tasks.py", "setup.py", "benchmark.py") for line in writes_outside(ast.parse(path.read_text(encoding="utf-8")))]
     assert found == []
+
+
+def test_an_interrupt_that_a_library_takes_for_an_error_is_still_one(tmp_path):
+    process = in_one_process("""
+import signal
+from p2_ddim import guard
+
+def main():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise f1.UserError("cannot load the weights") from None
+
+guard.quiet_interrupts()
+f1.run(main)
+""", tmp_path)
+    assert process.communicate(timeout=100) == ("", "stopped\n") and process.returncode == 130
