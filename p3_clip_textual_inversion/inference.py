@@ -165,7 +165,8 @@ def main():
 
 
 def draw_all(args, config, device, model, concepts, vectors, initials, started, share):
-    """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way."""
+    """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way. They are drawn in the batches that they
+    would always be in: the last bits of a picture depend on those beside it."""
     jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
     settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
     made_of = {"model": model, "weights": weights_fingerprint(args.checkpoint)} | ({"projections": fingerprint(args.projections)} if args.projections else {})
@@ -180,7 +181,9 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
         parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         parts.latent_shape(args.side)
     there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite))
-    jobs = {name: job for name, job in jobs.items() if name not in there}
+    missing, every = jobs.keys() - set(there), list(jobs)
+    batches = [every[i:i + config.batch_size] for i in range(0, len(every), config.batch_size)]
+    jobs = {name: jobs[name] for batch in batches if missing & set(batch) for name in batch}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
@@ -191,8 +194,9 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
         with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
             for job, picture in draw_share(parts, prompts, names, config, progress=bar, share=share):
                 name = paths[job]
-                save_image(picture, args.output / name, made.with_own(own[name]).as_json())
-    print(f"wrote {len(jobs)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
+                if name in missing:
+                    save_image(picture, args.output / name, made.with_own(own[name]).as_json())
+    print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
           + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")
 
 

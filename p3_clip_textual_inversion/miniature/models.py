@@ -82,11 +82,7 @@ class Clip:
     def loss(self, model, batch, generator):
         pictures, tokens, untrue, valid = batch
         count = len(tokens)
-        captions = torch.cat([tokens, untrue.flatten(0, 1)])
-        if self.device.type == "cpu":  # where time is arithmetic; a GPU's is launches
-            image, text, scale = self.model.encode_image(pictures, normalize=True), encode_by_length(self.model, captions), self.model.logit_scale.exp()
-        else:
-            image, text, scale = model(pictures, captions)
+        image, text, scale = self.features(model, pictures, torch.cat([tokens, untrue.flatten(0, 1)]))
         with torch.autocast(self.device.type, enabled=False):
             logits = scale.clamp(max=100.0) * image.float() @ text.float().T  # [B, (1 + hard) B]
             target = torch.arange(count, device=self.device)
@@ -94,6 +90,12 @@ class Clip:
             out = torch.cat([same, ~valid.flatten()[None].expand(count, -1)], dim=1)
             logits = logits.masked_fill(out, -1e4)
             return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+
+    def features(self, model, pictures, captions):
+        """What model(pictures, captions) answers; on a CPU, where time is arithmetic and not launches, by captions of about the same length."""
+        if self.device.type != "cpu":
+            return model(pictures, captions)
+        return self.model.encode_image(pictures, normalize=True), encode_by_length(self.model, captions), self.model.logit_scale.exp()
 
     def export(self, model, folder):
         weights = stored(model).state_dict()

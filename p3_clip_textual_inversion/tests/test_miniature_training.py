@@ -91,16 +91,29 @@ def test_all_parts_become_files_that_stock_libraries_read(call, drawings, tmp_pa
     assert "band_7" in (tmp_path / "sd" / "log.csv").read_text()
 
 
+def test_captions_by_their_length_are_the_same_captions(tmp_path, drawings, narrow):
+    """Features and gradients of the text tower, of a batch as it comes."""
+    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None), Drawings(drawings), torch.device("cpu"))
+    _, tokens, untrue, _ = part.batch(torch.Generator().manual_seed(0), 7)
+    captions, gradients = torch.cat([tokens, untrue.flatten(0, 1)]), []
+    assert len((captions != 0).sum(1).unique()) > 2
+    for encode in (lambda: part.model.encode_text(captions, normalize=True), lambda: models.encode_by_length(part.model, captions)):
+        part.model.zero_grad()
+        features = encode()
+        (features * torch.arange(features.numel()).view_as(features).sin()).sum().backward()
+        gradients.append([features, part.model.token_embedding.weight.grad, part.model.text_projection.grad])
+    for plain, by_length in zip(*gradients):
+        torch.testing.assert_close(by_length, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_a_hard_negative_costs_what_its_similarity_says(tmp_path, drawings, narrow):
     """By hand: one picture whose caption and untrue caption it is as near to costs log 2 on the picture's side; an untrue caption that does not count, 0."""
     part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None), Drawings(drawings), torch.device("cpu"))
 
-    def model(pictures, tokens):
-        return torch.ones(1, 2), torch.ones(len(tokens), 2), torch.tensor(1.0)
-
+    part.features = lambda model, pictures, tokens: (torch.ones(1, 2), torch.ones(len(tokens), 2), torch.tensor(1.0))
     batch = torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 1, 5, dtype=torch.long)
-    assert part.loss(model, (*batch, torch.tensor([[True]])), None).item() == pytest.approx(np.log(2) / 2, abs=1e-5)
-    assert part.loss(model, (*batch, torch.tensor([[False]])), None).item() == pytest.approx(0, abs=1e-5)
+    assert part.loss(None, (*batch, torch.tensor([[True]])), None).item() == pytest.approx(np.log(2) / 2, abs=1e-5)
+    assert part.loss(None, (*batch, torch.tensor([[False]])), None).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_run_begins_at_the_weights_it_is_given(tmp_path, drawings, narrow):
