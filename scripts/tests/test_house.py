@@ -27,6 +27,18 @@ def imports_of(path):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_the_page_is_short_and_imports_nothing_of_ours(package):
+    text = (ROOT / package / "minimal.py").read_text()
+    ours = {*PACKAGES, *(path.stem for path in (ROOT / package).glob("*.py"))}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.split(".")[0] not in ours, ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert not ours & {alias.name.split(".")[0] for alias in node.names}, ast.unparse(node)
+    assert len(text.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_the_map_has_every_file_and_its_floors_hold(package):
     floors, files = floors_of(package), {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
     folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} - {"tests"}
