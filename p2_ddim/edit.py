@@ -156,7 +156,7 @@ def main():
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if args.command == "morph":
-        check_flags(args, ("frames", "milliseconds"), lambda value: value >= 1, "at least 1")
+        check_flags(args, ("frames", "milliseconds"), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
         if len(args.pictures) < 2:
             raise UserError("a way needs two pictures at least: PICTURE PICTURE ... OUT")
     args.device = device = pick_device(args.device)

@@ -77,7 +77,7 @@ def main():
     args = parser.parse_args()
     config, device, row, _ = settings_of(args)
     args.input = input_of(args.input, row.input)
-    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     concepts = read_concepts(args.input)
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
     for name in ("results", "figures"):

@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     device = pick_device(args.device)
     concepts = read_concepts(args.input)
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}

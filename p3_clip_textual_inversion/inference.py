@@ -141,7 +141,7 @@ def main():
     add_arguments(parser)
     args, started = parser.parse_args(), time.perf_counter()
     config, device, _, model = settings_of(args)
-    check_flags(args, ("num_images",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     concepts = read_concepts(args.input)
     refuse_examples(args.output, args.input, concepts)
     tokens = [concept.token for concept in concepts]

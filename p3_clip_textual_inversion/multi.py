@@ -237,7 +237,7 @@ def parse_args():
     parser.add_argument("--kind", default="auto", help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()
-    check_flags(args, ("num_images", "train_steps", "train_batch_size"), lambda value: value is None or value >= 1, "at least 1")
+    check_flags(args, ("num_images", "train_steps", "train_batch_size"), lambda value: value is None or 1 <= value <= 10**6, "between 1 and 1000000")
     return args
 
 
