@@ -35,9 +35,12 @@ CSS = """
 .pictures img.tiny { image-rendering: pixelated }
 .pictures figcaption { font-size: .78rem; color: var(--body-text-color-subdued); padding-top: .15rem; overflow-wrap: anywhere }
 .status { display: flex; align-items: center; gap: .7rem; font-size: .85rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums }
-.status progress { flex: 1; max-width: 16rem; height: .5rem; appearance: none; border: 0; border-radius: .25rem; overflow: hidden }
-.status progress::-webkit-progress-bar { background: var(--background-fill-secondary) }
-.status progress::-webkit-progress-value, .status progress::-moz-progress-bar { background: var(--color-accent) }
+.status progress { flex: 1; max-width: 16rem; height: .4rem; appearance: none; border: 0; border-radius: .2rem; overflow: hidden }
+.status progress, .status progress::-webkit-progress-bar { background: var(--border-color-primary) }
+.status progress::-webkit-progress-value { background: var(--color-accent) }
+.status progress::-moz-progress-bar { background: var(--color-accent) }
+.buttons { margin-bottom: .3rem } .buttons button { font-size: .95rem; padding: .5rem .4rem; flex: 0 1 8rem; min-width: 5.5rem; white-space: nowrap }
+.digits .wrap { display: grid; grid-template-columns: repeat(5, 1fr) } .digits label { padding: .3rem .5rem }
 .way { font-size: .85rem; color: var(--body-text-color-subdued); margin: .9rem 0 0 }
 .failed { border-left: 3px solid #d33; padding: .5rem .8rem; border-radius: .2rem; background: var(--background-fill-secondary); overflow-wrap: anywhere }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: .6rem; padding: 3.5rem 1rem; text-align: center }
@@ -119,15 +122,17 @@ def stopped(page):
 
 
 def chances(classes, path, names):
+    """The classes of a picture, as bars."""
     try:
         picture, found = classes.classify(path, names)
+        seen = figures([(f"taken for: {found[0][0]}", png(small(picture)))], 1, 2)
     except Exception as error:
         return failed(error)
     rows = "".join(f'<tr><td>{html.escape(name)}</td><td class="bar"><div style="width: {100 * chance:.1f}%"></div></td><td>{chance:.1%}</td>'
                    f"<td>{cosine:.3f}</td></tr>" for name, chance, cosine in found[:12])
     more = f'<p class="noted">and {len(found) - 12} less likely</p>' if len(found) > 12 else ""
     table = f'<table class="chances"><tr><th>class</th><th></th><th>probability</th><th>cosine</th></tr>{rows}</table>{more}'
-    return f'<div class="seen">{figures([(f"taken for: {found[0][0]}", png(small(picture)))], 1, 2)}<div>{table}</div></div>'
+    return f'<div class="seen">{seen}<div>{table}</div></div>'
 
 
 def canvas(points):
@@ -159,20 +164,18 @@ def build(gr, digits, faces, words, classes, told):
     def about(name, captions=""):
         gr.Markdown(ABOUT[name].replace("{}", captions), latex_delimiters=[{"left": "$", "right": "$", "display": False}])
 
-    def seed_and_buttons(seed):
-        seed = gr.Number(seed, label="Seed", precision=0, minimum=0, maximum=2**53)
-        with gr.Row():
-            buttons = gr.Button("Draw", variant="primary", min_width=90), gr.Button("Next seed", min_width=90), gr.Button("Stop", variant="stop", min_width=90)
-        return seed, *buttons
+    def seed_of(value):
+        return gr.Number(value, label="Seed", precision=0, minimum=0, maximum=2**53)
 
-    def result():
-        return gr.HTML('<div class="empty">Press Draw.</div>')
-
-    def wire(buttons, seed, page, pages, inputs):
-        draw, following, stop = buttons
-        first = draw.click(pages, inputs, page, **one)
-        again = following.click(None, seed, seed, js="seed => seed + 1").then(pages, inputs, page, **one)
-        stop.click(stopped, page, page, cancels=[first, again], queue=False, show_progress="hidden")
+    def results(pages, seed, inputs):
+        """The right column: buttons, and below them what is drawn of the inputs."""
+        inputs = [*inputs, seed]
+        with gr.Column(scale=5, min_width=300):
+            with gr.Row(elem_classes="buttons"):
+                draw, following, stop = gr.Button("Draw", variant="primary"), gr.Button("Next seed"), gr.Button("Stop")
+            page = gr.HTML('<div class="empty">Press Draw.</div>')
+        begun = [draw.click(pages, inputs, page, **one), following.click(None, seed, seed, js="seed => seed + 1").then(pages, inputs, page, **one)]
+        stop.click(stopped, page, page, cancels=begun, queue=False, show_progress="hidden")
 
     with gr.Blocks(title="Diffusion and CLIP to play with", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.Markdown(f"# Diffusion and CLIP to play with\n{told}")
@@ -181,15 +184,13 @@ def build(gr, digits, faces, words, classes, told):
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     domain = gr.Radio(list(DOMAINS), value=DOMAINS[-1], label="Domain")
-                    digit = gr.Radio([str(i) for i in range(10)], value="3", label="Digit")
+                    digit = gr.Radio([str(i) for i in range(10)], value="3", label="Digit", elem_classes="digits")
                     sampling = digits.networks[0][2]
                     weight = gr.Slider(0, 10, sampling.guidance_weight, step=0.5, label="Guidance weight w")
                     student = gr.Checkbox(label="Draw with the student", info="one evaluation of the network in place of twelve")
                     count = gr.Slider(1, 20, 10, step=1, label="How many")
-                    seed, *buttons = seed_and_buttons(sampling.seed)
-                with gr.Column(scale=5, min_width=300):
-                    page = result()
-            wire(buttons, seed, page, drawing(digits.draw, 5, 5), [domain, digit, weight, student, count, seed])
+                    seed = seed_of(sampling.seed)
+                results(drawing(digits.draw, 5, 5), seed, [domain, digit, weight, student, count])
             student.change(lambda on: gr.Slider(value=digits.networks[on][2].guidance_weight, maximum=digits.networks[1][0].max_weight if on else 10),
                            student, weight, show_progress="hidden")
         with gr.Tab("Faces"):
@@ -201,38 +202,33 @@ def build(gr, digits, faces, words, classes, told):
                         first = gr.Dropdown(names, value=names[0], label="Noise at alpha 0", min_width=120)
                         second = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Noise at alpha 1", min_width=120)
                     alpha = gr.Slider(0, 1, 0.5, step=0.05, label="alpha between them")
-                    eta = gr.Slider(0, 1, 0, step=0.05, label="eta, fresh noise at each step")
+                    eta = gr.Slider(0, 1, 0, step=0.05, label="eta, fresh noise")
                     steps = gr.Slider(1, 100, faces.config.num_steps, step=1, label="Steps", info="50 are the grader's convention")
-                    seed, *buttons = seed_and_buttons(0)
-                with gr.Column(scale=5, min_width=300):
-                    page = result()
-            wire(buttons, seed, page, drawing(faces.draw, 4, 2), [first, second, alpha, eta, steps, seed])
-        with gr.Tab("Learned words"):
+                    seed = seed_of(0)
+                results(drawing(faces.draw, 4, 2), seed, [first, second, alpha, eta, steps])
+        with gr.Tab("Words"):
             about("words")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     prompts = words.examples()
                     prompt = gr.Textbox(prompts[0], label="Prompt", info=f"learned words: {', '.join(words.rows) or 'none'}", lines=2)
                     gr.Examples([[text] for text in prompts], prompt, label="Try")
+                    place = gr.Dropdown(list(PLACES), value="anywhere", label='Of "a ... next to a ...", what stands where')
+                    clicks = gr.State([])
+                    with gr.Group(visible=False) as square:
+                        target = gr.Image(canvas([]), format="png", interactive=False, label="click the first, then the second", buttons=[], height=CANVAS)
                     weight = gr.Slider(0, 12, words.config.guidance_weight, step=0.5, label="Guidance weight w")
                     steps = gr.Slider(1, 50, words.config.num_steps, step=1, label="Steps")
                     count = gr.Slider(1, words.config.batch_size, 4, step=1, label="How many")
-                    place = gr.Radio(list(PLACES), value="anywhere", label="Where the two things of \"a ... next to a ...\" stand")
-                    clicks = gr.State([])
-                    with gr.Group(visible=False) as square:
-                        gr.Markdown("Click where the first should be, then where the second.")
-                        target = gr.Image(canvas([]), format="png", interactive=False, show_label=False, buttons=[], height=CANVAS, width=CANVAS)
-                    seed, *buttons = seed_and_buttons(0)
-                with gr.Column(scale=5, min_width=300):
-                    page = result()
-            wire(buttons, seed, page, drawing(words.draw, 4, 2), [prompt, weight, steps, count, place, clicks, seed])
+                    seed = seed_of(0)
+                results(drawing(words.draw, 4, 2), seed, [prompt, weight, steps, count, place, clicks])
             place.change(lambda chosen: gr.Group(visible=chosen == BY_CLICKS), place, square, show_progress="hidden")
 
             def click(points, event: gr.SelectData):
                 points = clicked(points, *event.index)
                 return points, canvas(points)
             target.select(click, clicks, [clicks, target], show_progress="hidden")
-        with gr.Tab("Your own classes"):
+        with gr.Tab("Classes"):
             about("classes", ", ".join(classes.templates).format("..."))
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -241,8 +237,9 @@ def build(gr, digits, faces, words, classes, told):
                     upload = gr.File(label="A picture of yours", height=120)
                     gr.Examples([[str(path)] for path in some], upload, label="Or one of these")
                     text = gr.Textbox(", ".join(list(labels.values())[::5]), label="Classes, with commas between them", lines=3)
-                    button = gr.Button("Classify", variant="primary")
                 with gr.Column(scale=5, min_width=300):
+                    with gr.Row(elem_classes="buttons"):
+                        button = gr.Button("Classify", variant="primary")
                     page = gr.HTML('<div class="empty">Choose a picture.</div>')
             gr.on([button.click, upload.change], lambda path, names: chances(classes, path, names), [upload, text], page, **one)
     return blocks
@@ -271,7 +268,9 @@ def serve(args, folder):
     import gradio as gr
 
     digits, faces, words, classes = Digits(args), Faces(args), Words(args), Classes(args)
-    told = f"On {describe(classes.grader.device)}: P1 {digits.networks[0][-1].name}, P2 {args.unet.name}, P3 {words.row.name}."
+    mini = " The miniature knows drawings of things on plain grounds, and no photographs." if words.row.key == "miniature" else ""
+    told = (f"All is computed on this machine ({describe(classes.grader.device)}): digits by {digits.networks[0][-1].name}, faces by {args.unet.name}, "
+            f"pictures by {words.row.name}.{mini}")
     blocks = build(gr, digits, faces, words, classes, told)
     blocks.launch(server_name="127.0.0.1", server_port=args.port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False, mcp_server=False,
                   pwa=False, run_history=False, enable_monitoring=False, footer_links=[], max_file_size="50mb", css=CSS,

@@ -1,7 +1,7 @@
 """What demo.py's page shows: pictures by the functions of the graded commands, with their defaults, seen step by step.
 
-For a seed they are the files that the command beside them writes, byte for byte. Nothing here knows of the page, and nothing is written but to temporary
-folders.
+For a seed they are the files that the command beside them writes, byte for byte (of faces, four of which are drawn at a time, a grey level may differ).
+Nothing here knows of the page, and nothing is written but to temporary folders.
 """
 
 import argparse

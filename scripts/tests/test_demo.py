@@ -98,13 +98,13 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch):
             page.on("request", lambda request: asked.append(request.url))
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(blocks.local_url)
-            for tab, button, wanted in (("Digits", "Draw", 10), ("Faces", "Draw", 4), ("Learned words", "Draw", 4)):
+            for tab, button, wanted in (("Digits", "Draw", 10), ("Faces", "Draw", 4), ("Words", "Draw", 4)):
                 page.get_by_role("tab", name=tab).click()
                 panel = page.get_by_role("tabpanel").filter(visible=True)
                 panel.get_by_role("button", name=button, exact=True).click()
                 panel.get_by_text("steps, done").wait_for(timeout=120_000)
                 assert panel.locator(".pictures").first.locator("img").count() == wanted
-            page.get_by_role("tab", name="Your own classes").click()
+            page.get_by_role("tab", name="Classes").click()
             bad = tmp_path / "bad.png"
             bad.write_text("<html>")
             page.locator("input[type=file]").first.set_input_files(bad)
