@@ -8,6 +8,7 @@ import base64
 import html
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -280,6 +281,7 @@ def serve(args, folder):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the temporary folder goes then, too
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         try:
             blocks = serve(args, folder)
