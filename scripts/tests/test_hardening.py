@@ -146,6 +146,7 @@ def main():
     except KeyboardInterrupt:
         raise f1.UserError("cannot load the weights") from None
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground, wherever these tests run
 guard.quiet_interrupts()
 f1.run(main)
 """, tmp_path)
