@@ -46,10 +46,15 @@ class DrawConfig:
         return SAMPLERS[self.sampler](model, noise(), spacing(alpha_bar, self.num_steps), noise=noise)
 
 
-def states(parts, cond, names, config, guided=Guided):
-    """A sampler's states for a batch. cond: hidden states [B, tokens, dim] of the prompts; names: of the pictures, which seed their noise."""
+def guidance_and_noise(parts, cond, names, config, guided=Guided):
+    """What a sampler asks for a batch. cond: hidden states [B, tokens, dim] of the prompts; names: of the pictures, which seed their noise."""
     noise = ImageNoise(config.seed, names, parts.latent_shape(config.side), parts.device)
-    model = guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
+    return guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype), noise
+
+
+def states(parts, cond, names, config, guided=Guided):
+    """A sampler's states for a batch; see `guidance_and_noise`."""
+    model, noise = guidance_and_noise(parts, cond, names, config, guided)
     return config.states(model, parts.alpha_bar, noise)
 
 
@@ -85,8 +90,7 @@ def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None,
 def work_of(parts, prompts, names, config):
     """[(how often, work)] of a drawing, for `announce`: a step of the sampler for the first batch, and the decoding of a batch."""
     cond = parts.encode_text(prompts[:config.batch_size])
-    noise = ImageNoise(config.seed, names[:config.batch_size], parts.latent_shape(config.side), parts.device)
-    model = Guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype)
+    model, noise = guidance_and_noise(parts, cond, names[:config.batch_size], config)
     x, batches = noise(), math.ceil(len(prompts) / config.batch_size)
     return [(config.num_steps * batches, lambda: next(config.states(model, parts.alpha_bar, noise))), (batches, lambda: parts.decode(x))]
 

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -55,3 +57,11 @@ def test_no_folder_imports_another_and_no_file_is_long():
             text = path.read_text()
             assert "tests" in path.parts or len(text.splitlines()) <= 350, path
             assert not re.search(rf"^\s*(from|import) ({'|'.join(other for other in PACKAGES if other != package)})\b", text, re.MULTILINE), path
+
+
+@pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="needs git and a clone")
+def test_nothing_else_lies_at_the_top():
+    """Of what git keeps; a file that was left there by mistake is seen."""
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    top = {name.split("/")[0] for name in kept if name and not name.startswith(".")}
+    assert top == {"README.md", "LICENSE", "requirements.txt", *PACKAGES, "hw2_data", "scripts", "report"}
