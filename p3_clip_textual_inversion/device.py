@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -86,7 +86,10 @@ def describe(device, dtype=None):
     """A device in words, for the first line of every command: "cuda:0 (NVIDIA H100, 79 GB), bf16"."""
     text = str(device)
     if device.type == "cuda":
-        text += f" ({torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GB)"
+        text += f" ({torch.cuda.get_device_name(device)}"
+        with suppress(Exception):  # a first line that cannot tell the memory does not stop the work
+            text += f", {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GB"
+        text += ")"
     return text if dtype is None else f"{text}, {name_of(dtype)}"
 
 
