@@ -37,7 +37,7 @@ from .world import Drawings
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "seconds", "save_every", "keep", "compile", "device", "clip", "vae", "start", "validate_every", "report_to",
-                  "stop_when_flat")  # between a run and its continuation
+                  "stop_when_flat", "dtype")  # between a run and its continuation
 
 
 def parse_args():
@@ -90,6 +90,8 @@ def train(args, folder):
     state = load_state(state_file, settings) if state_file.exists() else None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # the shapes stay
+    if device.type == "cpu":  # over so few tokens the fused attention's backward pass takes six to ten times as long in bf16 as the plain one's
+        torch.backends.cuda.enable_flash_sdp(False)  # a CPU's, too, in spite of its name
     part = PARTS[args.part](args, Drawings(args.drawings, device), device)
     net = part.model.to(device).train()
     averaged, optimizer = averaged_copy(net), make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98))
