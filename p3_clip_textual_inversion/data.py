@@ -66,6 +66,11 @@ def read_concepts(path):
     return concepts
 
 
+def kind_of(concept, told="auto"):
+    """Whether a concept is an "object" or a "style": as told or, with "auto", a style where every prompt is in its style."""
+    return told if told != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
+
+
 def refuse_examples(output, path, concepts):
     """A `UserError` where a run would write among the example pictures of an input.json: into the folder of one of its concepts."""
     output, folders = Path(output).resolve(), [Path(path).resolve().parent / concept.number for concept in concepts]

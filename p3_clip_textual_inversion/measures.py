@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from PIL import Image
 
 DRAWS = 10_000  # of a bootstrap
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
@@ -101,3 +102,10 @@ def cross_fit_temperature(logits, truth, folds=5, seed=0):
     for f in range(folds if folds > 1 else 0):
         temperature[fold == f] = fit_temperature(logits[fold != f], truth[fold != f])
     return fold, temperature
+
+
+def drift(pictures, originals, grader):
+    """How far ordinary prompts' pictures have moved: mean difference in grey levels, and 100 cosine of CLIP's features. Lists of uint8 [H, W, 3]."""
+    levels = np.abs(np.stack(pictures).astype(float) - np.stack(originals)).mean()
+    ours, theirs = (grader.of_pictures([Image.fromarray(p) for p in group]) for group in (pictures, originals))
+    return {"grey_levels": float(levels), "clip_cosine": float(100 * (ours * theirs).sum(1).mean())}

@@ -12,24 +12,23 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .compose import SEPARATOR, regional, toward_style
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import example_pictures, read_concepts, read_data
+from .data import example_pictures, kind_of, read_concepts, read_data
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of
 from .device import progress
 from .diffusion import Guided
 from .embedding import add_words, expand, read_embeddings
 from .evaluate import add_judge_arguments, judge_of
 from .files import ROOT, UserError, check_flags, run, writable_folder, write_json
+from .finders import make_finders
 from .guard import command as command_of
 from .inference import add_arguments, draw, load, settings_of
-from .measures import wilson
+from .measures import drift, wilson
 from .pictures import read_picture, save_image, sheet
-from .sources import kind_of
 from .stable_diffusion import MINI_SD
 
 METHODS = {  # name: (run whose words it uses, where its projections come from, what guidance_of takes as options)
@@ -41,110 +40,6 @@ METHODS = {  # name: (run whose words it uses, where its projections come from, 
     "apart, regional or style guidance": ("apart", None, {}),
     "Custom Diffusion, together, regional or style guidance": ("custom", "run", {}),
 }
-
-
-def half_crops(picture):
-    """The left and right of a picture, squares of 0.55 of its side at mid-height, where a subject of two stands."""
-    side = round(0.55 * picture.width)
-    top = (picture.height - side) // 2
-    return [picture.crop((left, top, left + side, top + side)) for left in (0, picture.width - side)]
-
-
-def halves_and_whole(pictures):
-    """Three for each picture, in turn."""
-    return [crop for picture in pictures for crop in (*half_crops(picture), picture)]
-
-
-class Finder:
-    """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
-    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
-
-    def __init__(self, grader, references, present, absent):
-        self.grader, self.references = grader, grader.of_pictures(references)
-        self.threshold = (self.scores(present).mean() + self.scores(absent).mean()).item() / 2
-
-    def scores(self, pictures):
-        """[N]"""
-        crops = halves_and_whole(pictures)
-        return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
-
-    def __call__(self, pictures):
-        """bool [N]"""
-        return self.scores(pictures) > self.threshold
-
-
-class CaptionFinder:
-    """The same by captions: CLIP takes the picture, or one of its halves, for the first of several captions rather than for the others."""
-
-    def __init__(self, grader, captions, halves=True):
-        self.grader, self.halves, self.directions = grader, halves, grader.of_texts(captions)
-
-    def __call__(self, pictures):
-        crops = halves_and_whole(pictures) if self.halves else pictures
-        return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(len(pictures), -1).any(1)
-
-
-def make_finders(grader, concepts, args, others, labels):
-    """({key: finder}, {key: how many real pictures that set no threshold it judges rightly}).
-
-    A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
-    halves of the ordinary pictures. A subject is seen beside another thing. Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there
-    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", by captions that name styles (CLIP's image score, which looks for
-    subjects, does not tell a style on a subject that is not among its examples)."""
-    finders, validation = {}, {}
-    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
-    styles = [concept.number for concept in concepts if kind_of(concept, args) == "style"]
-    side = others[0].width
-    halves_of_others = others[0::2], others[1::2]
-    for concept in concepts:
-        *references, setting, trying = examples[concept.number]
-        sets = []
-        for example, half in ((setting, halves_of_others[0]), (trying, halves_of_others[1])):
-            if concept.number in styles:
-                flipped = ImageOps.mirror(example)
-                sets.append(([example, flipped], half))
-            else:
-                beside = [paste_side_by_side(*((example, other) if i % 2 else (other, example)), side) for i, other in enumerate(half)]
-                without = [paste_side_by_side(half[i - 1], other, side) for i, other in enumerate(half)]
-                sets.append((beside, without))
-        add_finder(finders, validation, concept.number, grader, references, sets)
-    for style in styles:
-        for subject in (concept.number for concept in concepts if concept.number not in styles):
-            folder = args.input.parent / f"{subject}+{style}"
-            if folder.is_dir():
-                both = example_pictures(folder)
-                sets = [(both[1::3], examples[style]), (both[2::3], [ImageOps.mirror(picture) for picture in examples[style]])]
-                add_finder(finders, validation, f"{subject} in {style}", grader, both[0::3], sets)
-    medium = args.row.medium
-    for style in (concept for concept in concepts if concept.number in styles):
-        for subject in (concept for concept in concepts if f"{concept.number} in {style.number}" in finders):
-            key = f"{style.number} on {subject.number}"
-            names = (style.src_image, *args.row.several.other_styles)
-            finders[key] = CaptionFinder(grader, [f"a {medium} of a {subject.src_image} in the style of {name}" for name in names], halves=False)
-            validate(finders, validation, key, example_pictures(args.input.parent / f"{subject.number}+{style.number}"), examples[subject.number])
-    finders["ordinary"] = CaptionFinder(grader, [f"a {medium} of a {name}" for name in (args.ordinary, *(n for n in labels if n != args.ordinary))])
-    return finders, validation
-
-
-def add_finder(finders, validation, key, grader, references, sets):
-    """A `Finder`, set by the first (pictures with it, pictures without) of sets, tried on the second."""
-    (present, absent), (new_present, new_absent) = sets
-    finders[key] = Finder(grader, references, present, absent)
-    validate(finders, validation, key, new_present, new_absent)
-
-
-def validate(finders, validation, key, new_present, new_absent):
-    """Notes in which share of pictures with it and without it a finder finds its concept."""
-    validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
-                       "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
-
-
-def paste_side_by_side(left, right, side):
-    """A real picture of two: both at half size beside each other, on the left one's ground."""
-    picture = Image.new("RGB", (side, side), left.getpixel((0, 0)))
-    for i, part in enumerate((left, right)):
-        picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
-    return picture
 
 
 def prepare(method, args, concepts, device, config):
@@ -165,7 +60,7 @@ def prepare(method, args, concepts, device, config):
         with torch.inference_mode():
             targets = []
             for concept in concepts:  # the hidden states of its words in its captions, which is what its projections learned
-                captions = [expand(t.format(concept.token), counts) for t in templates[kind_of(concept, args)]]
+                captions = [expand(t.format(concept.token), counts) for t in templates[kind_of(concept)]]
                 ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
                 targets.append(hidden[parts.text_encoder.get_input_embeddings().is_new(ids).cpu()])
             captions = [t.format(word) for t in templates["object"] for word in args.row.ordinary]
@@ -179,8 +74,8 @@ def guidance_of(parts, text, concepts, counts, options, args):
     if options is None:
         return Guided
     there = [(concept, written) for concept in concepts if (written := expand(concept.token, counts)) in text]
-    subject = next(concept for concept, _ in there if kind_of(concept, args) == "object")
-    for _, style in (pair for pair in there if kind_of(pair[0], args) == "style"):
+    subject = next(concept for concept, _ in there if kind_of(concept) == "object")
+    for _, style in (pair for pair in there if kind_of(pair[0]) == "style"):
         plain = f"a {args.row.medium} of a {subject.src_image}"
         return toward_style(parts, plain, f"{plain} in the style of {style}") if options == {} else Guided
     return regional(parts, text, **options)
@@ -199,17 +94,10 @@ def train_missing(args, concepts):
             raise UserError(f"the training {name} failed")
 
 
-def drift(pictures, originals, grader):
-    """How far ordinary prompts' pictures have moved: mean difference in grey levels, and 100 cosine of CLIP's features. Lists of uint8 [H, W, 3]."""
-    levels = np.abs(np.stack(pictures).astype(float) - np.stack(originals)).mean()
-    ours, theirs = (grader.of_pictures([Image.fromarray(p) for p in group]) for group in (pictures, originals))
-    return {"grey_levels": float(levels), "clip_cosine": float(100 * (ours * theirs).sum(1).mean())}
-
-
 def make_prompts(args, concepts, finders):
     """[(prompt, keys of the finders that must find)]: two subjects, a subject and an ordinary thing, a subject in a style."""
-    subjects = [c for c in concepts if kind_of(c, args) == "object"]
-    styles = [c for c in concepts if kind_of(c, args) == "style"]
+    subjects = [c for c in concepts if kind_of(c) == "object"]
+    styles = [c for c in concepts if kind_of(c) == "style"]
     prompts = [(f"a {a.token}{SEPARATOR}a {b.token}", (a.number, b.number)) for a, b in pairwise(subjects)]
     prompts += [(f"a {subject.token}{SEPARATOR}a {args.ordinary}", (subject.number, "ordinary")) for subject in subjects[:1]]
     for subject, style in zip(subjects[:1], styles[:1]):
@@ -234,7 +122,6 @@ def parse_args():
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in the trainings: less memory, more time")
     parser.add_argument("--num-images", type=int, default=50, help="pictures per prompt and method")
     add_judge_arguments(parser)
-    parser.add_argument("--kind", default="auto", help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()
     check_flags(args, ("num_images", "train_steps", "train_batch_size"), lambda value: value is None or 1 <= value <= 10**6, "between 1 and 1000000")
@@ -247,7 +134,7 @@ def main():
     fill_in(args, args.row.several)
     args.input = input_of(args.input, args.row.several.input)
     concepts = read_concepts(args.input)
-    if all(kind_of(concept, args) == "style" for concept in concepts):
+    if all(kind_of(concept) == "style" for concept in concepts):
         raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")
     paths, classes, labels = read_data(args.ordinary_pictures)
     if len(set(classes)) < 2:
@@ -260,7 +147,7 @@ def main():
     writable_folder(args.output)
     others = [read_picture(paths[classes.index(number)]) for number in dict.fromkeys(classes)]  # one of each class
     grader = judge_of(args.row, args, device=device)
-    finders, validation = make_finders(grader, concepts, args, others, list(labels.values()))
+    finders, validation = make_finders(grader, concepts, args.input.parent, args.row, others, args.ordinary, list(labels.values()))
     prompts = make_prompts(args, concepts, finders)
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .data import read_captions, side_by_side, varied
+from .data import kind_of, read_captions, side_by_side, varied
 from .device import progress
 from .embedding import expand
 from .inference import check_lengths, draw
@@ -60,7 +60,7 @@ def make_held(parts, concepts, args, row, side):
         rng, folder = np.random.default_rng([args.seed, 1]), args.input.parent / concept.number
         pictures = read_pictures(folder)[0]
         own = read_captions(folder, pictures, concept.token)
-        texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, args)]]
+        texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, args.kind)]]
         squares += [varied(picture, side, 2 + HELD, rng)[2:] for picture in pictures.values()]
         captions += [texts[i // HELD if own else i % len(texts)] for i in range(HELD * len(pictures))]
     counts = {concept.token: args.vectors for concept in concepts}
@@ -74,7 +74,7 @@ def make_sources(parts, concepts, args, row, side, config):
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
-        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args)
+        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args.kind)
         pictures, skipped = read_pictures(folder)
         if skipped:
             print(f"note: left out what is no picture: {', '.join(skipped)}")
@@ -100,8 +100,3 @@ def make_sources(parts, concepts, args, row, side, config):
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch
     return sources
-
-
-def kind_of(concept, args):
-    """Whether a concept is an object or a style."""
-    return args.kind if args.kind != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"

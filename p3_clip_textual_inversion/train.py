@@ -22,14 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import read_captions, read_concepts, refuse_examples
+from .data import kind_of, read_captions, read_concepts, refuse_examples
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
 from .pictures import read_pictures, save_image
-from .sources import draw_batch, kind_of, make_held, make_sources
+from .sources import draw_batch, make_held, make_sources
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .training import (
     WATCHING,
@@ -144,7 +144,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    kinds = [kind_of(concept, args) for concept in concepts]
+    kinds = [kind_of(concept, args.kind) for concept in concepts]
     pull = args.pull
     if pull is None:
         pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
@@ -203,7 +203,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
 
     first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
                                       f"from {sum(len(source.means) for source in sources)} latents,")
-    shown = [expand(row.templates[kind_of(c, args)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
+    shown = [expand(row.templates[kind_of(c, args.kind)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
     strengths = [min(1, (args.steps - at) / max(args.decay * args.steps, 1)) for at in range(args.steps)]  # of learning and of the pull alike
     every = max(args.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
     log = Log(accelerator, folder, f"learning {words}", args, step, history)

@@ -15,8 +15,9 @@ from p3_clip_textual_inversion.defaults import SD_V1
 from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.measures import wilson
-from p3_clip_textual_inversion.multi import drift, guidance_of, half_crops, paste_side_by_side
+from p3_clip_textual_inversion.finders import half_crops, paste_side_by_side
+from p3_clip_textual_inversion.measures import drift, wilson
+from p3_clip_textual_inversion.multi import guidance_of
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -102,7 +103,7 @@ def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
 
 
 def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
-    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(kind="auto", row=SD_V1), read_concepts(concepts_json)
+    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(row=SD_V1), read_concepts(concepts_json)
     vectors = {concept.token: torch.randn(2, 32) * 0.1 for concept in concepts}
     add_words(parts, vectors)
     counts = dict.fromkeys(vectors, 2)

@@ -1,0 +1,112 @@
+"""Is a concept in a picture? CLIP's answer, by a threshold or by captions, and how often it is right on real pictures that set nothing."""
+
+from PIL import Image, ImageOps
+
+from .data import example_pictures, kind_of
+
+
+def half_crops(picture):
+    """The left and right of a picture, squares of 0.55 of its side at mid-height, where a subject of two stands."""
+    side = round(0.55 * picture.width)
+    top = (picture.height - side) // 2
+    return [picture.crop((left, top, left + side, top + side)) for left in (0, picture.width - side)]
+
+
+def halves_and_whole(pictures):
+    """Three for each picture, in turn."""
+    return [crop for picture in pictures for crop in (*half_crops(picture), picture)]
+
+
+class Finder:
+    """Whether CLIP finds a concept in a picture: its image score against examples of the concept, in the better of both halves and the whole, above a
+    threshold: the middle between the mean scores of real pictures with the concept and of real pictures without it."""
+
+    def __init__(self, grader, references, present, absent):
+        self.grader, self.references = grader, grader.of_pictures(references)
+        self.threshold = (self.scores(present).mean() + self.scores(absent).mean()).item() / 2
+
+    def scores(self, pictures):
+        """[N]"""
+        crops = halves_and_whole(pictures)
+        return 100 * (self.grader.of_pictures(crops) @ self.references.T).mean(1).reshape(-1, 3).amax(1)
+
+    def __call__(self, pictures):
+        """bool [N]"""
+        return self.scores(pictures) > self.threshold
+
+
+class CaptionFinder:
+    """The same by captions: CLIP takes the picture, or one of its halves, for the first of several captions rather than for the others."""
+
+    def __init__(self, grader, captions, halves=True):
+        self.grader, self.halves, self.directions = grader, halves, grader.of_texts(captions)
+
+    def __call__(self, pictures):
+        crops = halves_and_whole(pictures) if self.halves else pictures
+        return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(len(pictures), -1).any(1)
+
+
+def make_finders(grader, concepts, folder, row, others, ordinary, labels):
+    """({key: finder}, {key: how many real pictures that set no threshold it judges rightly}).
+
+    folder: of the concepts' folders of examples; row: the model's `Defaults`; others: ordinary pictures; ordinary: the name of the thing that "ordinary"
+    finds, among the names `labels`.
+
+    A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
+    halves of the ordinary pictures. A subject is seen beside another thing. Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there
+    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", by captions that name styles (CLIP's image score, which looks for
+    subjects, does not tell a style on a subject that is not among its examples)."""
+    finders, validation = {}, {}
+    examples = {concept.number: example_pictures(folder / concept.number) for concept in concepts}
+    styles = [concept.number for concept in concepts if kind_of(concept) == "style"]
+    side = others[0].width
+    halves_of_others = others[0::2], others[1::2]
+    for concept in concepts:
+        *references, setting, trying = examples[concept.number]
+        sets = []
+        for example, half in ((setting, halves_of_others[0]), (trying, halves_of_others[1])):
+            if concept.number in styles:
+                flipped = ImageOps.mirror(example)
+                sets.append(([example, flipped], half))
+            else:
+                beside = [paste_side_by_side(*((example, other) if i % 2 else (other, example)), side) for i, other in enumerate(half)]
+                without = [paste_side_by_side(half[i - 1], other, side) for i, other in enumerate(half)]
+                sets.append((beside, without))
+        add_finder(finders, validation, concept.number, grader, references, sets)
+    for style in styles:
+        for subject in (concept.number for concept in concepts if concept.number not in styles):
+            folder = folder / f"{subject}+{style}"
+            if folder.is_dir():
+                both = example_pictures(folder)
+                sets = [(both[1::3], examples[style]), (both[2::3], [ImageOps.mirror(picture) for picture in examples[style]])]
+                add_finder(finders, validation, f"{subject} in {style}", grader, both[0::3], sets)
+    medium = row.medium
+    for style in (concept for concept in concepts if concept.number in styles):
+        for subject in (concept for concept in concepts if f"{concept.number} in {style.number}" in finders):
+            key = f"{style.number} on {subject.number}"
+            names = (style.src_image, *row.several.other_styles)
+            finders[key] = CaptionFinder(grader, [f"a {medium} of a {subject.src_image} in the style of {name}" for name in names], halves=False)
+            validate(finders, validation, key, example_pictures(folder / f"{subject.number}+{style.number}"), examples[subject.number])
+    finders["ordinary"] = CaptionFinder(grader, [f"a {medium} of a {name}" for name in (ordinary, *(n for n in labels if n != ordinary))])
+    return finders, validation
+
+
+def add_finder(finders, validation, key, grader, references, sets):
+    """A `Finder`, set by the first (pictures with it, pictures without) of sets, tried on the second."""
+    (present, absent), (new_present, new_absent) = sets
+    finders[key] = Finder(grader, references, present, absent)
+    validate(finders, validation, key, new_present, new_absent)
+
+
+def validate(finders, validation, key, new_present, new_absent):
+    """Notes in which share of pictures with it and without it a finder finds its concept."""
+    validation[key] = {"found_where_present": finders[key](new_present).float().mean().item(), "present": len(new_present),
+                       "found_where_absent": finders[key](new_absent).float().mean().item(), "absent": len(new_absent)}
+
+
+def paste_side_by_side(left, right, side):
+    """A real picture of two: both at half size beside each other, on the left one's ground."""
+    picture = Image.new("RGB", (side, side), left.getpixel((0, 0)))
+    for i, part in enumerate((left, right)):
+        picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
+    return picture
