@@ -11,16 +11,13 @@ import argparse
 import hashlib
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import diffusion
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import kind_of, read_captions, read_concepts, refuse_examples
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
@@ -28,13 +25,13 @@ from .embedding import add_words, check_files, expand, file_of, initial_rows, mo
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
+from .objective import Best, Loss
 from .pictures import read_pictures, save_image
 from .sources import draw_batch, make_held, make_sources
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .training import (
     WATCHING,
     Log,
-    Validation,
     add_arguments,
     first_line_of,
     fitting,
@@ -50,73 +47,9 @@ from .training import (
 
 LOG_EVERY = 20
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7}  # what a prompt of CLIP and a memory hold
-VALIDATED, VALIDATIONS = 64, 15  # kept latents, at a moment each; how often in a run
+VALIDATIONS = 15  # how often in a run
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", "weights", *WATCHING)  # between a run and its continuation
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
-
-
-class Loss(torch.nn.Module):
-    """The training loss as a function of token ids; what accelerate wraps."""
-
-    def __init__(self, parts, min_snr_gamma):
-        super().__init__()
-        self.text_encoder, self.unet, self.alpha_bar, self.gamma = parts.text_encoder, parts.unet, parts.alpha_bar.to(parts.device), min_snr_gamma
-        self.tokens = parts.tokens
-
-    def ids(self, texts):
-        """(captions int [N, context], which of them each text is, int [B]): a few pictures have few captions, and each is encoded once."""
-        captions, which = self.tokens(texts).unique(dim=0, return_inverse=True)
-        return tuple(part.to(self.alpha_bar.device, non_blocking=True) for part in (captions, which))
-
-    def forward(self, x0, eps, t, captions, which):
-        """x0, eps: [B, 4, h, w]; t: [B]; captions, which: of `ids`. The mean over the batch."""
-        return self.each(x0, eps, t, captions, which).mean()
-
-    def each(self, x0, eps, t, captions, which):
-        """One value per latent, [B]."""
-        # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
-        # Not with checkpoints, which compute it again later, outside this choice.
-        small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024 and not self.unet.is_gradient_checkpointing
-        with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
-            hidden = self.text_encoder(captions).last_hidden_state[which]
-            return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma)
-
-
-class Best:
-    """The state of what is trained with the lowest loss on kept crops at kept moments with kept noises, so that two states differ by themselves alone; what a
-    training ends with. The last state need not be better than an earlier one, nor than the words that it began with.
-
-    losses: {step: loss}; kept: {name: tensor} of the best."""
-
-    def __init__(self, loss, parts, held, accelerator, batch_size, state=None):
-        self.loss, self.parts, self.held, self.accelerator, self.batch_size = loss, parts, held, accelerator, batch_size
-        self.validation = Validation(len(held.means), held.means.shape[1:], VALIDATED)
-        self.losses, self.kept = (state["losses"], state["kept"]) if state else ({}, None)
-
-    def of(self, index, t, eps):
-        ids = self.loss.ids([self.held.captions[i] for i in index.cpu().tolist()])
-        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], eps, t, *ids)
-
-    def update(self, step, trained):
-        """Measures, and keeps what is the best so far. Returns what `Validation` does."""
-        measured = self.validation(self.of, self.accelerator, self.batch_size)
-        self.losses[step] = measured["validation"]
-        if self.losses[step] == min(self.losses.values()):
-            self.kept = {name: tensor.detach().clone() for name, tensor in trained.items()}
-        return measured
-
-    @property
-    def step(self):
-        return min(self.losses, key=self.losses.get)
-
-    def told(self, words):
-        """What became of the words, in a line."""
-        first, last, best = self.losses[0], max(self.losses), self.step
-        text = f"{words}: loss on kept crops {first:.4f} with the initial words, {self.losses[last]:.4f} at the end"
-        if best == 0:
-            return f"{text}; note: no state is better than the initial words, which are kept: try another --lr, more --steps or other initial words"
-        worse = " (the end is worse than the initial words)" if self.losses[last] >= first else ""
-        return f"{text}{worse}; the best is kept, {self.losses[best]:.4f} at step {best}"
 
 
 def fingerprint(folders):

@@ -140,8 +140,8 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, only=("pictur
     from p3_clip_textual_inversion.defaults import SD_V1
     from p3_clip_textual_inversion.embedding import add_words
     from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.objective import Loss
     from p3_clip_textual_inversion.sources import encode
-    from p3_clip_textual_inversion.train import Loss
 
     parts = stable_diffusion(dtype)
     learned = add_words(parts, {"<new1>": torch.zeros(SD_V1.learning.vectors, 768)})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p3_clip_textual_inversion import inference, train
+from p3_clip_textual_inversion import inference, objective, train
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.miniature.world import CLIP_STYLES, SUBJECTS
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
@@ -21,7 +21,7 @@ SHORT = ["--steps", 1, "--batch-size", 1, "--crops", 1, "--vectors", 1, "--sampl
 def test_the_first_concepts_model_is_gone_when_the_second_one_loads(call, tiny_sd, concepts_json, tmp_path, monkeypatch):
     """accelerate keeps what it has prepared: 2.2 GB of Stable Diffusion in fp16."""
     refs, alive = [], []
-    monkeypatch.setattr(train, "VALIDATED", 4)
+    monkeypatch.setattr(objective, "VALIDATED", 4)
 
     def load(*args):
         gc.collect()
@@ -73,7 +73,7 @@ def no_memory(monkeypatch):
 
 
 def test_a_training_without_memory_names_the_flags_to_lower(call, tiny_sd, concepts_json, tmp_path, no_memory, monkeypatch):
-    monkeypatch.setattr(train, "VALIDATED", 4)
+    monkeypatch.setattr(objective, "VALIDATED", 4)
     code, _, err = call(f"{PACKAGE}.train", concepts_json, "--checkpoint", tiny_sd, "--output", tmp_path / "words", *SHORT)
     assert code == 1 and "not enough memory" in err and all(flag in err for flag in ("--batch-size", "--side", "--gradient-checkpointing")), err
 
