@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up, then checks the style and runs the tests. Arguments go to pytest:  test.sh -k ddim
+# Sets up, then checks the style and runs the tests, a file at a time on each core. Arguments go to pytest:  test.sh -k ddim;  test.sh -n 0 --pdb
 set -euo pipefail
 setup_flags=--dev
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "${scripts%/*}"
 "$python" -m ruff check .
-exec "$python" -m pytest -c .pytest.ini --rootdir . "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # each core has a process of its own
+exec "$python" -m pytest -c .pytest.ini --rootdir . -n auto --maxprocesses 4 --dist loadfile "$@"

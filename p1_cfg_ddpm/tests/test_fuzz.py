@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,39 +14,7 @@ from p1_cfg_ddpm.data import read_csv, read_image
 from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.model import load_model
 
-quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-
-
-class Bomb:
-    """A pickle of it, loaded as pickles are, makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@st.composite
-def damaged(draw, content):
-    """A valid file's bytes, cut short, with a few of them changed, or any bytes at all."""
-    if draw(st.booleans()):
-        return draw(st.binary(max_size=200))
-    changed = bytearray(content[:draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
-    for position, value in draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6)):
-        if changed:
-            changed[position % len(changed)] = value
-    return bytes(changed)
-
-
-def answer(read, path, content):
-    """Writes `content` to `path` and reads it: fine, or a `UserError` of one line; everything else fails the test."""
-    path.write_bytes(content)
-    try:
-        return read(path)
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) > 10
-        return None
+from .tools import Bomb, answer, damaged, quick
 
 
 @pytest.mark.parametrize("reader, suffix", [(load_classifier, ".pth"), (load_classifier, ".safetensors"), (load_model, ".safetensors")])

@@ -1,14 +1,11 @@
 """Bad calls of P1's commands, files that are none, and runs that are killed or crowded: one line, or whole files."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,31 +14,15 @@ from p1_cfg_ddpm import device, inference
 from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits, read_image
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.files import ROOT, UserError
-from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from p1_cfg_ddpm.files import UserError
+from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS, load_model
 from p1_cfg_ddpm.train import load_state
 
+from .tools import check_crowded_and_killed, quick
+
 DRAW = ["--images-per-digit=3", "--digits", "3", "--steps=2", "--dtype=fp32", "--batch-size=1"]
 TRAIN = ["--size=tiny", "--steps=1", "--batch-size=2", "--device=cpu"]
-# Runs a module, but its fourth picture is half written when the process is killed, as by kill -9.
-KILLED = """
-import io, os, runpy, signal, sys
-from PIL import Image
-save, count = Image.Image.save, 0
-def half(self, path, **options):
-    global count
-    count += 1
-    if count < 4:
-        return save(self, path, **options)
-    save(self, whole := io.BytesIO(), "PNG")
-    with open(path, "wb") as file:
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-Image.Image.save = half
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture
@@ -124,8 +105,8 @@ def test_images_that_are_not_finite_are_refused(call, tmp_path):
 def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
     """The images do not depend on it."""
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
-    jobs, sampling = all_jobs(2, ("svhn",), (3, 8)), Sampling(steps=2)
-    whole = [image for _, image in generate(model, diffusion, jobs, sampling, 4, progress=False)]
+    jobs, config = all_jobs(2, ("svhn",), (3, 8)), DrawConfig(num_steps=2)
+    whole = [image for _, image in generate(model, diffusion, jobs, config, 4, progress=False)]
     sizes, states = [], inference.states
 
     def short_of_memory(model, diffusion, batch, *others):
@@ -136,12 +117,12 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
 
     monkeypatch.setattr(inference, "states", short_of_memory)
     monkeypatch.setattr(device, "FITTED", {})
-    halved = list(generate(model, diffusion, jobs, sampling, 4, progress=False))
+    halved = list(generate(model, diffusion, jobs, config, 4, progress=False))
     assert sizes == [4, 2, 1, 1, 1, 1] and [job for job, _ in halved] == jobs
     assert max(abs(a.astype(int) - b).max() for a, (_, b) in zip(whole, halved)) <= 1
     monkeypatch.setattr(inference, "states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
     with pytest.raises(UserError, match="not enough memory for even one image"):
-        list(generate(model, diffusion, jobs, sampling, 4, progress=False))
+        list(generate(model, diffusion, jobs, config, 4, progress=False))
 
 
 def test_a_folder_with_one_picture_of_each_domain_is_graded(call, places):
@@ -163,7 +144,6 @@ def test_names_that_no_file_has_are_refused(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from([10**9, 10**30, 16, 32]),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2), max_leaves=5)
 UNET = {"patch_size": 2, "widths": [16, 32], "num_blocks": 1, "attention_levels": [], "dropout": 0.0}
@@ -250,22 +230,5 @@ def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call,
     assert code == 1 and "belongs to a run with other settings (pictures" in err and torch.load(run / "state.pt", weights_only=True)["step"] == 6
 
 
-def pictures(folder):
-    """{name: pixels} of every finished picture."""
-    return {path.relative_to(folder): np.asarray(Image.open(path)) for path in folder.rglob("*.png") if not path.name.startswith(".")}
-
-
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, tiny_checkpoint, tmp_path):
-    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the fourth picture leaves three."""
-    arguments, out, killed = ["--checkpoint", tiny_checkpoint, *DRAW], tmp_path / "märz 数字 'out'", tmp_path / "killed"
-    victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p1_cfg_ddpm.inference", killed, *arguments])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command("p1_cfg_ddpm.inference", out, *arguments, wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
-    assert call("inference", tmp_path / "one", *arguments)[0] == 0
-    ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
-    assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends
-    assert victim.wait() == -signal.SIGKILL
-    expected = pictures(tmp_path / "one")
-    assert len(expected) == 6 and len(list(out.rglob("[!.]*.*"))) == 6
-    for folder, count in ((out, 6), (killed, 3)):
-        found = pictures(folder)
-        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+    check_crowded_and_killed(lambda output: [output, "--checkpoint", tiny_checkpoint, *DRAW], tmp_path, call, command, count=6, killed_at=4)

@@ -1,42 +1,21 @@
 """Bad calls of P2's commands, files that are none, and runs that are killed or crowded: one line, or whole files."""
 
-import signal
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from p2_ddim import diffusion, figures
 from p2_ddim.data import read_noise, read_noises, read_pictures
 from p2_ddim.evaluate import read_pairs
-from p2_ddim.files import ROOT, UserError
+from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.pictures import read_picture
 from p2_ddim.train import load_state
 
-# Runs a module, but its third picture is half written when the process is killed, as by kill -9.
-KILLED = """
-import io, os, runpy, signal, sys
-from PIL import Image
-save, count = Image.Image.save, 0
-def half(self, path, **options):
-    global count
-    count += 1
-    if count < 3:
-        return save(self, path, **options)
-    save(self, whole := io.BytesIO(), "PNG")
-    with open(path, "wb") as file:
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-Image.Image.save = half
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
+from .tools import check_crowded_and_killed, quick
 
 
 @pytest.fixture
@@ -170,7 +149,7 @@ def test_a_state_of_something_else_is_refused(tmp_path, content):
         load_state(tmp_path / "state.pt", {"lr": 2})
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(quick, max_examples=60)
 @given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), length=st.integers(0, 3000),
        changes=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=5))
 def test_damaged_pictures_are_read_or_named(tmp_path, kind, length, changes):
@@ -200,28 +179,11 @@ def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error)
             read()
 
 
-def pictures(folder):
-    """{name: pixels} of every finished picture."""
-    return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir() if not path.name.startswith(".")}
-
-
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places):
-    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the third picture leaves two."""
     def arguments(output):
         return [places / "noise", output, places / "UNet.pt", "--steps=2", "--batch-size=1"]
 
-    out, killed = places / "märz 数字 'out'", places / "killed"
-    victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, "p2_ddim.inference", *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command("p2_ddim.inference", *arguments(out), wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
-    assert call("inference", *arguments(places / "one"))[0] == 0
-    ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
-    assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends
-    assert victim.wait() == -signal.SIGKILL
-    expected = pictures(places / "one")
-    assert sorted(expected) == ["00.png", "01.png", "02.png", "03.png"] and len(list(out.glob("[!.]*"))) == 4
-    for folder, count in ((out, 4), (killed, 2)):
-        found = pictures(folder)
-        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
+    check_crowded_and_killed(arguments, places, call, command, count=4, killed_at=3)
 
 
 def test_half_written_files_of_a_killed_run_are_not_read(tmp_path):

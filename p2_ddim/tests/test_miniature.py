@@ -20,11 +20,11 @@ def network():
 
 
 @pytest.mark.parametrize("dtype, limit", [("fp32", 0.5), ("bf16", 20)])
-def test_the_references_are_reached(command, tmp_path, dtype, limit):
+def test_the_references_are_reached(call, tmp_path, dtype, limit):
     """They were made by diffusers."""
-    code, out, err = command("p2_ddim.inference", MINI / "noise", tmp_path / "out", MINI / "UNet.pt", "--dtype", dtype)
+    code, out, err = call("p2_ddim.inference", MINI / "noise", tmp_path / "out", MINI / "UNet.pt", "--dtype", dtype)
     assert code == 0 and "wrote 10 images" in out, err
-    code, out, err = command("p2_ddim.evaluate", tmp_path / "out", MINI / "GT", "--report", tmp_path / "grade")
+    code, out, err = call("p2_ddim.evaluate", tmp_path / "out", MINI / "GT", "--report", tmp_path / "grade")
     assert code == 0 and "10 of 10 pass" in out, err
     assert json.loads((tmp_path / "grade" / "grade.json").read_text())["mean_mse"] < limit
 

@@ -1,21 +1,21 @@
-import importlib
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
+from p3_clip_textual_inversion import train
 from p3_clip_textual_inversion.clip import load_clip, make_clip_tokenizer, read_merges
-from p3_clip_textual_inversion.files import ROOT, run
 from p3_clip_textual_inversion.model import to_text_encoder, write_merges
+
+pytest.register_assert_rewrite("p3_clip_textual_inversion.tests.tools")
+from .tools import call, command, one_thread  # noqa: E402, F401
+
+FEW = 16
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,36 +26,12 @@ def own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def command():
-    """Runs `python -m MODULE ARGS...` as a user would; returns (exit code, stdout, stderr), or with wait=False the process."""
-    def start(module, *arguments, launcher=(), wait=True, **environment):
-        line = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
-        process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if not wait:
-            return process
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
-    return start
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Like `command`, in this process, which has imported everything already."""
-    def run_here(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        AcceleratorState._reset_state(True)  # of a call before, perhaps with another number format
-        code = 0
-        try:
-            run(importlib.import_module(module).main)
-        except SystemExit as stopped:
-            code = stopped.code if isinstance(stopped.code, int) else 1
-            if isinstance(stopped.code, str):
-                print(stopped.code, file=sys.stderr)
-        out, err = capsys.readouterr()
-        return code, out, err
-    return run_here
+@pytest.fixture(scope="session", autouse=True)
+def few_kept_latents():
+    """A validation measures sixteen latents in place of sixty-four, four in each of its four ranges of t."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATED", FEW)
+        yield
 
 
 @pytest.fixture(scope="session")

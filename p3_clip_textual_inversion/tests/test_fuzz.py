@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -19,47 +19,16 @@ from p3_clip_textual_inversion.embedding import read_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.pictures import read_pictures
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+from .tools import Bomb, answer, damaged, quick
 
-
-class Bomb:
-    """A pickle of it, loaded as pickles are, makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@st.composite
-def damaged(draw, content):
-    """A valid file's bytes, cut short, with a few of them changed, or any bytes at all."""
-    if draw(st.booleans()):
-        return draw(st.binary(max_size=200))
-    changed = bytearray(content[:draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
-    for position, value in draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6)):
-        if changed:
-            changed[position % len(changed)] = value
-    return bytes(changed)
-
-
-def answer(read, path, content):
-    """Writes `content` to `path` and reads it: fine, or a `UserError` of one line; everything else fails the test."""
-    path.write_bytes(content)
-    try:
-        return read(path)
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) > 10
-        return None
-
+thorough = settings(quick, max_examples=60)
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
 ENTRY = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"], "prompt_4_clip_eval": ["a dog"], "baseline": [[1.0, 2]]}
 
 
-@quick
+@thorough
 @given(key=st.text(max_size=3), changes=st.dictionaries(st.sampled_from([*ENTRY, "other"]), JSON, max_size=2), whole=st.booleans(), anything=JSON)
 def test_concepts(tmp_path, key, changes, whole, anything):
     """Any JSON, and entries in which any JSON stands in a field's place."""
@@ -69,13 +38,13 @@ def test_concepts(tmp_path, key, changes, whole, anything):
         assert all(concept.token in prompt for prompt in concept.prompts) and len(concept.eval_prompts) == len(concept.prompts)
 
 
-@quick
+@thorough
 @given(data=st.data())
 def test_concepts_damaged(tmp_path, data):
     answer(read_concepts, tmp_path / "input.json", data.draw(damaged(json.dumps({"0": ENTRY}).encode())))
 
 
-@quick
+@thorough
 @given(lines=st.lists(JSON | st.fixed_dictionaries({"file_name": st.just("a.png") | JSON, "text": st.just("a <new1>") | JSON}), max_size=3))
 def test_captions(tmp_path, lines):
     content = "\n".join(json.dumps(line) for line in lines).encode("utf-8", "surrogatepass")
@@ -83,7 +52,7 @@ def test_captions(tmp_path, lines):
     assert captions is None or all("<new1>" in caption for caption in captions)
 
 
-@quick
+@thorough
 @given(labels=JSON | st.dictionaries(st.sampled_from(["0", "1"]), st.text(max_size=4) | JSON))
 def test_labels(tmp_path, labels):
     (tmp_path / "val").mkdir(exist_ok=True)
@@ -92,7 +61,7 @@ def test_labels(tmp_path, labels):
     assert result is None or "0" in result[2]
 
 
-@quick
+@thorough
 @given(data=st.data())
 def test_embeddings(tmp_path, data):
     result = answer(read_embedding, tmp_path / "new1.safetensors", data.draw(damaged(save({"<new1>": torch.randn(2, 8)}))))
@@ -100,7 +69,7 @@ def test_embeddings(tmp_path, data):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-@quick
+@thorough
 @given(data=st.data())
 def test_checkpoints(tmp_path, suffix, data):
     weights, file = {"model.diffusion_model.a": torch.randn(3), "b": torch.randn(2, 2)}, io.BytesIO()
@@ -109,7 +78,7 @@ def test_checkpoints(tmp_path, suffix, data):
     assert result is None or all(isinstance(tensor, torch.Tensor) for tensor in result.values())
 
 
-@quick
+@thorough
 @given(data=st.data())
 def test_pictures(tmp_path, data):
     file = io.BytesIO()
@@ -118,7 +87,7 @@ def test_pictures(tmp_path, data):
     assert result is None or result[0]["a.png"].mode == "RGB"
 
 
-@quick
+@thorough
 @given(data=st.data())
 def test_merges(tmp_path, data):
     answer(read_merges, tmp_path / "bpe.txt.gz", data.draw(damaged(gzip.compress(b"#version: 0.2\na b\nab c</w>\n", mtime=0))))

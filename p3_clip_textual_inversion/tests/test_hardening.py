@@ -4,14 +4,11 @@ import gzip
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save, save_file
@@ -23,7 +20,7 @@ from p3_clip_textual_inversion.data import read_concepts, read_data
 from p3_clip_textual_inversion.diffusion import make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run
-from p3_clip_textual_inversion.files import ROOT, UserError
+from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import SAMPLERS, leading
@@ -31,26 +28,9 @@ from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.training import load_state
 from p3_clip_textual_inversion.words import own_words
 
+from .tools import check_crowded_and_killed, check_same, quick
+
 PACKAGE = "p3_clip_textual_inversion"
-# Runs a module, but its second picture is half written when the process is killed, as by kill -9.
-KILLED = """
-import io, os, runpy, signal, sys
-from PIL import Image
-save, count = Image.Image.save, 0
-def half(self, path, **options):
-    global count
-    count += 1
-    if count < 2:
-        return save(self, path, **options)
-    save(self, whole := io.BytesIO(), "PNG")
-    with open(path, "wb") as file:
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-Image.Image.save = half
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
-quick = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture
@@ -359,42 +339,12 @@ def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error)
         list(load_pictures([places / "data" / "val" / "0_1.png"], lambda picture: picture, 1))
 
 
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Here and in the processes that are started: then all of them compute the same to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
-
-
-def pictures(folder):
-    """{name: pixels} of every finished picture."""
-    return {path.relative_to(folder): np.asarray(Image.open(path)) for path in folder.rglob("*.png") if not path.name.startswith(".")}
-
-
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, places, tiny_sd):
-    """Of two at once in one folder, no home, one says who has it; all are there; a run stopped by kill -9 in the middle of the second picture leaves one; the
-    next run adds the others."""
+    """And the next run adds those that the killed one lacks."""
     def arguments(output):
         return [places / "concepts" / "input.json", output, tiny_sd, "--embeddings", places / "words", "--num-images=1", "--steps=1", "--dtype=fp32",
                 "--batch-size=1"]
 
-    module, out, killed = f"{PACKAGE}.inference", places / "märz 数字 'out'", places / "killed"
-    victim = subprocess.Popen(list(map(str, [sys.executable, "-c", KILLED, module, *arguments(killed)])), cwd=ROOT, stderr=subprocess.DEVNULL)
-    both = [command(module, *arguments(out), "--overwrite", wait=False, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") for _ in range(2)]
-    assert call(module, *arguments(places / "one"))[0] == 0
-    ends = sorted((process.communicate()[1].strip().splitlines()[-1:], process.returncode) for process in both)
-    assert [code for _, code in ends].count(0) >= 1 and all(code == 0 or "is in use by " in said[0] for said, code in ends), ends
-    assert victim.wait() == -signal.SIGKILL
-    expected = pictures(places / "one")
-    assert len(expected) == 3 and len(list(out.rglob("[!.]*.*"))) == 3
-
-    def check(folder, count):
-        found = pictures(folder)
-        assert len(found) == count and all((found[name] == expected[name]).all() for name in found)
-    check(out, 3)
-    check(killed, 1)
-    assert call(module, *arguments(killed))[0] == 0
-    check(killed, 3)
+    alone, killed = check_crowded_and_killed(arguments, places, call, command, count=3, killed_at=2)
+    assert call("inference", *arguments(killed))[0] == 0
+    check_same(killed, alone, 3)

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import shutil
+import signal
+import time
 import types
 
 import numpy as np
@@ -28,7 +30,11 @@ from p3_clip_textual_inversion.samplers import ImageNoise
 from p3_clip_textual_inversion.sources import Source, draw_batch, make_held, make_sources
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
+from .conftest import FEW
+
 PACKAGE = "p3_clip_textual_inversion"
+# A training in a process of its own, `python -c AS_HERE -m MODULE ARGUMENTS...`, with as few kept latents as those in this one.
+AS_HERE = f"import sys; from {PACKAGE} import files, train; train.VALIDATED = {FEW}; del sys.argv[1:3]; files.run(train.main)"
 
 
 @pytest.fixture
@@ -174,12 +180,13 @@ def test_killed_training_resumes_to_the_same_embedding(call, command, concepts_j
     code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "whole"), "--concepts", "0", "--pull=0.1")
     assert code == 0, err
     arguments = [*train_arguments(concepts_json, tiny_sd, tmp_path / "killed"), "--concepts", "0", "--pull=0.1"]
-    process = command(f"{PACKAGE}.train", *arguments, wait=False)
+    process = command(f"{PACKAGE}.train", *arguments, wait=False, launcher=("-c", AS_HERE))
     state = tmp_path / "killed" / "0" / "state.pt"
     while not state.exists() and process.poll() is None:
-        pass
+        time.sleep(0.002)
     process.kill()
     process.wait()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "new1.safetensors").exists()
     code, _, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 0, err
     whole, resumed = (read_embedding(tmp_path / run / "new1.safetensors")[1] for run in ("whole", "killed"))

@@ -4,14 +4,13 @@ import importlib.util
 import io
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common import ROOT, files
+from common import files
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,9 +22,13 @@ def args_of(monkeypatch, *flags):
     return demo.parse_args()
 
 
-def files_of(module, *arguments):
-    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments), "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def files_of(monkeypatch):
+    """Runs a command that writes files."""
+    def run_here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments), "--device", "cpu"])
+        importlib.import_module(module).main()
+    return run_here
 
 
 def last_of(views):
@@ -33,7 +36,7 @@ def last_of(views):
     return last
 
 
-def test_digits_are_the_command_s(tmp_path, monkeypatch):
+def test_digits_are_the_command_s(tmp_path, monkeypatch, files_of):
     drawing = importlib.import_module("demo_drawing")
     view = last_of(drawing.Digits(args_of(monkeypatch)).draw("svhn", "3", 3.0, True, 2, 5))
     files_of("p1_cfg_ddpm.inference", tmp_path, "--domains", "svhn", "--digits", 3, "--images-per-digit", 2, "--guidance-weight", 3, "--seed", 5,
@@ -43,7 +46,7 @@ def test_digits_are_the_command_s(tmp_path, monkeypatch):
     assert len(view.pictures) == 2 and view.t is None and "p1_infer.sh" in view.command
 
 
-def test_faces_are_the_command_s(tmp_path, monkeypatch):
+def test_faces_are_the_command_s(tmp_path, monkeypatch, files_of):
     drawing, args = importlib.import_module("demo_drawing"), args_of(monkeypatch)
     view = last_of(drawing.Faces(args).draw("00", "01", 0.5, 0.5, 2, 4))
     noises = tmp_path / "noise"
@@ -58,7 +61,7 @@ def test_faces_are_the_command_s(tmp_path, monkeypatch):
         last_of(drawing.Faces(args).draw("00", "01", 1.5, 0.0, 2, 4))
 
 
-def test_words_are_the_command_s_and_places_differ(tmp_path, monkeypatch):
+def test_words_are_the_command_s_and_places_differ(tmp_path, monkeypatch, files_of):
     drawing, args = importlib.import_module("demo_drawing"), args_of(monkeypatch)
     words, prompt = drawing.Words(args), "a <new1> next to a red apple"
     view = last_of(words.draw(prompt, 3.0, 2, 2, "anywhere", [], 7))
