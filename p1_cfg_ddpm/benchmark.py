@@ -21,7 +21,7 @@ import torch
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
 from .quality import Judges
@@ -30,23 +30,23 @@ RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
 LADDER = [("ddpm", 50, "trailing"), ("ddim", 50, "trailing"), ("ddim", 20, "trailing"), ("dpmpp_2m", 20, "trailing"), ("dpmpp_2m", 10, "trailing"),
           ("dpmpp_2m", 6, "trailing"), ("ddim", 10, "logsnr"), ("dpmpp_2m", 10, "logsnr"), ("dpmpp_2m", 8, "logsnr"), ("dpmpp_2m", 6, "logsnr"),
           ("dpmpp_2m", 5, "logsnr"), ("dpmpp_2m", 4, "logsnr")]  # (sampler, steps, spacing)
-CLASSIC = Sampling(sampler="ddpm", steps=500, spacing="trailing")
+CLASSIC = DrawConfig(sampler="ddpm", num_steps=500, spacing="trailing")
 WEIGHTS = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0]
 
 
-def measure(model, diffusion, sampling, images_per_digit, batch_size, judges):
+def measure(model, diffusion, config, images_per_digit, batch_size, judges):
     """Draws and grades images_per_digit x 20 images. Returns the row: settings, seconds, images per second and scores; Frechet distance, precision and
     coverage as ratios to as many real images, in the embedding (None for fewer than two images of a digit)."""
     jobs = all_jobs(images_per_digit)
     started = time.perf_counter()
-    images = np.stack([image for _, image in generate(model, diffusion, jobs, sampling, batch_size, progress=False)])
+    images = np.stack([image for _, image in generate(model, diffusion, jobs, config, batch_size, progress=False)])
     seconds = time.perf_counter() - started
     found = {}
     for domain in DOMAINS:
         keep = np.array([job.domain == domain for job in jobs])
         found[domain] = (images[keep], np.array([job.digit for job in jobs])[keep], None)
     scores, _ = grade(found, judges=judges)
-    row = asdict(sampling) | {"images": len(jobs), "seconds": seconds, "images_per_second": len(jobs) / seconds, "mean_accuracy": scores["mean_accuracy"]}
+    row = asdict(config) | {"images": len(jobs), "seconds": seconds, "images_per_second": len(jobs) / seconds, "mean_accuracy": scores["mean_accuracy"]}
     for domain in DOMAINS:
         embedding = scores[domain]["embedding"]
         row[domain] = {name: scores[domain][name] for name in ("accuracy", "second_accuracy", "accuracy_per_digit", "pixel_diversity")}
@@ -57,7 +57,7 @@ def measure(model, diffusion, sampling, images_per_digit, batch_size, judges):
 
 def show(row):
     low, high = row["guidance_interval"]
-    print(f"{row['sampler']:9} {row['steps']:4} {row['spacing']:8} steps  w {row['guidance_weight']:<4g} in {low:g}-{high:g}  "
+    print(f"{row['sampler']:9} {row['num_steps']:4} {row['spacing']:8} steps  w {row['guidance_weight']:<4g} in {low:g}-{high:g}  "
           f"{row['images']:5} images {row['seconds']:7.1f} s {row['images_per_second']:7.1f} img/s  accuracy "
           f"{row['mnistm']['accuracy']:.1%} {row['svhn']['accuracy']:.1%}", end="")
     if row["mnistm"]["frechet"] is not None:
@@ -112,21 +112,21 @@ def main():
     if model.config.times:
         raise UserError(f"{args.checkpoint} is a student, which has no samplers to compare; the bundled one is measured beside any other network")
     results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
-    default, judges = Sampling(), Judges(device)
+    default, judges = DrawConfig(), Judges(device)
 
-    def rows(samplings, images_per_digit, network=(model, diffusion)):
-        for sampling in samplings:
-            row = measure(*network, sampling, images_per_digit, args.batch_size, judges)
+    def rows(configs, images_per_digit, network=(model, diffusion)):
+        for config in configs:
+            row = measure(*network, config, images_per_digit, args.batch_size, judges)
             show(row)
             yield row
 
     # the headline is the mean over seeds: a single seed's worst digit moves by two or three images
     results["seeds"] = list(rows([replace(default, seed=seed) for seed in range(args.seeds)], args.images_per_digit))
     student = load_generator(STUDENT_CHECKPOINT, device, dtype)
-    own = replace(STUDENT, steps=len(student[0].config.times))
+    own = replace(STUDENT, num_steps=len(student[0].config.times))
     results["student"] = list(rows([replace(own, seed=seed) for seed in range(args.seeds)], args.images_per_digit, student))
     # Frechet distances grow as the number of images falls: compare only rows with as many images
-    rungs = [replace(default, sampler=sampler, steps=steps, spacing=spacing) for sampler, steps, spacing in LADDER]
+    rungs = [replace(default, sampler=sampler, num_steps=steps, spacing=spacing) for sampler, steps, spacing in LADDER]
     results["ladder"] = list(rows(rungs, args.sweep_images_per_digit))
     results["guidance"] = list(rows([replace(default, guidance_weight=w) for w in WEIGHTS], args.sweep_images_per_digit))
     if args.classic_images_per_digit:

@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import load_digits
-from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, describe, name_of, pick_device, pick_dtype, progress, use_tf32
 from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
 from .tensors import fill, find_state_dict, load_weights, read_safetensors, read_tensors, save_weights, what_is
+from .training import data_fingerprint
 
 WEIGHTS = ROOT / "hw2_data" / "weights"  # where scripts/download_weights.sh puts what it fetches, the course's own classifiers under these names
 COURSE_FILES = {"mnistm": "Classifier.pth", "svhn": "resnet34_svhn.bin"}
@@ -199,55 +201,19 @@ def augment(x, generator, strength=1.0):
     return (x * uniform(0.6, 1.4, 3, 1, 1) + uniform(-0.3, 0.3, 3, 1, 1)).clamp(-1, 1)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--domain", choices=DOMAINS, required=True)
-    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="residual", help="plain: the second judge")
-    parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/classifier_{domain}.safetensors)")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, one cycle")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args()
-    check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
-    check_flags(args, ("lr",), lambda value: 0 <= value < math.inf, "a number from 0")
-    if not -10**12 < args.seed < 10**12:
-        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
-    return args
-
-
-def main():
-    args = parse_args()
-    output = writable_file(args.output or Path("runs") / f"classifier_{args.domain}.safetensors")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, among=("bf16",))
-    if dtype == torch.float16:
-        raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
-    train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))
-    images, digit = torch.from_numpy(train.images).to(device), torch.from_numpy(train.digit).to(device)
-
-    print(f"{args.architecture} classifier of {args.domain}, {len(train)} images from {args.data}, on {describe(device, dtype)}", flush=True)
-    use_tf32(True)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    model = ARCHITECTURES[args.architecture]().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    batches = max(len(train) // args.batch_size, 1)
+def train_in_one_cycle(parameters, loss_of, num_images, args, weight_decay, generator, device, what):
+    """AdamW with one cycle of the learning rate (Smith 2018), over --epochs of --batch-size images. loss_of(index): of these images, int [B] on the device.
+    Returns the last loss."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    batches = max(num_images // args.batch_size, 1)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
-    bar = progress(total=args.epochs * batches, unit="step", desc=f"classifier {args.domain}")
+    bar = progress(total=args.epochs * batches, unit="step", desc=what)
     for _ in range(args.epochs):
-        order = torch.randperm(len(train), generator=generator)
+        order = torch.randperm(num_images, generator=generator).to(device)
         for i in range(batches):
-            index = order[i * args.batch_size:(i + 1) * args.batch_size].to(device)
-            x = augment(to_model(images[index]), generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), digit[index], label_smoothing=0.05)
+            loss = loss_of(order[i * args.batch_size:(i + 1) * args.batch_size])
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             cycle.step()
@@ -257,9 +223,81 @@ def main():
     bar.close()
     if not math.isfinite(loss.item()):
         raise UserError("the loss is not finite; try a smaller --lr, or --dtype fp32")
+    return loss.item()
+
+
+def is_there(output, settings):
+    """Whether the file is the result of a training of these settings already. A `UserError` where it is anything else, which is not overwritten."""
+    if not os.path.lexists(output):
+        return False
+    try:
+        facts = load_weights(output)[1]
+    except UserError:
+        facts = None
+    before = facts if isinstance(facts, dict) else {}
+    changed = [f"{name} {before.get(name)} is now {value}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise UserError(f"{output} is there, of other settings ({'; '.join(changed)}), and is not overwritten; choose another --output, or move it away")
+    print(f"{output} is there already, of these settings")
+    return True
+
+
+def add_training_arguments(parser, epochs, batch_size, lr):
+    """The flags of a training in one cycle. epochs, batch_size, lr: their defaults."""
+    parser.add_argument("--epochs", type=int, default=epochs, help="over all images")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per step")
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW, one cycle")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def check_training_arguments(args):
+    """(device, dtype) of parsed arguments, checked."""
+    check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("lr",), lambda value: 0 <= value < math.inf, "a number from 0")
+    if not -10**12 < args.seed < 10**12:
+        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device, among=("bf16",))
+    if dtype == torch.float16:
+        raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
+    use_tf32(True)
+    return device, dtype
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--domain", choices=DOMAINS, required=True)
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="residual", help="plain: the second judge")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/classifier_{domain}.safetensors)")
+    add_training_arguments(parser, epochs=8, batch_size=128, lr=3e-3)
+    args = parser.parse_args()
+    device, dtype = check_training_arguments(args)
+    output = writable_file(args.output or Path("runs") / f"classifier_{args.domain}.safetensors")
+    train, val = (load_digits(args.data, split, (args.domain,)) for split in ("train", "val"))
+    settings = {"domain": args.domain, "architecture": args.architecture, "train_images": len(train), "val_images": len(val), "epochs": args.epochs,
+                "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed, "dtype": name_of(dtype),
+                "pictures": data_fingerprint(train.images, train.digit, val.images, val.digit)}
+    if is_there(output, settings):
+        return
+    images, digit = torch.from_numpy(train.images).to(device), torch.from_numpy(train.digit).to(device)
+
+    print(f"{args.architecture} classifier of {args.domain}, {len(train)} images from {args.data}, on {describe(device, dtype)}", flush=True)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = ARCHITECTURES[args.architecture]().to(device, memory_format=torch.channels_last)
+
+    def loss_of(index):
+        x = augment(to_model(images[index]), generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(x)
+        return F.cross_entropy(logits.float(), digit[index], label_smoothing=0.05)
+
+    train_in_one_cycle(list(model.parameters()), loss_of, len(train), args, 0.05, generator, device, f"classifier {args.domain}")
     correct = classify(model.eval().float(), val.images)[0].numpy() == val.digit
-    facts = {"domain": args.domain, "architecture": args.architecture, "train_images": len(train), "val_images": len(val),
-             "val_accuracy": float(correct.mean()), "epochs": args.epochs, "seed": args.seed}
+    facts = settings | {"val_accuracy": float(correct.mean())}
     save_weights(output, model.half().state_dict(), facts)
     print(f"wrote {output}: {json.dumps(facts)}")
 

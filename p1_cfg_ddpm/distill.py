@@ -104,17 +104,17 @@ def student_times(timesteps, alpha_bar, leaps):
 
 
 @torch.inference_mode()
-def draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, max_weight, generator):
+def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_weight, generator):
     """`count` of the teacher's paths from noise to image: {"x": fp16 [len(points) + 1, N, 3, H, W], where they are at the times `points`, and the images;
     "digit", "domain": int [N]; "w": float [N], for half of them the weight that is drawn with unasked, for the others any up to `max_weight`}."""
     device = next(teacher.parameters()).device
     digit = torch.randint(NUM_DIGITS, (count,), generator=generator).to(device)
     domain = torch.randint(len(DOMAINS), (count,), generator=generator).to(device)
     w = torch.rand(count, generator=generator) * max_weight
-    w[: count // 2] = sampling.guidance_weight
+    w[: count // 2] = config.guidance_weight
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
-    guided, kept = Guided(teacher, diffusion, digit, domain, w, sampling.guidance_interval, guide), [x]
-    states = SAMPLERS[sampling.sampler](guided, x, steps_at(diffusion.alpha_bar, timesteps))
+    guided, kept = Guided(teacher, diffusion, digit, domain, w, config.guidance_interval, guide), [x]
+    states = SAMPLERS[config.sampler](guided, x, steps_at(diffusion.alpha_bar, timesteps))
     for state, after in zip(states, [*timesteps[1:], CLEAN]):
         if after in points or after == CLEAN:
             kept.append(state.x)
@@ -181,7 +181,7 @@ def parse_args():
     parser.add_argument("--paths", type=int, default=16_000, help="paths that the teacher draws; 24 kB each on the disk")
     parser.add_argument("--leaps", type=int, choices=list(LEAPS), default=2, help="evaluations per image")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="the student's network")
-    parser.add_argument("--teacher-steps", type=int, default=TEACHER.steps, help="steps of the teacher's sampler")
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER.num_steps, help="steps of the teacher's sampler")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
@@ -218,18 +218,18 @@ def main():
     accelerator, dtype = prepare(args, folder)
     if accelerator.num_processes > 1:
         raise UserError("distilling is for one process")
-    sampling = replace(TEACHER, steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
+    config = replace(TEACHER, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
                        guidance_interval=tuple(args.guidance_interval))
-    sampling.check()
+    config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
     if teacher.config.times:
         raise UserError(f"{args.teacher} is a student itself; give its teacher")
     guide = load_generator(args.guide, accelerator.device, torch.float32)[0] if args.guide else None
     with held(accelerator, folder), guarded("lower --batch-size, or choose a smaller --size"):
-        train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion)
+        train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffusion)
 
 
-def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, diffusion):
+def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffusion):
     device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["teacher_weights"] = fingerprint(args.teacher, *([args.guide] if args.guide else []))
@@ -239,7 +239,7 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
     refuse_others(state_file, [folder / "model.safetensors"])
     needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
     state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
-    timesteps = list(steps_of(sampling, diffusion).t)
+    timesteps = list(steps_of(config, diffusion).t)
     times = student_times(timesteps, diffusion.alpha_bar, args.leaps)
     points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
 
@@ -262,10 +262,10 @@ def train(args, clock, folder, accelerator, dtype, sampling, teacher, guide, dif
 
     def draw(count, generator):
         with accelerator.autocast():
-            return draw_paths(teacher, guide, diffusion, sampling, timesteps, points, count, args.max_weight, generator)
+            return draw_paths(teacher, guide, diffusion, config, timesteps, points, count, args.max_weight, generator)
 
     def teacher_step(x, t, r, digit, domain, w):
-        low, high = (edge * diffusion.config.num_timesteps for edge in sampling.guidance_interval)
+        low, high = (edge * diffusion.config.num_timesteps for edge in config.guidance_interval)
         inside = ((low <= t) & (t <= high))[:, None, None, None]
         output = Guided(teacher, diffusion, digit, domain, w, guide=guide).extrapolated(x, t, w[:, None, None, None] * inside)
         return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .classifier import augment
+from .classifier import add_training_arguments, augment, check_training_arguments, is_there, train_in_one_cycle
 from .data import load_digits
-from .device import DTYPES, describe, pick_device, pick_dtype, progress, use_tf32
-from .files import UserError, check_flags, run, writable_file
+from .device import describe, name_of
+from .files import run, writable_file
 from .model import BUNDLED
 from .pictures import to_model
 from .tensors import fill, load_weights, save_weights
+from .training import data_fingerprint
 
 
 def convolution(in_channels, out_channels, stride=1):
@@ -93,54 +94,32 @@ def main():
     parser = argparse.ArgumentParser(description="Trains the embedding.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/embedding.safetensors"), help="the file to write")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=1024, help="images; each gives two views, and the others of the batch are what it is told from")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, one cycle")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_training_arguments(parser, epochs=25, batch_size=1024, lr=2e-3)  # each image gives two views, and the others of the batch are what it is told from
     args = parser.parse_args()
-    check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
-    check_flags(args, ("lr",), lambda value: 0 <= value < math.inf, "a number from 0")
+    device, dtype = check_training_arguments(args)
     output = writable_file(args.output)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16:
-        raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
     data = load_digits(args.data, "train")
+    settings = {"images": len(data), "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed, "dtype": name_of(dtype),
+                "pictures": data_fingerprint(data.images)}
+    if is_there(output, settings):
+        return
     images = torch.from_numpy(data.images).to(device)
 
     print(f"embedding, {len(data)} images from {args.data}, on {describe(device, dtype)}", flush=True)
-    use_tf32(True)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = Embedding().to(device, memory_format=torch.channels_last)
     projector = nn.Sequential(nn.Linear(128, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 64)).to(device)
-    parameters = [*model.parameters(), *projector.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-3)
-    batches = max(len(data) // args.batch_size, 1)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
-    bar = progress(total=args.epochs * batches, unit="step", desc="embedding")
-    for _ in range(args.epochs):
-        order = torch.randperm(len(data), generator=generator).to(device)
-        for i in range(batches):
-            x = to_model(images[order[i * args.batch_size:(i + 1) * args.batch_size]])
-            views = torch.cat([view(x, generator), view(x, generator)]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                a, b = projector(model(views)).chunk(2)
-            loss = contrastive_loss(a.float(), b.float())
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            cycle.step()
-            bar.update()
-            if i % 20 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
-    bar.close()
-    if not math.isfinite(loss.item()):
-        raise UserError("the loss is not finite; try a smaller --lr, or --dtype fp32")
-    facts = {"images": len(data), "epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "loss": loss.item()}
+
+    def loss_of(index):
+        x = to_model(images[index])
+        views = torch.cat([view(x, generator), view(x, generator)]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            a, b = projector(model(views)).chunk(2)
+        return contrastive_loss(a.float(), b.float())
+
+    loss = train_in_one_cycle([*model.parameters(), *projector.parameters()], loss_of, len(data), args, 1e-3, generator, device, "embedding")
+    facts = settings | {"loss": loss}
     save_weights(output, model.half().state_dict(), facts)
     print(f"wrote {output}: {json.dumps(facts)}")
 

@@ -17,7 +17,7 @@ import torch
 
 from .benchmark import RESULTS
 from .device import describe
-from .files import ROOT, UserError, run, writable_folder
+from .files import ROOT, UserError, lock, run, writable_folder
 from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import chart, save_image, sheet, to_uint8
@@ -35,10 +35,10 @@ def grid(images):
 
 
 @torch.inference_mode()
-def reverse_process(model, diffusion, job, sampling):
+def reverse_process(model, diffusion, job, config):
     """The way of one image from noise to digit, as two pictures: six moments of it, and all; x_t above, the x0 that the network sees in it below."""
-    every = list(states(model, diffusion, [job], sampling))
-    noise = ImageNoise(sampling.seed, [job.name], (3, IMAGE_SIZE, IMAGE_SIZE))()
+    every = list(states(model, diffusion, [job], config))
+    noise = ImageNoise(config.seed, [job.name], (3, IMAGE_SIZE, IMAGE_SIZE))()
     xt, x0 = [noise, *(state.x for state in every)], [*(state.x0 for state in every), every[-1].x]
     label = [*(f"t = {state.t}" for state in every), "finished"]
     pictures = []
@@ -64,11 +64,11 @@ def guidance_panels(rows):
 
 def sampler_panel(results):
     """Seconds for 1,000 images of each sampler and number of steps, the slowest first, each with its accuracy. results: the benchmark's."""
-    rows = [(f"{NAMES.get(row['sampler'], row['sampler'])}, {row['steps']} steps {NAMES.get(row['spacing'], row['spacing'])}", row)
+    rows = [(f"{NAMES.get(row['sampler'], row['sampler'])}, {row['num_steps']} steps {NAMES.get(row['spacing'], row['spacing'])}", row)
             for row in results["ladder"] + ([results["classic"]] if "classic" in results else [])]
     if "student" in results:
         own = {name: float(np.mean([row[name] for row in results["student"]])) for name in ("images_per_second", "mean_accuracy")}
-        rows.append((f"the student, {results['student'][0]['steps']} step", own))
+        rows.append((f"the student, {results['student'][0]['num_steps']} step", own))
     rows = sorted(((name, 1000 / row["images_per_second"], row["mean_accuracy"]) for name, row in rows), key=lambda row: row[1])
 
     def panel(axis):
@@ -96,23 +96,23 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
     add_arguments(parser)
     args = parser.parse_args()
-    model, diffusion, sampling, batch_size, checkpoint = load_with_settings(args)
+    model, diffusion, config, batch_size, checkpoint = load_with_settings(args)
     parameter = next(model.parameters())
     print(f"drawing with {checkpoint} on {describe(parameter.device, parameter.dtype)}", flush=True)
-    writable_folder(args.output)
-    written = []
-    if args.results.is_file():
-        try:
-            written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
-    for domain in DOMAINS:
-        images = np.stack([image for _, image in generate(model, diffusion, all_jobs(10, [domain], range(NUM_DIGITS)), sampling, batch_size)])
-        for name, picture in zip(("grid", "reverse", "process"), (grid(images), *reverse_process(model, diffusion, Job(domain, 0, 1), sampling))):
-            written.append(args.output / f"p1_{name}_{domain}.png")
-            save_image(picture, written[-1])
-    for path in written:
-        print(f"wrote {path}")
+    with lock(writable_folder(args.output), "-p1_figures"):
+        written = []
+        if args.results.is_file():
+            try:
+                written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
+        for domain in DOMAINS:
+            images = np.stack([image for _, image in generate(model, diffusion, all_jobs(10, [domain], range(NUM_DIGITS)), config, batch_size)])
+            for name, picture in zip(("grid", "reverse", "process"), (grid(images), *reverse_process(model, diffusion, Job(domain, 0, 1), config))):
+                written.append(args.output / f"p1_{name}_{domain}.png")
+                save_image(picture, written[-1])
+        for path in written:
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

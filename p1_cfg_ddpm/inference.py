@@ -30,15 +30,15 @@ CHECKPOINT = BUNDLED / "small.safetensors"
 STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolated eps leaves coloured spots in the long last leap of few guided steps
-OF_THE_TEACHER = ("sampler", "steps", "spacing", "guidance_interval", "eta")  # what a student has no choice of
+OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "eta")  # what a student has no choice of
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DrawConfig:
     """How images are drawn. The defaults are those of a network that is no student; `scripts/p1_benchmark.sh` has the others."""
 
     sampler: str = "dpmpp_2m"
-    steps: int = 6
+    num_steps: int = 6
     spacing: str = "logsnr"  # of the steps: even in the log of the signal-to-noise ratio, or "trailing", even in t
     guidance_weight: float = 4.0  # w of eps = (1+w) eps_cond - w eps_uncond; 0 is no guidance
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
@@ -49,10 +49,10 @@ class Sampling:
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"--guidance-interval must be two numbers with 0 <= low <= high <= 1, not {low} {high}")
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps must be between 1 and 1000, not {self.steps}")
-        if self.spacing == "logsnr" and self.steps > 500:
-            raise UserError(f"--spacing logsnr is for up to 500 steps, not {self.steps}; use --spacing trailing")
+        if not 1 <= self.num_steps <= 1000:
+            raise UserError(f"--steps must be between 1 and 1000, not {self.num_steps}")
+        if self.spacing == "logsnr" and self.num_steps > 500:
+            raise UserError(f"--spacing logsnr is for up to 500 steps, not {self.num_steps}; use --spacing trailing")
         if not math.isfinite(self.guidance_weight):
             raise UserError(f"--guidance-weight must be a finite number, not {self.guidance_weight}")
         if not 0 <= self.eta <= 1:
@@ -61,8 +61,8 @@ class Sampling:
             raise UserError(f"--eta is for --sampler ddim, and {self.sampler} does without; leave it out")
 
 
-TEACHER = Sampling()
-STUDENT = Sampling(sampler="ddim", guidance_weight=5.0)  # its steps are its own, its weight an input, at most the one that it has learned
+TEACHER = DrawConfig()
+STUDENT = DrawConfig(sampler="ddim", guidance_weight=5.0)  # its steps are its own, its weight an input, at most the one that it has learned
 
 
 @dataclass(frozen=True)
@@ -109,32 +109,32 @@ def install(path):
     return INSTALLED
 
 
-def steps_of(sampling, diffusion):
-    """The `Steps` that a sampling takes."""
-    return SPACINGS[sampling.spacing](diffusion.alpha_bar, sampling.steps)
+def steps_of(config, diffusion):
+    """The `Steps` that a `DrawConfig` takes."""
+    return SPACINGS[config.spacing](diffusion.alpha_bar, config.num_steps)
 
 
-def states(model, diffusion, jobs, sampling, guide=None):
+def states(model, diffusion, jobs, config, guide=None):
     """Yields a `State` per step for a batch of jobs; the last one's `x` is the finished images, float [B, 3, 28, 28]."""
     device = next(model.parameters()).device
     digit = torch.tensor([job.digit for job in jobs], device=device)
     domain = torch.tensor([DOMAINS.index(job.domain) for job in jobs], device=device)
-    noise = ImageNoise(sampling.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
+    noise = ImageNoise(config.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
     if model.config.times:
-        student = Distilled(model, diffusion, digit, domain, sampling.guidance_weight)
+        student = Distilled(model, diffusion, digit, domain, config.guidance_weight)
         yield from ddim(student, noise(), steps_at(diffusion.alpha_bar, model.config.times))
         return
-    guided = Guided(model, diffusion, digit, domain, sampling.guidance_weight, sampling.guidance_interval, guide)
-    yield from by_name(sampling.sampler, sampling.eta)(guided, noise(), steps_of(sampling, diffusion), noise=noise)
+    guided = Guided(model, diffusion, digit, domain, config.guidance_weight, config.guidance_interval, guide)
+    yield from by_name(config.sampler, config.eta)(guided, noise(), steps_of(config, diffusion), noise=noise)
 
 
 @torch.inference_mode()
-def generate(model, diffusion, jobs, sampling, batch_size, progress=True, guide=None, share=(0, 1)):
+def generate(model, diffusion, jobs, config, batch_size, progress=True, guide=None, share=(0, 1)):
     """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that memory cannot hold is halved. share: (rank, processes) of this one."""
-    with progress_bar(total=len(jobs) * sampling.steps // share[1], unit="step", desc="drawing digits", unit_scale=1 / sampling.steps, disable=not progress,
+    with progress_bar(total=len(jobs) * config.num_steps // share[1], unit="step", desc="drawing digits", unit_scale=1 / config.num_steps, disable=not progress,
                       bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
         def draw(batch):
-            for state in states(model, diffusion, batch, sampling, guide):
+            for state in states(model, diffusion, batch, config, guide):
                 bar.update(len(batch))
                 last = state
             return last.x
@@ -154,7 +154,7 @@ def add_arguments(parser):
                         f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others)")
     parser.add_argument("--sampler", choices=OFFERED, default=None, help="the update rule; heun asks the network twice a step; "
                         f"not for students, as the next four (default: {TEACHER.sampler})")
-    parser.add_argument("--steps", type=int, default=None, help=f"steps of the sampler (default: {TEACHER.steps})")
+    parser.add_argument("--steps", type=int, default=None, dest="num_steps", help=f"steps of the sampler (default: {TEACHER.num_steps})")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=None, help="which steps: even in the log of the signal-to-noise ratio, best "
                         f"for few, or even in t (default: {TEACHER.spacing})")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
@@ -167,7 +167,7 @@ def add_arguments(parser):
 
 
 def load_with_settings(args):
-    """(UNet, Diffusion, `Sampling`, batch size, checkpoint) that parsed arguments ask for, checked."""
+    """(UNet, Diffusion, `DrawConfig`, batch size, checkpoint) that parsed arguments ask for, checked."""
     if args.student and args.checkpoint:
         raise UserError("--student is the bundled one; give it or --checkpoint, not both")
     given = {name: getattr(args, name) for name in (*OF_THE_TEACHER, "guidance_weight") if getattr(args, name) is not None}
@@ -184,14 +184,15 @@ def load_with_settings(args):
         return model, diffusion, replace(TEACHER, **given, seed=args.seed), batch_size, checkpoint
     for name in OF_THE_TEACHER:
         if name in given:
-            raise UserError(f"--{name.replace('_', '-')} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
+            flag = name.removeprefix("num_").replace("_", "-")
+            raise UserError(f"--{flag} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
                             "only other networks have it")
     weight = min(STUDENT.guidance_weight, model.max_weight)
-    sampling = replace(STUDENT, **{"guidance_weight": weight, **given}, steps=len(model.config.times), seed=args.seed)
-    if not 0 <= sampling.guidance_weight <= model.max_weight:
+    config = replace(STUDENT, **{"guidance_weight": weight, **given}, num_steps=len(model.config.times), seed=args.seed)
+    if not 0 <= config.guidance_weight <= model.max_weight:
         raise UserError(f"--guidance-weight of {checkpoint.name} must be between 0 and {model.max_weight:g}, which it has learned, "
-                        f"not {sampling.guidance_weight:g}")
-    return model, diffusion, sampling, batch_size, checkpoint
+                        f"not {config.guidance_weight:g}")
+    return model, diffusion, config, batch_size, checkpoint
 
 
 def main():
@@ -215,26 +216,26 @@ def main():
             draw(args, *loaded, share, started)
 
 
-def draw(args, model, diffusion, sampling, batch_size, checkpoint, share, started):
+def draw(args, model, diffusion, config, batch_size, checkpoint, share, started):
     """The grader's files, or this process's share of them."""
     parameter, jobs = next(model.parameters()), all_jobs(args.images_per_digit, args.domains, args.digits)
     device = describe(parameter.device, parameter.dtype)
-    made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
+    made = Made("p1_cfg_ddpm.inference", asdict(config) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
     where = {"device": device, "checkpoint": str(checkpoint.resolve())}
     print(f"drawing with {checkpoint} on {device}", flush=True)
     by_the_first(share, lambda: claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite))
     if share == (0, 1) and not model.config.times:
-        calls = sampling.steps * math.ceil(len(jobs) / batch_size)
-        announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], sampling)))], model, parameter.device, started, sampling.steps)
+        calls = config.num_steps * math.ceil(len(jobs) / batch_size)
+        announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], config)))], model, parameter.device, started, config.num_steps)
     with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
         writing = deque()
-        for job, image in generate(model, diffusion, jobs, sampling, batch_size, share=share):
+        for job, image in generate(model, diffusion, jobs, config, batch_size, share=share):
             writing.append(writer.submit(save_image, image, args.output / f"{job.name}.png", made.as_json()))
             while writing and writing[0].done():
                 writing.popleft().result()  # raises what went wrong
         for one in writing:
             one.result()
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if not model.config.times or name not in OF_THE_TEACHER)
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if not model.config.times or name not in OF_THE_TEACHER)
     print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\nnext: bash scripts/p1_grade.sh {args.output}")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .device import DTYPES, pick_device
 from .files import UserError, fingerprint, note, run
-from .inference import Job, Sampling, default_checkpoint, generate, load_generator
+from .inference import DrawConfig, Job, default_checkpoint, generate, load_generator
 from .model import DOMAINS
 from .provenance import redraw
 
@@ -32,6 +32,8 @@ def draw(made, name, batch, where, args):
     dtype = DTYPES[settings.pop("dtype")]
     if settings["sampler"] != "ddim":
         settings["eta"] = 0.0  # older records may name one, which did nothing
+    if "steps" in settings:  # as they called it
+        settings["num_steps"] = settings.pop("steps")
     checkpoint = Path(args.checkpoint or where.get("checkpoint", default_checkpoint()))
     if not checkpoint.is_file():
         raise UserError(f"the model {checkpoint} is no longer there; give it by --checkpoint")
@@ -40,7 +42,7 @@ def draw(made, name, batch, where, args):
     model, diffusion = load_generator(checkpoint, pick_device("auto"), dtype)
     jobs = [job_of(other) for other in batch]
     with torch.inference_mode():
-        pictures = dict(zip(batch, (image for _, image in generate(model, diffusion, jobs, Sampling(**settings), len(jobs)))))
+        pictures = dict(zip(batch, (image for _, image in generate(model, diffusion, jobs, DrawConfig(**settings), len(jobs)))))
     return pictures[name]
 
 

@@ -186,11 +186,11 @@ def build(gr, digits, faces, words, classes, told):
                 with gr.Column(scale=2, min_width=300):
                     domain = gr.Radio(list(DOMAINS), value=DOMAINS[-1], label="Domain")
                     digit = gr.Radio([str(i) for i in range(10)], value="3", label="Digit", elem_classes="digits")
-                    sampling = digits.networks[0][2]
-                    weight = gr.Slider(0, 10, sampling.guidance_weight, step=0.5, label="Guidance weight w")
+                    config = digits.networks[0][2]
+                    weight = gr.Slider(0, 10, config.guidance_weight, step=0.5, label="Guidance weight w")
                     student = gr.Checkbox(label="Draw with the student", info="one evaluation of the network in place of twelve")
                     count = gr.Slider(1, 20, 10, step=1, label="How many")
-                    seed = seed_of(sampling.seed)
+                    seed = seed_of(config.seed)
                 results(drawing(digits.draw, 5, 5), seed, [domain, digit, weight, student, count])
             student.change(lambda on: gr.Slider(value=digits.networks[on][2].guidance_weight, maximum=digits.networks[1][0].max_weight if on else 10),
                            student, weight, show_progress="hidden")

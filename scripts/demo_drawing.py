@@ -112,16 +112,16 @@ class Digits:
         self.own = own
 
     def draw(self, domain, digit, weight, student, count, seed):
-        model, diffusion, sampling, _, checkpoint = self.networks[bool(student)]
-        sampling = replace(sampling, guidance_weight=weight, seed=int(seed))
-        sampling.check()
+        model, diffusion, config, _, checkpoint = self.networks[bool(student)]
+        config = replace(config, guidance_weight=weight, seed=int(seed))
+        config.check()
         if model.config.times and not 0 <= weight <= model.max_weight:
             raise UserError(f"the guidance weight of the student must be between 0 and {model.max_weight:g}, which it has learned, not {weight:g}")
         jobs = p1.all_jobs(int(count), (domain,), (int(digit),))
-        made = Made("p1_cfg_ddpm.inference", asdict(sampling) | {"dtype": name_of(next(model.parameters()).dtype)}, {"model": fingerprint(checkpoint)})
+        made = Made("p1_cfg_ddpm.inference", asdict(config) | {"dtype": name_of(next(model.parameters()).dtype)}, {"model": fingerprint(checkpoint)})
         command = shell("p1_infer.sh", "OUT", "--domains", domain, "--digits", digit, "--images-per-digit", len(jobs), "--guidance-weight", weight,
-                        "--seed", sampling.seed, *(["--student"] if student else self.own))
-        return watch(p1.states(model, diffusion, jobs, sampling), sampling.steps, [f"{job.name}.png" for job in jobs], to_uint8,
+                        "--seed", config.seed, *(["--student"] if student else self.own))
+        return watch(p1.states(model, diffusion, jobs, config), config.num_steps, [f"{job.name}.png" for job in jobs], to_uint8,
                      [made.as_json()] * len(jobs), command)
 
 

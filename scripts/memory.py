@@ -75,7 +75,7 @@ def p1_infer(size, batch, dtype):
 
     with GPU:
         net = models.UNet(models.SIZES[size]).to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    list(inference.generate(net, Diffusion(), inference.all_jobs(batch // 20), inference.Sampling(steps=3), batch, progress=False))
+    list(inference.generate(net, Diffusion(), inference.all_jobs(batch // 20), inference.DrawConfig(num_steps=3), batch, progress=False))
 
 
 def p2_net(widths=(128, 128, 256, 256, 512, 512), attention=(4,), blocks=2):

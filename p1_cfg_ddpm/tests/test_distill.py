@@ -59,14 +59,14 @@ def test_the_target_lands_where_the_path_is():
 
 def test_paths_are_what_the_sampler_draws(tiny_model):
     """One call draws with many weights what `Guided` draws with each."""
-    diffusion, sampling = Diffusion(), replace(TEACHER, steps=3)
-    ts = steps_of(sampling, diffusion)
-    paths = distill.draw_paths(tiny_model, None, diffusion, sampling, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
-    assert paths["w"][:3].tolist() == [sampling.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
+    diffusion, config = Diffusion(), replace(TEACHER, num_steps=3)
+    ts = steps_of(config, diffusion)
+    paths = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
+    assert paths["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
     for i in (0, 5):
         predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item())
         with torch.inference_mode():
-            ways = [state.x for state in SAMPLERS[sampling.sampler](predict, paths["x"][0, i:i + 1].float(), ts)]
+            ways = [state.x for state in SAMPLERS[config.sampler](predict, paths["x"][0, i:i + 1].float(), ts)]
         for ours, theirs in ((ways[0], paths["x"][1, i]), (ways[-1], paths["x"][-1, i])):
             assert (ours - theirs.float()).abs().max() < 0.02  # fp16 on the way in and out
 
@@ -123,6 +123,6 @@ def test_what_a_student_has_no_choice_of(monkeypatch, student, tmp_path, flags, 
 
 def test_a_students_image_does_not_depend_on_the_others(student):
     model, diffusion = load_generator(student, torch.device("cpu"), torch.float32)
-    sampling, jobs = replace(inference.STUDENT, steps=2, guidance_weight=2.0), all_jobs(1)
-    whole, single = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, sampling, n, progress=False)} for n in (20, 3))
+    config, jobs = replace(inference.STUDENT, num_steps=2, guidance_weight=2.0), all_jobs(1)
+    whole, single = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, config, n, progress=False)} for n in (20, 3))
     assert max(np.abs(whole[name] - single[name]).max() for name in whole) <= 1

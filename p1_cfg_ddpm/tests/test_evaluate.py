@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p1_cfg_ddpm import classifier
+from p1_cfg_ddpm import classifier, embedding
 from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, DigitClassifier, bundled_classifier, classify, load_classifier
-from p1_cfg_ddpm.data import MINI_DATA, load_digits
+from p1_cfg_ddpm.data import MINI_DATA, Digits, load_digits
 from p1_cfg_ddpm.embedding import embed
 from p1_cfg_ddpm.evaluate import grade, main, nearest_of, read_folder
 from p1_cfg_ddpm.files import UserError
-from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS
 from p1_cfg_ddpm.quality import Judges, load_reference
 
@@ -26,7 +26,7 @@ def drawn(tmp_path_factory):
     """OUT with five images a digit and domain, drawn by the bundled model."""
     folder = tmp_path_factory.mktemp("drawn")
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
-    for job, image in generate(model, diffusion, all_jobs(5), Sampling(), 100, progress=False):
+    for job, image in generate(model, diffusion, all_jobs(5), DrawConfig(), 100, progress=False):
         (folder / job.domain).mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{job.name}.png")
     return folder
@@ -194,3 +194,20 @@ def test_the_courses_classifier_in_wrappings_and_formats(tmp_path, wrap):
             assert load_classifier(tmp_path / f"{i}{suffix}").conv1.weight.equal(state["conv1.weight"])
     shutil.copyfile(bundled_classifier("svhn"), tmp_path / "ours.pth")
     assert isinstance(load_classifier(tmp_path / "ours.pth"), DigitClassifier)
+
+
+@pytest.mark.parametrize("module, flags", [(classifier, ["--domain=svhn", "--architecture=plain"]), (embedding, [])])
+def test_a_judge_that_is_there_is_not_overwritten(call, tmp_path, monkeypatch, module, flags):
+    """By another one; the same command again has nothing to do."""
+    digits, path = load_digits(MINI_DATA, "train", ("svhn",)), tmp_path / "judge.safetensors"
+    monkeypatch.setattr(module, "load_digits", lambda *_: Digits(*(getattr(digits, name)[:8] for name in ("images", "digit", "domain"))))
+    arguments = [module.__name__, *flags, "--data=x", f"--output={path}", "--epochs=1", "--batch-size=4", "--device=cpu", "--dtype=fp32"]
+    code, out, err = call(*arguments)
+    assert code == 0 and f"wrote {path}" in out, err
+    before = path.read_bytes()
+    for more, expected, said in (([], 0, ""), (["--seed=1"], 1, f"error: {path} is there, of other settings (seed 0 is now 1), and is not overwritten; ")):
+        code, out, err = call(*arguments, *more)
+        assert code == expected and err.startswith(said) and "wrote" not in out and path.read_bytes() == before, out + err
+    path.write_bytes(b"the user's")
+    code, _, err = call(*arguments)
+    assert code == 1 and "is not overwritten" in err and path.read_bytes() == b"the user's"

@@ -9,14 +9,14 @@ from PIL import Image
 from p1_cfg_ddpm import redraw
 from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import fingerprint
-from p1_cfg_ddpm.inference import CHECKPOINT, Sampling, all_jobs, generate, load_generator
+from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 
 INFER = "p1_cfg_ddpm.inference"
 
 
 def draw(model, jobs, batch_size, **options):
-    options = {"steps": 5, "guidance_weight": 1.0} | options
-    return {job.name: image for job, image in generate(model, Diffusion(), jobs, Sampling(**options), batch_size, progress=False)}
+    options = {"num_steps": 5, "guidance_weight": 1.0} | options
+    return {job.name: image for job, image in generate(model, Diffusion(), jobs, DrawConfig(**options), batch_size, progress=False)}
 
 
 @pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}, {"sampler": "unipc"}])
@@ -34,7 +34,7 @@ def test_an_image_does_not_depend_on_the_others(tiny_model, options):
 def test_the_bundled_model_is_independent_of_the_batch_too():
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
     jobs = all_jobs(1)[::3]
-    one, all_ = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, Sampling(), n, progress=False)} for n in (1, 50))
+    one, all_ = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, DrawConfig(), n, progress=False)} for n in (1, 50))
     assert max(np.abs(one[name] - all_[name]).max() for name in one) <= 1
 
 
@@ -56,16 +56,19 @@ def test_the_command_writes_the_graders_files(call, tiny_checkpoint, tmp_path):
             assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 6
 
 
-@pytest.mark.parametrize("settings", [{}, {"eta": 0.5}, {"sampler": "ddim", "eta": 0.5, "spacing": "trailing"}, {"sampler": "heun"}])
+@pytest.mark.parametrize("settings", [{}, {"eta": 0.5}, {"sampler": "ddim", "eta": 0.5, "spacing": "trailing"}, {"sampler": "heun"}, {"steps": 3}])
 def test_a_record_is_drawn_again(tiny_checkpoint, settings):
-    """Also one of before --eta was refused where it does nothing."""
-    made = {"settings": asdict(Sampling(steps=3)) | {"dtype": "fp32"} | settings, "made_of": {"model": fingerprint(tiny_checkpoint)}}
+    """Also one of before --eta was refused where it does nothing, and of when num_steps was called steps."""
+    made = {"settings": asdict(DrawConfig(num_steps=3)) | {"dtype": "fp32"} | settings, "made_of": {"model": fingerprint(tiny_checkpoint)}}
+    if "steps" in settings:
+        del made["settings"]["num_steps"]
+        settings = {}
     batch = {f"{job.name}.png": {} for job in all_jobs(1)[:2]}
     picture = redraw.draw(made, list(batch)[1], batch, {"checkpoint": tiny_checkpoint}, types.SimpleNamespace(picture="it", checkpoint=None))
     if settings.get("sampler") != "ddim":
         settings = settings | {"eta": 0.0}
     model, _ = load_generator(tiny_checkpoint, torch.device("cpu"), torch.float32)
-    again = draw(model, all_jobs(1)[:2], 2, **asdict(Sampling(steps=3)) | settings)[all_jobs(1)[1].name]
+    again = draw(model, all_jobs(1)[:2], 2, **asdict(DrawConfig(num_steps=3)) | settings)[all_jobs(1)[1].name]
     assert np.abs(picture.astype(int) - again).max() <= 1
 
 

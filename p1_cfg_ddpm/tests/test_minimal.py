@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from p1_cfg_ddpm import minimal
 from p1_cfg_ddpm.data import MINI_DATA, load_digits
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.inference import CHECKPOINT, Job, Sampling, generate, load_generator
+from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, Job, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS, IMAGE_SIZE
 from p1_cfg_ddpm.pictures import to_model, to_uint8
 from p1_cfg_ddpm.samplers import ImageNoise
@@ -34,9 +34,9 @@ def on_a_cpu(monkeypatch):
 def test_the_same_pictures(page):
     model, diffusion = load_generator(CHECKPOINT, "cpu", torch.float32)
     jobs = [Job(domain, digit, 1) for domain in DOMAINS for digit in (0, 4, 7)]
-    sampling = Sampling(sampler="ddim", steps=8, spacing="trailing", guidance_weight=3.0)
-    ours = np.stack([image for _, image in generate(model, diffusion, jobs, sampling, 6, progress=False)])
-    noise = ImageNoise(sampling.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE))()
+    config = DrawConfig(sampler="ddim", num_steps=8, spacing="trailing", guidance_weight=3.0)
+    ours = np.stack([image for _, image in generate(model, diffusion, jobs, config, 6, progress=False)])
+    noise = ImageNoise(config.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE))()
     digit, domain = torch.tensor([job.digit for job in jobs]), torch.tensor([DOMAINS.index(job.domain) for job in jobs])
     drawn = to_uint8(minimal.draw(page, noise, digit, domain, w=3.0, num_steps=8))
     assert np.abs(drawn.astype(int) - ours).max() <= 1
