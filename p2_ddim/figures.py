@@ -20,7 +20,7 @@ from .data import read_noises
 from .device import describe
 from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
-from .files import RESULTS, ROOT, UserError, check_flags, read_json, run, writable_file, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
 from .inference import MINI, add_arguments, check_size, generate, settings_of, to_pictures
 from .interpolation import lerp, mix, slerp
 from .inversion import invert
@@ -182,6 +182,12 @@ def main():
     results = writable_file(args.results or (RESULTS if default else folder) / "p2_figures.json")
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape)
+    with lock(folder, "-p2_figures"):
+        draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results)
+
+
+def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results):
+    """folder: of the pictures; results: the file of the numbers."""
     print(f"drawing with {args.checkpoint} on {describe(device, dtype)}", flush=True)
     compiled = torch.compile(unet) if args.compile else unet
     names = list(noises)[:4]

@@ -210,14 +210,15 @@ def writable_file(path):
 
 
 @contextmanager
-def lock(folder):
-    """Holds a folder, so that two runs at once do not write into it; a `UserError` says who has it. The system lets go when the process ends, in any way."""
+def lock(folder, program=""):
+    """Holds a folder, so that two runs at once do not write into it; a `UserError` says who has it. The system lets go when the process ends, in any way.
+    program: of several that write into one folder, each files of its own, the one of which no second may."""
     try:
         import fcntl
     except ImportError:  # not a Unix
         yield
         return
-    path = Path(folder) / LOCK
+    path = Path(folder) / f"{LOCK}{program}"
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -6,7 +6,6 @@ file, so a changed one is read again; a CLIP by that of its files, which are has
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,16 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .clip import Grader
-from .files import UserError, atomic_path, first_line, note, read_json, write_json
+from .files import UserError, atomic_path, first_line, note
+from .memo import Memo, cache_folder
 
 LAYOUT = 1  # of what is kept and of how pictures are decoded: with another number everything is computed again
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".gz", ".model")
 MOST = 100_000  # pictures, and captions, that are kept for a CLIP
-
-
-def default_folder():
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base) / "p3_clip" if base else Path("~/.cache/p3_clip").expanduser()
 
 
 def digest(path):
@@ -49,43 +44,24 @@ def make_grader(model, pretrained, device, dtype, cache=True):
     return Grader(model, pretrained, device, dtype)
 
 
-class Hashes:
-    """SHA-256 of large files, remembered by path, size and time of change."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            self.known = {name: entry for name, entry in read_json(path).items() if isinstance(entry, list) and len(entry) == 3}
-        except (UserError, AttributeError):  # there is none yet, or it is damaged
-            self.known = {}
-
-    def of(self, path):
-        path = path.resolve()
-        stat = path.stat()
-        entry = self.known.get(str(path))
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            entry = self.known[str(path)] = [stat.st_size, stat.st_mtime_ns, digest(path).hex()]
-            write_json(self.path, self.known)
-        return entry[2]
-
-    def of_model(self, name, pretrained):
-        """What tells one CLIP from another: the contents of its files; of published weights, their name."""
-        files = [Path(part) for part in (name, pretrained) if part and Path(part).is_file()]
-        if Path(name).is_dir():
-            files += sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
-        names = [str(part) for part in (name, pretrained) if part and not Path(part).exists()]
-        return [*names, *([path.name, self.of(path)] for path in files)]
+def identity_of(name, pretrained, memo):
+    """What tells one CLIP from another: the contents of its files; of published weights, their name. memo: of the files' digests."""
+    files = [Path(part) for part in (name, pretrained) if part and Path(part).is_file()]
+    if Path(name).is_dir():
+        files += sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    names = [str(part) for part in (name, pretrained) if part and not Path(part).exists()]
+    return [*names, *([path.name, memo.of([path], lambda path=path: digest(path).hex())] for path in files)]
 
 
 class CachedGrader:
     """A `Grader` that reads only what it has not read before, and loads its CLIP only then."""
 
     def __init__(self, model, pretrained=None, device="cpu", dtype=torch.float32, folder=None):
-        folder = folder or default_folder()
+        folder = folder or cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         self.load = lambda: Grader(model, pretrained, device, dtype)  # at the first picture or caption that is new
         self.grader, self.dtype = None, dtype
-        key = json.dumps([LAYOUT, Hashes(folder / "hashes.json").of_model(str(model), pretrained), torch.device(device).type, str(dtype),
+        key = json.dumps([LAYOUT, identity_of(str(model), pretrained, Memo(folder / "hashes.json")), torch.device(device).type, str(dtype),
                           version("open_clip_torch"), version("torch"), version("pillow")])
         self.path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         self.kept = {"pictures": {}, "captions": {}}

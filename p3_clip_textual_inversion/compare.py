@@ -22,7 +22,7 @@ from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, initial_rows, read_embeddings
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of
-from .files import ROOT, check_flags, read_json, run, writable_file, writable_folder, write_json
+from .files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, load, settings_of
 from .pictures import save_image, sheet
 from .stable_diffusion import MINI_SD
@@ -85,6 +85,12 @@ def main():
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
     if args.write_baselines:
         writable_file(args.input)
+    with lock(args.output, "-p3_compare"):
+        compare(args, config, device, row, concepts, learned, examples)
+
+
+def compare(args, config, device, row, concepts, learned, examples):
+    """learned: [{word: rows}], one for each seed; examples: {concept's number: its pictures}."""
     grader = judge_of(row, args, device=device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
     parts, generator = load(args.checkpoint, device, config), torch.Generator().manual_seed(args.seed)

@@ -17,7 +17,7 @@ from .data import example_pictures, read_concepts
 from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
-from .files import ROOT, UserError, first_line, read_json, run, writable_folder
+from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
 from .inference import add_arguments, draw, load, settings_of
 from .pictures import chart, save_image, sheet
 from .stable_diffusion import MINI_SD
@@ -66,7 +66,12 @@ def main():
     vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
     examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
-    writable_folder(args.output)
+    with lock(writable_folder(args.output), "-p3_figures"):
+        draw_figures(args, config, device, concepts, vectors, runs, examples)
+
+
+def draw_figures(args, config, device, concepts, vectors, runs, examples):
+    """vectors: {word: rows}; runs, examples: {concept's number: what `read_run` gives; its pictures}."""
     parts = load(args.checkpoint, device, config)
     panels = [panel for concept in concepts for panel in learning_panels(concept, *runs[concept.number], parts)]
     chart(panels, args.output / "p3_learning.png", columns=3, size=(4.4, 2.8))

@@ -13,10 +13,12 @@ from safetensors import safe_open
 from .checkpoint import read_checkpoint
 from .files import UserError, existing_file, first_line, read_json
 from .files import fingerprint as content_fingerprint
+from .memo import Memo, cache_folder
 from .tensors import what_is
 
 TEXT_PREFIX = "cond_stage_model.transformer."
 CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
+LARGE = 100_000_000  # bytes, which take a twentieth of a second; what there is more of is read again only when it is another file
 VOCABULARY = 49408  # tokens of CLIP; what is behind them in a table are words that someone added
 # Two tensors by which a model is known again: in the original layout, and in a folder's part with its files, any of which will do.
 TOKEN_TABLE = (f"{TEXT_PREFIX}text_model.embeddings.token_embedding.weight", "text_encoder", "token_embedding.weight",
@@ -76,8 +78,11 @@ def identify(source):
 def weights_fingerprint(source):
     """16 digits of all that a checkpoint draws with: a finetuning that leaves alone what `identify` reads is another model all the same."""
     path = Path(source)
-    parts = [part for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler") if os.path.isdir(part := path / name)]
-    return content_fingerprint(*(parts or [path]))
+    parts = [part for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler") if os.path.isdir(part := path / name)] or [path]
+    files = [file for part in parts for file in (sorted(part.rglob("*")) if os.path.isdir(part) else [part]) if os.path.isfile(file)]
+    if sum(os.path.getsize(file) for file in files) < LARGE:
+        return content_fingerprint(*parts)
+    return Memo(cache_folder() / "weights.json").of(files, lambda: content_fingerprint(*parts))
 
 
 def fingerprint(tensor):

@@ -20,7 +20,7 @@ from .cache import make_grader
 from .clip import check_clip, ensemble, reads_thumbnails
 from .defaults import HelpFormatter
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
-from .files import MINI, UserError, check_file, check_flags, first_line, run, writable_folder, write_json
+from .files import MINI, UserError, check_file, check_flags, first_line, lock, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
 from .outcome import cosines_of, load_data, outcome_of, score, write_predictions
 from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
@@ -191,7 +191,12 @@ def main():
     data = load_data(args.data)
     if args.output.resolve() == (args.data / "val").resolve():
         raise UserError(f"--output {args.output} is the folder of the pictures that are classified; choose another")
-    writable_folder(args.output)
+    with lock(writable_folder(args.output)):
+        classify_all(args, data, models, pretrained, device, dtype)
+
+
+def classify_all(args, data, models, pretrained, device, dtype):
+    """By each of the models."""
     print(f"{len(data.paths)} pictures from {args.data} by {', '.join(models)} on {describe(device, dtype)}", flush=True)
     rows, rights = [], []
     for name, model, weights in zip(names_of(models, pretrained), models, pretrained):

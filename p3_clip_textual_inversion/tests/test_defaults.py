@@ -1,6 +1,7 @@
 """Which settings a model gets, by what it is; the judge of its pictures; and the words that belong to it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,9 +18,9 @@ from p3_clip_textual_inversion import embedding, identity
 from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, row_of
 from p3_clip_textual_inversion.embedding import check_models, find_words, install, installed_folder, model_name, models_of, read_embedding, save_embedding
 from p3_clip_textual_inversion.evaluate import judge_of
-from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.files import UserError, fingerprint
 from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
-from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.identity import identify, weights_fingerprint
 from p3_clip_textual_inversion.multi import train_missing
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.train import pull_of_step
@@ -283,6 +284,23 @@ def test_models_that_cannot_be_known_end_in_one_line(tiny_sd, tmp_path, spoil, s
     with pytest.raises(UserError, match=said) as error:
         identify(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_large_checkpoint_is_read_again_only_when_it_is_another(tmp_path, monkeypatch):
+    """Also when the other one has its name, size and time; and when what was kept is damaged."""
+    path, read = tmp_path / "a.ckpt", []
+    monkeypatch.setattr(identity, "LARGE", 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "content_fingerprint", lambda *paths: read.append(paths) or fingerprint(*paths))
+    path.write_bytes(b"weights")
+    before = weights_fingerprint(path)
+    assert weights_fingerprint(path) == before == fingerprint(path) and len(read) == 1
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"Weights")
+    os.utime(path, ns=(time, time))
+    assert weights_fingerprint(path) == fingerprint(path) != before and len(read) == 2
+    (tmp_path / "cache" / "p3_clip" / "weights.json").write_text("[")
+    assert weights_fingerprint(path) == weights_fingerprint(path) == fingerprint(path) and len(read) == 3
 
 
 @pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "compare", "multi", "benchmark", "fullsize"])

@@ -151,3 +151,19 @@ guard.quiet_interrupts()
 f1.run(main)
 """, tmp_path)
     assert process.communicate(timeout=100) == ("", "stopped\n") and process.returncode == 130
+
+
+@pytest.mark.parametrize("module, program, arguments", [
+    ("p1_cfg_ddpm.figures", "-p1_figures", []), ("p2_ddim.figures", "-p2_figures", []),
+    ("p3_clip_textual_inversion.figures", "-p3_figures", ["--runs", "r"]), ("p3_clip_textual_inversion.compare", "-p3_compare", ["--learned", "r"]),
+    ("p3_clip_textual_inversion.zero_shot", "", [])])
+def test_two_at_once_do_not_mix_their_files_in_one_folder(tmp_path, monkeypatch, module, program, arguments):
+    """Of one program; another one's files are others, and it may."""
+    command, files = (importlib.import_module(name) for name in (module, f"{module.split('.')[0]}.files"))
+    for name in ("read_embeddings", "read_run"):
+        monkeypatch.setattr(command, name, lambda *_: {}, raising=False)
+    monkeypatch.setattr(sys, "argv", [module, "--output", str(tmp_path), *arguments])
+    with files.lock(tmp_path, "-another_program"), files.lock(tmp_path, program), \
+         pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
+        files.run(command.main)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
