@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion import train
+from p3_clip_textual_inversion import objective
 from p3_clip_textual_inversion.clip import load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.model import to_text_encoder, write_merges
 
@@ -30,7 +30,7 @@ def own_cache(tmp_path_factory):
 def few_kept_latents():
     """A validation measures sixteen latents in place of sixty-four, four in each of its four ranges of t."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATED", FEW)
+        patch.setattr(objective, "VALIDATED", FEW)
         yield
 
 

@@ -34,7 +34,7 @@ from .conftest import FEW
 
 PACKAGE = "p3_clip_textual_inversion"
 # A training in a process of its own, `python -c AS_HERE -m MODULE ARGUMENTS...`, with as few kept latents as those in this one.
-AS_HERE = f"import sys; from {PACKAGE} import files, train; train.VALIDATED = {FEW}; del sys.argv[1:3]; files.run(train.main)"
+AS_HERE = f"import sys; from {PACKAGE} import files, objective, train; objective.VALIDATED = {FEW}; del sys.argv[1:3]; files.run(train.main)"
 
 
 @pytest.fixture
