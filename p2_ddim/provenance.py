@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,12 @@ def core(made):
     return {key: made[key] for key in ("program", "settings", "made_of")}
 
 
-def claim(folder, made, pictures, batch_size, where, overwrite=False):
+def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None):
     """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
 
     What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
-    them that are not among the new ones are then removed, as they would be mixed with them. where: for the record: device, files, ..."""
+    them that are not among the new ones are then removed, as they would be mixed with them. where: for the record: device, files, ... alike(what is a
+    picture's own): neighbours for which it differs are never in one batch."""
     folder, made = Path(folder), made.as_json()
     pictures = json.loads(json.dumps(pictures, default=str))
     record = read_record(folder)
@@ -109,13 +111,19 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False):
     same = record is not None and core(record["made"]) == core(made)
     todo = [name for name in pictures if overwrite or name not in there]
     record = {"made": made, "pictures": {**(record["pictures"] if same else {}), **pictures},
-              "batches": [*(record["batches"] if same else []), *(todo[i:i + batch_size] for i in range(0, len(todo), batch_size))],
+              "batches": [*(record["batches"] if same else []), *batches_of(todo, batch_size, alike and (lambda name: alike(pictures[name])))],
               "where": {**where, "command": shlex.join(sys.argv), **versions()}}
     write_json(folder / RECORD, record)
     for path in stale:
         if path.relative_to(folder).as_posix() not in pictures:
             path.unlink()
     return set() if overwrite else there
+
+
+def batches_of(names, batch_size, alike=None):
+    """Lists of at most `batch_size` names, in their order. alike(name): neighbours for which it differs are never in one."""
+    groups = (list(group) for _, group in groupby(names, alike or (lambda _: None)))
+    return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
 def is_whole(path):

@@ -37,6 +37,15 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """LoRA with pivotal tuning, where it differs from `Learning`."""
+    lora: int  # the rank
+    steps: int
+    lr_lora: float
+    pivot: float  # share of the steps in which the word learns alone
+
+
+@dataclass(frozen=True)
 class Several:
     """The comparison of ways to bring several concepts into one picture. runs: {name: (steps per concept, flags of train)}."""
     input: Path
@@ -57,6 +66,7 @@ class Defaults:
     ordinary: tuple  # things that a prior is drawn of, none that a prompt has
     drawing: Drawing
     learning: Learning
+    low_rank: LowRank
     several: Several
     judge: str  # the CLIP that grades its pictures
     judge_weights: str | None = None
@@ -75,6 +85,7 @@ MINIATURE = Defaults(
         min_snr_gamma=0.1,  # measured: it decides what it draws under far more noise than a loss that weighs all noise alike listens to
         style_pull=0.55,  # measured: every subject must survive the style; without it the rest of the prompt is obeyed less
         lr_projections=1e-4, prior=48),
+    low_rank=LowRank(lora=8, steps=400, lr_lora=1e-3, pivot=0.3),
     several=Several(
         input=DATA / "mini" / "textual_inversion" / "several.json", ordinary="red apple", ordinary_pictures=DATA / "mini" / "clip_zeroshot",
         other_styles=("twemoji", "openmoji", "fluent emoji flat", "emojione", "noto v1"),
@@ -104,6 +115,9 @@ SD_V1 = Defaults(
         style_pull=0.0,  # published trainings have none
         lr_projections=4e-5,  # Kumari et al. 2023: 1e-5 for each picture of the batch
         prior=200),  # Kumari et al. 2023
+    low_rank=LowRank(
+        steps=2000, pivot=0.5,  # lora-diffusion's examples of pivotal tuning (Ryu 2022): 1,000 steps for the word, 1,000 for the weights
+        lora=4, lr_lora=1e-4),  # likewise
     several=Several(
         input=DATA / "textual_inversion" / "input.json", ordinary="cat", ordinary_pictures=DATA / "clip_zeroshot",
         other_styles=("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art"),

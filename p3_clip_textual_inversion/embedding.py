@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from .files import ROOT, UserError, atomic_path
+from .lora import ENDING, lora_file, read_lora
 from .words import gather, read_words, word_files
 
 INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
@@ -133,6 +134,8 @@ def check_files(words):
     for word, name in zip(words, names):
         if name.startswith("."):
             raise UserError(f"the token name {word!r} gives its file no name; choose one with letters or digits, such as <new1>")
+        if name.endswith(ENDING):
+            raise UserError(f"the token name {word!r} gives its file the name {name}, as its weights of low rank have; choose one that does not end in _lora")
     if len({name.lower() for name in names}) != len(names):
         raise UserError(f"the token names {', '.join(words)} must differ in more than what a file's name cannot hold or tell apart; "
                         f"their files would be {', '.join(names)}")
@@ -226,12 +229,30 @@ def install(source, name=None):
         target = installed_folder(model or name) / file_of("", word).name
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() and not ((there := read_embedding(target))[1].equal(rows) and there[2] == told):
-            replaced = target.parent / "replaced"
-            replaced.mkdir(exist_ok=True)
-            shutil.copyfile(target, next(p for i in range(10**6) if not (p := replaced / f"{target.stem}_{i}.safetensors").exists()))
+            keep_replaced(target)
         save_embedding(target, word, rows, told)
-        installed.append(target)
+        installed += [target, *install_lora(lora_file(path), lora_file(target))]
     return installed
+
+
+def keep_replaced(path):
+    """Copies an installed file that another will take the place of into the folder `replaced`."""
+    replaced = path.parent / "replaced"
+    replaced.mkdir(exist_ok=True)
+    shutil.copyfile(path, next(p for i in range(10**6) if not (p := replaced / f"{path.stem}_{i}.safetensors").exists()))
+
+
+def install_lora(source, target):
+    """The same for the weights beside a word: none where the word has none, for those of an older one do not fit it. Returns [target] where there are some."""
+    new, old = (path.read_bytes() if path.is_file() else None for path in (source, target))
+    if old not in (None, new):
+        keep_replaced(target)
+        target.unlink()
+    if new is not None and new != old:
+        read_lora(source)  # nothing damaged takes a place
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(new)
+    return [target] if new is not None else []
 
 
 def nearest_words(parts, rows, count=3):

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from .embedding import add_words, check_models, expand, find_words, initial_rows
 from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
 from .identity import identify, weights_fingerprint
+from .lora import add_loras, find_loras, loras_of
 from .pictures import save_image, to_uint8
-from .provenance import Made, claim
+from .provenance import Made, batches_of, claim
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
@@ -140,12 +142,17 @@ def main():
                         "scripts/install.sh installed for this model)")
     parser.add_argument("--projections", type=Path, default=None, metavar="FILE", help="projections.safetensors of a training with --custom-diffusion, or "
                         "Custom Diffusion's weights as diffusers or its authors' code save them")
+    parser.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE", help="weights of low rank for all prompts, as scripts/p3_train.sh, "
+                        "diffusers or kohya write them; may be given several times. Those beside a word, such as new1_lora.safetensors, are found unasked, and "
+                        "drawn with where a prompt has the word")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="S", help="by which all of those are multiplied; 0 leaves them out")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
     add_arguments(parser)
     args, started = parser.parse_args(), time.perf_counter()
     config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
+    check_flags(args, ("lora_scale",), math.isfinite, "a finite number")
     concepts = read_concepts(args.input)
     refuse_examples(args.output, args.input, concepts)
     tokens = [concept.token for concept in concepts]
@@ -159,8 +166,10 @@ def main():
     vectors = own | vectors
     if args.projections:
         existing_file(args.projections, "projections")
+    args.loras = find_loras(args.lora, origin) if args.lora_scale else {}
     told = {path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}
-    print("\n".join([f"words: {', '.join(tokens)} of {', '.join(args.words)}", *check_models(told, tokens, model)]), flush=True)
+    lines = [f"words: {', '.join(tokens)} of {', '.join(args.words)}", *(f"weights of low rank: {path}" for path in args.loras.values())]
+    print("\n".join([*lines, *check_models(told, tokens, model)]), flush=True)
     for concept in concepts:
         for k in range(len(concept.prompts)):
             writable_folder(args.output / concept.number / str(k))
@@ -178,15 +187,20 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
     prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
     own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}
            for name, (c, k, i) in jobs.items()}
+    loras = {name: f"{args.lora_scale:g} x {fingerprint(path)}" for name, path in args.loras.items()}
+    for of in own.values() if loras else ():
+        of["lora"] = loras_of(of["prompt"], args.loras, loras)
     where = {"device": describe(device, config.dtype), "checkpoint": local(args.checkpoint), "words": [absolute(words, vectors) for words in args.words],
              "projections": str(args.projections and args.projections.resolve())}
+    where |= {"lora": {name: str(path.resolve()) for name, path in args.loras.items()}} if loras else {}
     parts = None
-    if args.side:  # before anything is written: only the model knows which will do
+    if args.side or loras:  # before anything is written: only the model knows which will do
         parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         parts.latent_shape(args.side)
-    there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite))
-    missing, every = jobs.keys() - set(there), list(jobs)
-    batches = [every[i:i + config.batch_size] for i in range(0, len(every), config.batch_size)]
+        added = add_loras(parts, args.loras, args.lora_scale)
+    there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite, added_to))
+    missing = jobs.keys() - set(there)
+    batches = batches_of(list(jobs), config.batch_size, lambda name: added_to(own[name]))
     jobs = {name: jobs[name] for batch in batches if missing & set(batch) for name in batch}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
@@ -194,14 +208,21 @@ def draw_all(args, config, device, model, concepts, vectors, initials, started, 
         check_lengths(parts, prompts, {word: len(rows) for word, rows in vectors.items()})
         if share == (0, 1):
             announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
-        paths = list(jobs)
         with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
-            for job, picture in draw_share(parts, prompts, names, config, progress=bar, share=share):
-                name = paths[job]
-                if name in missing:
-                    save_image(picture, args.output / name, made.with_own(own[name]).as_json())
+            for weights, group in groupby(zip(jobs, prompts, names), lambda job: added_to(own[job[0]])):
+                paths, texts, noises = zip(*group)
+                if weights is not None:
+                    added.use(weights)
+                for job, picture in draw_share(parts, texts, noises, config, progress=bar, share=share):
+                    if paths[job] in missing:
+                        save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())
     print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
           + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")
+
+
+def added_to(own):
+    """The weights of low rank that a picture is drawn with, {name: fingerprint}, by what is its own; None where no picture has any."""
+    return own.get("lora")
 
 
 def local(checkpoint):

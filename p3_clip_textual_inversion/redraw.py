@@ -13,6 +13,7 @@ from .files import UserError, fingerprint, note, run
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, expanded, noise_name, prepare
 from .inference import draw as draw_pictures
+from .lora import add_loras
 from .provenance import redraw
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
@@ -44,8 +45,22 @@ def draw(made, name, batch, where, args):
         if fingerprint(projections) != made["made_of"]["projections"]:
             note(f"{projections} are others than those of {args.picture}")
     parts = prepare(checkpoint, pick_device("auto"), config, vectors, projections, initials)
+    if batch[name].get("lora"):
+        put_loras(parts, batch[name]["lora"], where.get("lora", {}), args.picture)
+        batch = {other: own for other, own in batch.items() if own.get("lora") == batch[name]["lora"]}
     pictures = draw_pictures(parts, expanded(batch, batch, vectors), [noise_name(own) for own in batch.values()], config)
     return dict(zip(batch, pictures))[name]
+
+
+def put_loras(parts, wanted, files, picture):
+    """Puts the weights of low rank of a picture into the model. wanted: {name: scale x fingerprint}; files: {name: path}"""
+    for name, print_ in wanted.items():
+        scale, path = float(print_.split(" x ")[0]), Path(files.get(name, f"{name}_lora.safetensors"))
+        if not path.is_file():
+            raise UserError(f"the LoRA {path} is no longer there")
+        if fingerprint(path) != print_.split(" x ")[1]:
+            note(f"{path} are other weights than those of {picture}")
+    add_loras(parts, {name: Path(files[name]) for name in wanted}, scale).use(wanted)
 
 
 def main():

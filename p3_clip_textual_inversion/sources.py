@@ -68,7 +68,7 @@ def make_held(parts, concepts, args, row, side):
 
 
 def make_sources(parts, concepts, args, row, side, config):
-    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if projections learn.
+    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if weights learn.
 
     row: the model's `Defaults`, for captions and ordinary things."""
     counts = {concept.token: args.vectors for concept in concepts}
@@ -92,7 +92,7 @@ def make_sources(parts, concepts, args, row, side, config):
                 caption = expand(f"a {left.token} next to a {right.token}", counts)
                 check_lengths(parts, [caption], counts)
                 sources.append(encode(parts, side_by_side(ours, theirs), [caption]))
-    if args.custom_diffusion and args.prior:
+    if (args.custom_diffusion or args.lora) and args.prior:
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
         with progress(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:

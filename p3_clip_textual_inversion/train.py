@@ -4,7 +4,8 @@
     python -m p3_clip_textual_inversion.train --checkpoint hw2_data/weights/sd-v1-4.ckpt --output runs/words    # the course's, on the real model
 
 With --joint all concepts learn in one run, also from composed pictures; with --custom-diffusion (Kumari et al. 2023) the key and value projections of
-every cross-attention learn too, held in place by ordinary pictures that the model draws itself.
+every cross-attention learn too, with --lora weights of low rank beside the word (lora.py); both are held in place by ordinary pictures that the model draws
+itself.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from .embedding import add_words, check_files, expand, file_of, initial_rows, mo
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
+from .lora import add_lora, lora_file, save_kohya, save_lora
 from .objective import Best, Loss
 from .pictures import read_pictures, save_image
 from .sources import draw_batch, make_held, make_sources
@@ -46,7 +49,7 @@ from .training import (
 )
 
 LOG_EVERY = 20
-MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7}  # what a prompt of CLIP and a memory hold
+MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
 VALIDATIONS = 15  # how often in a run
 FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", "weights", *WATCHING)  # between a run and its continuation
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
@@ -76,7 +79,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE and (name != "lora" or value)}
     kinds = [kind_of(concept, args.kind) for concept in concepts]
     pull = args.pull
     if pull is None:
@@ -84,10 +87,11 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
                  "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id, "weights": args.weights}
-    refuse_others(folder / "state.pt", results.values())
+    beside = [lora_file(path) for path in results.values()]
+    refuse_others(folder / "state.pt", [*results.values(), *beside])
     needed = ("step", "history", "recent", "trained", "best")
     state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None
-    if state and state["step"] >= args.steps and all(path.exists() for path in results.values()):
+    if state and state["step"] >= args.steps and all(path.exists() for path in [*results.values(), *(beside if args.lora else ())]):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
@@ -111,6 +115,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     if args.custom_diffusion:
         for name, module in projections(parts.unet).items():
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
+    if args.lora:
+        trained |= add_lora(parts.unet, args.lora, args.seed)
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().clone()}
@@ -121,7 +127,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             step, history, snapshots = state["step"], state["history"], {at: rows.to(device) for at, rows in state["snapshots"].items()}
             recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
     others = [parameter for name, parameter in trained.items() if name != "rows"]
-    groups = [{"params": [learned.rows], "share": 1.0}] + ([{"params": others, "share": args.lr_projections / args.lr}] if others else [])
+    groups = [{"params": [learned.rows], "share": 1.0}]
+    groups += [{"params": others, "share": (args.lr_lora if args.lora else args.lr_projections) / args.lr}] if others else []
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     loss_of = Loss(parts, args.min_snr_gamma or None)
     best = Best(loss_of, parts, held, accelerator, args.batch_size, state["best"] if state else None)
@@ -143,7 +150,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
     while step < args.steps and not is_flat(history, args.stop_when_flat):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * args.lr * strengths[step]
+            waits = args.lora and group is not optimizer.param_groups[0] and step < args.pivot * args.steps
+            group["lr"] = 0.0 if waits else group["share"] * args.lr * strengths[step]
         for _ in range(args.accumulate):
             x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator))
             with accelerator.accumulate(model):
@@ -189,6 +197,10 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         with atomic_path(folder / "snapshots.safetensors") as temporary:
             save_file({f"{at:06d}": tensor for at, tensor in on_cpu(snapshots).items()}, temporary, metadata={"words": words})
         metadata = {name: str(value) for name, value in settings.items()}
+        for path in beside if args.lora else ():  # what learned together is beside each word
+            weights = {name: tensor for name, tensor in trained.items() if name != "rows"}
+            save_lora(path, weights, metadata)
+            save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
         for concept, part in zip(concepts, learned.rows.detach().split(args.vectors)):
             save_embedding(results[concept.token], concept.token, part, metadata)
         if args.custom_diffusion:
@@ -222,7 +234,11 @@ def parse_args():
     parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
     parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
     add_argument(parser, "learning", "--lr-projections", "peak learning rate of those", type=float)
-    add_argument(parser, "learning", "--prior", "ordinary pictures that hold those in place; 0 for none", type=int)
+    add_argument(parser, "low_rank", "--lora", "also learn weights of low rank in the cross-attentions, and for as many --steps as they need; without the flag "
+                 "the word alone, without RANK the model's", type=int, nargs="?", metavar="RANK")
+    add_argument(parser, "low_rank", "--lr-lora", "peak learning rate of those", type=float)
+    add_argument(parser, "low_rank", "--pivot", "share of the steps in which the word learns alone, before those do", type=float)
+    add_argument(parser, "learning", "--prior", "ordinary pictures that hold projections or low-rank weights in place; 0 for none", type=int)
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -234,7 +250,10 @@ def parse_args():
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
-    told, name = fill_in(args, row.learning), model_name(row, identity)
+    group = vars(row.learning) | (vars(row.low_rank) if vars(args).get("lora", 0) != 0 else {"lora": 0})
+    if vars(args).get("lora", 0) is None:  # the flag alone
+        del args.lora
+    told, name = fill_in(args, SimpleNamespace(**group)), model_name(row, identity)
     args.input, args.weights = input_of(args.input, row.input), weights_fingerprint(args.checkpoint)
     check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
                 lambda value: 0 < value < math.inf, "a number above 0")
@@ -243,6 +262,11 @@ def parse_args():
         check_flags(args, (flag,), lambda value, most=most: value <= most, f"at most {most}")
     check_flags(args, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
     check_flags(args, ("side", "validate_every"), lambda value: value is None or value >= 1, "at least 1")
+    if args.lora and args.custom_diffusion:
+        raise UserError("--lora and --custom-diffusion both change the cross-attentions; give one of them")
+    if args.lora:
+        check_flags(args, ("lora", "lr_lora"), lambda value: 0 < value < math.inf, "a number above 0")
+        check_flags(args, ("pivot",), lambda value: 0 <= value < 1, "from 0 to below 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args, row, name, f"{row.name} ({name}), {args.side or identity.side} pixels: {told}"

@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 from .files import UserError, existing_file, first_line, note
 from .identity import TOKEN_TABLE, VOCABULARY, part_file
 from .identity import read_tensors as read_some
+from .lora import ENDING, is_lora
 from .tensors import is_finite, is_plain, read_tensors, what_is
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -26,13 +27,17 @@ def word_files(source):
     source = Path(source)
     if os.path.isfile(source):
         return [source]
-    return sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in SUFFIXES and os.path.isfile(path)) if os.path.isdir(source) else []
+    if not os.path.isdir(source):
+        return []
+    return sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in SUFFIXES and not path.name.endswith(ENDING) and os.path.isfile(path))
 
 
 def read_words(path):
     """({word: rows [n, dim] float32}, {word: the word whose row they are added to}, metadata) of a file; the word is "" where the file does not tell it."""
     path = existing_file(path, "embedding")
     content = read_tensors(path, "learned word", "a file of one word's vectors", foreign=True)
+    if isinstance(content, dict) and is_lora(content):
+        raise UserError(f"{path} is no word but weights (LoRA); give it by --lora")
     metadata = {}
     if what_is(path)[0] == "safetensors":
         with safe_open(path, "pt") as file:

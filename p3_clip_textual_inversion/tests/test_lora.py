@@ -1,0 +1,219 @@
+"""LoRA with pivotal tuning: learning, resuming, files of three formats, merging, drawing, what does not fit."""
+
+import itertools
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from p3_clip_textual_inversion import train, training
+from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding
+from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.inference import DrawConfig
+from p3_clip_textual_inversion.lora import TARGETS, Added, fit, lora_file, read_lora
+from p3_clip_textual_inversion.provenance import read_made
+from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.words import word_files
+
+PACKAGE = "p3_clip_textual_inversion"
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def places(tiny_sd, tmp_path_factory):
+    """A folder with an input.json of two concepts, `whole` (the first one's word and weights, learned at once) and `stopped` (likewise, broken off after the
+    pivot and continued), and the state at the pivot."""
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "0").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)).save(folder / "0" / "0.png")
+    content = {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1> on a hill"]},
+               "1": {"src_image": "car", "token_name": "<new2>", "prompt": ["a <new2>"]}}
+    (folder / "input.json").write_text(json.dumps(content))
+
+    def learn(output):
+        flags = ["--lora=2", "--lr-lora=1e-2", "--steps=4", "--pivot=0.5", "--save-every=2", "--batch-size=2", "--crops=1", "--vectors=1", "--prior=1",
+                 "--sample-every=0", "--validate-every=2", "--dtype=fp32", "--concepts=0"]
+        patch.setattr(sys, "argv", ["train", *map(str, [folder / "input.json", "--checkpoint", tiny_sd, "--output", output, *flags])])
+        train.main()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "DrawConfig", lambda **settings: DrawConfig(**settings | {"num_steps": 1}))
+        falling = itertools.count(100, -1)
+        patch.setattr(training.Validation, "__call__", lambda *_: {"validation": float(next(falling))})  # so that the last state is kept
+        learn(folder / "whole")
+        write, saved = torch.save, []
+
+        with patch.context() as inner:
+            inner.setattr(torch, "save", lambda content, path: (write(content, path), saved.append(torch.load(path)["trained"])))
+            inner.setattr(train, "refuse_nonfinite", lambda step, *_: step == 3 and (_ for _ in ()).throw(KeyboardInterrupt))
+            inner.setattr(train, "LOG_EVERY", 1)
+            with pytest.raises(KeyboardInterrupt):
+                learn(folder / "stopped")
+        learn(folder / "stopped")
+    return types.SimpleNamespace(folder=folder, at_pivot=saved[0])
+
+
+def loaded(tiny_sd, path):
+    """(Stable Diffusion, `Added` with the weights of a file put in)"""
+    parts = load_stable_diffusion(tiny_sd)
+    added = Added({"it": fit(path, read_lora(path)[0], parts)})
+    added.use(["it"])
+    return parts, added
+
+
+def test_the_word_learns_alone_then_the_weights_learn_too_and_a_stopped_run_ends_with_the_same(places):
+    assert all(torch.equal(tensor, torch.zeros_like(tensor)) for name, tensor in places.at_pivot.items() if "lora_B" in name)
+    whole, stopped = (load_file(lora_file(file_of(places.folder / run, "<new1>"))) for run in ("whole", "stopped"))
+    assert len(whole) == 2 * len(TARGETS) * 16 and whole.keys() == stopped.keys()
+    assert all(tensor.abs().max() > 1e-3 for name, tensor in whole.items() if "lora_B" in name)
+    assert all(torch.allclose(whole[name], stopped[name], atol=1e-6) for name in whole)
+    words = [read_embedding(file_of(places.folder / run, "<new1>"))[1] for run in ("whole", "stopped")]
+    assert torch.allclose(*words, atol=1e-6)
+
+
+def test_three_programs_draw_the_same(places, tiny_sd):
+    """Our reader on both files, and diffusers on both, give one and the same network."""
+    ours, kohya = lora_file(file_of(places.folder / "whole", "<new1>")), places.folder / "whole" / "0" / "new1_lora_kohya.safetensors"
+    torch.manual_seed(0)
+    given = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 7, WIDTH)
+    with torch.no_grad():
+        results = [loaded(tiny_sd, path)[0].unet(*given).sample for path in (ours, kohya)]
+        plain = load_stable_diffusion(tiny_sd).unet(*given).sample
+        for path in (ours, kohya):
+            pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+            results.append(pipeline.unet(*given).sample)
+    assert (results[0] - plain).abs().max() > 1e-3
+    assert all(torch.allclose(results[0], other, atol=1e-5) for other in results[1:])
+
+
+def test_weights_come_off_again_bit_for_bit_and_several_add_up(places, tiny_sd):
+    path = lora_file(file_of(places.folder / "whole", "<new1>"))
+    parts, plain = load_stable_diffusion(tiny_sd), load_stable_diffusion(tiny_sd).unet.state_dict()
+    factors = fit(path, read_lora(path)[0], parts)
+    added, module = Added({"a": factors, "b": factors}, scale=0.5), parts.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    content = load_file(path)
+    product = content[f"unet.{name.replace('weight', 'lora_B.weight')}"] @ content[f"unet.{name.replace('weight', 'lora_A.weight')}"]
+    for sets, times in ((["a"], 0.5), (["a", "b"], 1.0), (["b"], 0.5)):
+        added.use(sets)
+        assert torch.allclose(module.weight, plain[name] + times * product, atol=1e-6)
+    added.use([])
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in parts.unet.state_dict().items())
+
+
+def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(call, places, tiny_sd, tmp_path):
+    save_file({"<new2>": torch.full((1, WIDTH), 0.1)}, tmp_path / "new2.safetensors")
+    flags = ["--num-images=2", "--steps=2", "--dtype=fp32", "--batch-size=2"]
+
+    def infer(output, *more):
+        code, out, err = call(f"{PACKAGE}.inference", places.folder / "input.json", tmp_path / output, tiny_sd, "--embeddings", places.folder / "whole",
+                              "--embeddings", tmp_path / "new2.safetensors", *flags, *more)
+        assert code == 0, err
+        return [(tmp_path / output / number / "0" / f"source{number}_prompt0_1.png") for number in "01"], out
+
+    (with_it, other), out = infer("a")
+    assert f"weights of low rank: {lora_file(file_of(places.folder / 'whole', '<new1>'))}\n" in out
+    (without, same), out = infer("b", "--lora-scale=0")
+    assert "low rank" not in out and with_it.read_bytes() != without.read_bytes()
+    pixels = [np.asarray(Image.open(path)) for path in (with_it, without, other, same)]
+    assert not np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[2], pixels[3])
+    made = [read_made(path)["of"].get("lora") for path in (with_it, without, other)]
+    assert list(made[0]) == ["<new1>"] and made[0]["<new1>"].startswith("1 x ") and made[1:] == [None, {}]
+    code, out, err = call(f"{PACKAGE}.redraw", with_it, "--output", tmp_path / "again.png")
+    assert code == 0 and "byte for byte" in out, err
+    (given, _), _ = infer("c", "--lora", places.folder / "whole" / "0" / "new1_lora_kohya.safetensors", "--lora-scale=0.5")
+    assert list(read_made(given)["of"]["lora"]) == ["<new1>", "new1_lora_kohya.safetensors"]
+    assert np.abs(np.asarray(Image.open(given)).astype(int) - pixels[0]).max() <= 1  # half of each makes one
+    code, _, err = call(f"{PACKAGE}.inference", places.folder / "input.json", tmp_path / "a", tiny_sd, "--embeddings", places.folder / "whole",
+                        "--embeddings", tmp_path / "new2.safetensors", *flags, "--lora-scale=0.7")
+    assert code == 1 and "made otherwise (lora <new1> 1 x " in err
+
+
+def layer(width=WIDTH, name="unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", rank=2):
+    return {f"{name}.lora_A.weight": torch.ones(rank, width), f"{name}.lora_B.weight": torch.ones(64, rank)}
+
+
+A, B = layer()
+WRONG = {
+    "SD 2": (layer(1024), "for another model, Stable Diffusion 2: its cross-attention reads 1,024 numbers a token, this model's 32"),
+    "SD XL": (layer(2048), "for another model, Stable Diffusion XL"),
+    "SD XL by its encoder": ({f"lora_te2_x.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}, "for another model, Stable Diffusion XL"),
+    "another layer": (layer() | layer(name="unet.no.such"), "it has weights for unet.no.such, which this model has not"),
+    "another width": ({A: torch.ones(2, WIDTH), B: torch.ones(65, 2)}, r"is for \(65, 32\), this model has \(64, 32\)"),
+    "half": ({A: torch.ones(2, WIDTH)}, "has only down of unet.mid_block"),
+    "ranks": ({A: torch.ones(2, WIDTH), B: torch.ones(64, 3)}, "expected .out, rank. and .rank, in."),
+    "not finite": ({A: torch.full((2, WIDTH), torch.nan), B: torch.ones(64, 2)}, "not finite"),
+    "integers": ({A: torch.ones(2, WIDTH, dtype=torch.int64), B: torch.ones(64, 2)}, "as int64; expected floating point"),
+    "alpha": (layer() | {A.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)}, "no number as alpha"),
+    "DoRA": (layer() | {A.replace("lora_A.weight", "dora_scale"): torch.ones(64)}, "of DoRA, which is not read here"),
+    "LoHa": ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "of LoHa, which is not read here"),
+    "more": (layer() | {"unet.conv_in.bias": torch.ones(3)}, "also has unet.conv_in.bias"),
+    "a word": ({"<new1>": torch.ones(1, WIDTH)}, "is no LoRA"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 48, 64, 64), cross_attention_dim=WIDTH, attention_head_dim=2, norm_num_groups=8)
+    return types.SimpleNamespace(unet=unet, text_encoder=torch.nn.Sequential())
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_said_in_one_line(case, model, tmp_path):
+    content, message = WRONG[case]
+    save_file(content, tmp_path / "it.safetensors")
+    with pytest.raises(UserError, match=message) as caught:
+        fit(tmp_path / "it.safetensors", read_lora(tmp_path / "it.safetensors")[0], model)
+    assert "\n" not in str(caught.value) and str(tmp_path / "it.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize(("told", "result"), [({"unet.r": 2, "unet.lora_alpha": 4}, 2.0), ({}, 1.0), ({"unet.use_rslora": True}, "use_rslora True"),
+                                              ({"unet.alpha_pattern": {"to_k": 1}}, "alpha_pattern")])
+def test_what_diffusers_tells_of_alpha_is_obeyed_or_refused(told, result, tmp_path):
+    save_file(layer(), tmp_path / "it.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    if isinstance(result, float):
+        assert [factors.scale for factors in read_lora(tmp_path / "it.safetensors")[0].values()] == [result]
+    else:
+        with pytest.raises(UserError, match=f"{result}.*not obeyed"):
+            read_lora(tmp_path / "it.safetensors")
+
+
+def test_older_names_and_pickles_are_read(model, tmp_path):
+    base = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    older = {f"{base}.processor.to_out_lora.{part}.weight": tensor for part, tensor in (("down", torch.ones(2, 64)), ("up", torch.ones(64, 2)))}
+    torch.save(older, tmp_path / "pytorch_lora_weights.bin")
+    factors = fit("it", read_lora(tmp_path / "pytorch_lora_weights.bin")[0], model)
+    assert list(factors) == [model.unet.get_submodule(f"{base}.to_out.0")]
+
+
+def test_files_of_words_and_of_weights_are_told_apart(places, tmp_path):
+    assert [path.name for path in word_files(places.folder / "whole")] == ["new1.safetensors"]
+    with pytest.raises(UserError, match="is no word but weights"):
+        read_embedding(lora_file(places.folder / "whole" / "new1.safetensors"))
+    with pytest.raises(UserError, match="does not end in _lora"):
+        check_files(["<a_lora>"])
+
+
+def test_weights_are_installed_with_their_word_and_leave_with_it(places, monkeypatch, tmp_path):
+    monkeypatch.setattr(f"{PACKAGE}.embedding.INSTALLED", tmp_path)
+    word, weights = install(places.folder / "whole")
+    assert weights == lora_file(word) and weights.read_bytes() == lora_file(places.folder / "whole" / "new1.safetensors").read_bytes()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    rows, metadata = read_embedding(word)[1:]
+    save_file({"<new1>": rows + 1}, alone / "new1.safetensors", metadata)
+    assert install(alone) == [word] and not weights.exists()
+    assert sorted(path.name for path in (word.parent / "replaced").iterdir()) == ["new1_0.safetensors", "new1_lora_0.safetensors"]
+
+
+def test_flags_that_exclude_each_other(call, places, tiny_sd, tmp_path):
+    code, _, err = call(f"{PACKAGE}.train", places.folder / "input.json", "--checkpoint", tiny_sd, "--output", tmp_path, "--lora", "--custom-diffusion")
+    assert code == 1 and "--lora and --custom-diffusion both" in err
