@@ -43,6 +43,7 @@ class LowRank:
     steps: int
     lr_lora: float
     pivot: float  # share of the steps in which the word learns alone
+    hold: float  # share of what ordinary captions say that the weights do not hear; 0: they hear all
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ MINIATURE = Defaults(
         min_snr_gamma=0.1,  # measured: it decides what it draws under far more noise than a loss that weighs all noise alike listens to
         style_pull=0.55,  # measured: every subject must survive the style; without it the rest of the prompt is obeyed less
         lr_projections=1e-4, prior=48),
-    low_rank=LowRank(lora=8, steps=400, lr_lora=1e-3, pivot=0.3),
+    low_rank=LowRank(lora=8, steps=400, lr_lora=3e-3, pivot=0.3, hold=0.999),
     several=Several(
         input=DATA / "mini" / "textual_inversion" / "several.json", ordinary="red apple", ordinary_pictures=DATA / "mini" / "clip_zeroshot",
         other_styles=("twemoji", "openmoji", "fluent emoji flat", "emojione", "noto v1"),
@@ -117,7 +118,8 @@ SD_V1 = Defaults(
         prior=200),  # Kumari et al. 2023
     low_rank=LowRank(
         steps=2000, pivot=0.5,  # lora-diffusion's examples of pivotal tuning (Ryu 2022): 1,000 steps for the word, 1,000 for the weights
-        lora=4, lr_lora=1e-4),  # likewise
+        lora=4, lr_lora=1e-4,  # likewise
+        hold=0.0),  # published trainings have none
     several=Several(
         input=DATA / "textual_inversion" / "input.json", ordinary="cat", ordinary_pictures=DATA / "clip_zeroshot",
         other_styles=("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art"),

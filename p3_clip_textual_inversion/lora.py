@@ -2,10 +2,16 @@
 
     W = W0 + (alpha / r) B A,   B [out, r] zeros at first, A [r, in]        (Hu et al. 2022, eq. 3; alpha = r here, so that a file needs no further number)
 
-in the queries, keys, values and outputs of every cross-attention, first by Ryu 2022 (lora-diffusion). Pivotal tuning (Roich et al. 2021) first inverts, then
-tunes the model around what was found: for a share of the steps the word learns alone, then the weights learn too. What a word cannot say since the model never
-saw it, they can. They are put into the model's weights before drawing, so that a picture takes no longer, and only for prompts that have their word: all
-others are drawn by the model as it was.
+in the keys and values of every cross-attention, which read the text (Kumari et al. 2023: what changes most). Pivotal tuning (Roich et al. 2021; for words and
+low rank Ryu 2022, lora-diffusion) first inverts, then tunes the model around what was found: for a share of the steps the word learns alone, then the weights
+learn too. What a word cannot say since the model never saw it, they can.
+
+They leave other prompts alone twice. They are put into the model only where a prompt has their word, before drawing, so that a picture takes no longer. And,
+for programs that have them always, A is kept free of what ordinary prompts say (training in the null space of features, Wang et al. 2021):
+
+    A <- A (I - U U'),   U the leading eigenvectors of C' C that hold the share `hold` of its trace, C [N, in] hidden states of ordinary captions
+
+so that W c is all but W0 c for any such c. Several that learned apart are summed: each hears little but its own word.
 
 Files: {word}_lora.safetensors beside the word's own is in diffusers' format (`pipeline.load_lora_weights`); kohya's, which web UIs read, lies in the run's
 folder. Both and their older kin are read, from anyone, for attention, feed-forward layers and convolutions of UNet and text encoder.
@@ -13,6 +19,7 @@ folder. Both and their older kin are read, from anyone, for attention, feed-forw
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +29,8 @@ from .files import UserError, existing_file, note, parse_json, shown
 from .tensors import check_numbers, is_plain, read_safetensors, read_tensors, save_tensors, what_is
 
 ENDING = "_lora.safetensors"
-TARGETS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+TARGETS = ("attn2.to_k", "attn2.to_v")
+WORDS = 400  # of the vocabulary, in captions that stand for all ordinary ones
 PART = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default)?\.weight")  # of peft, kohya, diffusers and its older versions
 OTHERS = {"hada_w1": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon by Tucker's decomposition",
           "oft_": "OFT", "on_input": "IA3"}
@@ -51,6 +59,38 @@ def add_lora(unet, rank, seed):
     for parameter in added.values():
         parameter.data = parameter.data.float()  # as whatever an optimiser changes; autocast still computes in the model's format
     return added
+
+
+def ordinary_captions(tokenizer, templates, count=WORDS):
+    """Captions of words spread over the tokenizer's vocabulary, whatever the model: one after another in each template, and two beside each other."""
+    own = sorted((number, token.removesuffix("</w>")) for token, number in tokenizer.get_vocab().items() if number < tokenizer.vocab_size and "</w>" in token)
+    words = [word for _, word in own if len(word) > 2 and word.isascii() and word.isalpha()]
+    words = words[::max(len(words) // count, 1)]
+    return [template.format(word) for template in templates[-2:] for word in words] + [f"a {a} next to a {b}" for a, b in pairwise(words)]
+
+
+@torch.no_grad()
+def free_directions(parts, templates, hold):
+    """The projector float32 [dim, dim] onto what hidden states of ordinary captions do not use: without the directions that have the share `hold` of their
+    energy. None where `hold` is 0."""
+    if not hold:
+        return None
+    captions, energy = ordinary_captions(parts.tokenizer, templates), 0
+    for i in range(0, len(captions), 64):
+        hidden = parts.encode_text(captions[i:i + 64]).flatten(0, 1).cpu().double()
+        energy = energy + hidden.T @ hidden
+    values, vectors = torch.linalg.eigh(energy)  # ascending
+    used = int((values.flip(0).cumsum(0) < hold * values.sum()).sum()) + 1
+    free = vectors[:, :max(len(values) - used, 1)]
+    return (free @ free.T).float().to(parts.device)
+
+
+@torch.no_grad()
+def keep_free(weights, free):
+    """Takes out of each A of `add_lora` what it hears of ordinary prompts. free: of `free_directions`"""
+    for name, tensor in weights.items() if free is not None else ():
+        if ".lora_A." in name:
+            tensor.copy_(tensor @ free)
 
 
 def lora_file(path):

@@ -27,7 +27,7 @@ from .embedding import add_words, check_files, expand, file_of, initial_rows, mo
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
-from .lora import add_lora, lora_file, save_kohya, save_lora
+from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
 from .objective import Best, Loss
 from .pictures import read_pictures, save_image
 from .sources import draw_batch, make_held, make_sources
@@ -116,7 +116,9 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         for name, module in projections(parts.unet).items():
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
     if args.lora:
-        trained |= add_lora(parts.unet, args.lora, args.seed)
+        weights = add_lora(parts.unet, args.lora, args.seed)
+        trained |= weights
+        free = free_directions(parts, row.templates["object"], args.hold)
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().clone()}
@@ -161,6 +163,8 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
                 optimizer.step()
                 optimizer.zero_grad()
             recent.append(accelerator.reduce(loss.detach(), "mean"))
+        if args.lora:
+            keep_free(weights, free)
         with torch.no_grad():
             learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
             if args.norm == "keep":
@@ -198,7 +202,6 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             save_file({f"{at:06d}": tensor for at, tensor in on_cpu(snapshots).items()}, temporary, metadata={"words": words})
         metadata = {name: str(value) for name, value in settings.items()}
         for path in beside if args.lora else ():  # what learned together is beside each word
-            weights = {name: tensor for name, tensor in trained.items() if name != "rows"}
             save_lora(path, weights, metadata)
             save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
         for concept, part in zip(concepts, learned.rows.detach().split(args.vectors)):
@@ -238,6 +241,8 @@ def parse_args():
                  "the word alone, without RANK the model's", type=int, nargs="?", metavar="RANK")
     add_argument(parser, "low_rank", "--lr-lora", "peak learning rate of those", type=float)
     add_argument(parser, "low_rank", "--pivot", "share of the steps in which the word learns alone, before those do", type=float)
+    add_argument(parser, "low_rank", "--hold", "share of what ordinary captions say that those do not hear, which keeps ordinary prompts; 0: they "
+                 "hear all", type=float)
     add_argument(parser, "learning", "--prior", "ordinary pictures that hold projections or low-rank weights in place; 0 for none", type=int)
     parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
@@ -266,7 +271,7 @@ def parse_args():
         raise UserError("--lora and --custom-diffusion both change the cross-attentions; give one of them")
     if args.lora:
         check_flags(args, ("lora", "lr_lora"), lambda value: 0 < value < math.inf, "a number above 0")
-        check_flags(args, ("pivot",), lambda value: 0 <= value < 1, "from 0 to below 1")
+        check_flags(args, ("pivot", "hold"), lambda value: 0 <= value < 1, "from 0 to below 1")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args, row, name, f"{row.name} ({name}), {args.side or identity.side} pixels: {told}"

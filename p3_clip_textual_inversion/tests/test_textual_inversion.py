@@ -327,7 +327,7 @@ def test_captions_of_pictures(tmp_path):
 def test_sources_pair_each_picture_with_its_caption(parts, concepts_json):
     folder = concepts_json.parent / "0"
     (folder / CAPTIONS).write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": f"a <new1> on ground {i}"}) for i in range(3)))
-    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, custom_diffusion=False)
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=2, kind="auto", joint=False, custom_diffusion=False, lora=0)
     concepts = read_concepts(concepts_json)[:1]
     add_words(parts, {"<new1>": torch.randn(1, 32)})
     own, = make_sources(parts, concepts, args, MINIATURE, 64, DrawConfig(num_steps=1))
@@ -414,7 +414,7 @@ def test_a_word_does_not_end_worse_than_it_began(call, concepts_json, tiny_sd, t
 
 
 def test_kept_crops_are_no_training_crops(parts, concepts_json):
-    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=4, kind="auto", joint=False, custom_diffusion=False)
+    args = types.SimpleNamespace(input=concepts_json, vectors=1, seed=0, crops=4, kind="auto", joint=False, custom_diffusion=False, lora=0)
     concept = read_concepts(concepts_json)[:1]
     own, = make_sources(parts, concept, args, MINIATURE, 64, DrawConfig(num_steps=1))
     held = make_held(parts, concept, args, MINIATURE, 64)
