@@ -47,20 +47,21 @@ def radii(x, k=NEIGHBOURS):
     return torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # the nearest is the row itself
 
 
-def neighbourhood_measures(fake, real, k=NEIGHBOURS):
+def neighbourhood_measures(fake, real, k=NEIGHBOURS, reach=None):
     """How two sets of features, [N, F] and [M, F], cover each other, with balls around each row that reach to its k-th neighbour in its own set.
+    reach: the real ones' `radii`, where they are known.
 
     precision: share of fake inside some real ball; recall: share of real inside some fake ball (Kynkaanniemi et al. 2019, eq. 1);
     density: how many real balls hold a fake row, over k; coverage: share of real balls that hold one (Naeem et al. 2020, eq. 3, 4)."""
     distance = torch.cdist(fake, real)  # [N, M]
-    inside_real, inside_fake = distance <= radii(real, k), distance <= radii(fake, k)[:, None]
+    inside_real, inside_fake = distance <= (radii(real, k) if reach is None else reach), distance <= radii(fake, k)[:, None]
     return {"precision": inside_real.any(dim=1).double().mean().item(), "recall": inside_fake.any(dim=0).double().mean().item(),
             "density": inside_real.sum(dim=1).double().mean().item() / k, "coverage": inside_real.any(dim=0).double().mean().item()}
 
 
-def compare(fake, real):
-    """All `MEASURES` of fake against real features, float64 [N, F] and [M, F]."""
-    return {"frechet": frechet_distance(fake, real), **neighbourhood_measures(fake, real)}
+def compare(fake, real, reach=None):
+    """All `MEASURES` of fake against real features, float64 [N, F] and [M, F]; reach as in `neighbourhood_measures`."""
+    return {"frechet": frechet_distance(fake, real), **neighbourhood_measures(fake, real, reach=reach)}
 
 
 def split_real(digit, seed, per_digit=PER_DIGIT):
@@ -75,7 +76,8 @@ def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT):
 
     features float64 [N, F], real float64 [M, F], real_digit int [M]. Returns {measure: {"value", "real", "ratio"}}."""
     some, others = split_real(real_digit, seed, per_digit)
-    ours, theirs = compare(features, real[others]), compare(real[some], real[others])
+    reach = radii(real[others])
+    ours, theirs = (compare(x, real[others], reach) for x in (features, real[some]))
     return {name: {"value": ours[name], "real": theirs[name], "ratio": ours[name] / theirs[name] if theirs[name] else float("nan")} for name in MEASURES}
 
 
