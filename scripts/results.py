@@ -1,6 +1,6 @@
-"""README's table of results, from the JSON that the benchmarks and the report wrote.
+"""README's table of results, and the limits that the bundled weights' pages tell, from the JSON that the benchmarks and the report wrote.
 
-    python scripts/results.py        # prints it
+    python scripts/results.py        # prints them
 """
 
 from statistics import fmean
@@ -54,8 +54,32 @@ def table(results):
     return "\n".join(lines + [f"| {what} | {number} | `{command}` |" for what, number, command in rows(results)])
 
 
+def limits(results):
+    """{page: the sentence with numbers that its "Limits" begin with}"""
+    p1, p3 = results["p1_benchmark"], results["p3_mini"]
+    zero_shot, several = results["p3_zero_shot"], results["p3_multi"]["methods"]["Custom Diffusion, together, regional or style guidance"]
+
+    def span(name, kind="seeds"):
+        """The least and the most over the seeds, MNIST-M; SVHN."""
+        return "; ".join("{:.2f} to {:.2f}".format(*(pick(row[domain][name] for row in p1[kind]) for pick in (min, max))) for domain in ("mnistm", "svhn"))
+
+    return {
+        "p1_cfg_ddpm/weights/README.md":
+            f"Measured over {len(p1['seeds'])} seeds of 1,000 digits (MNIST-M; SVHN), as many real digits = 1: coverage {span('coverage')}, "
+            f"Fréchet distance {span('frechet')}; by the student {span('coverage', 'student')} and {span('frechet', 'student')}. "
+            f"Of the digit that is read worst, the share that is read right: {span('worst_digit')}.",
+        "hw2_data/mini/README.md":
+            f"Measured: CLIP names {zero_shot['top1']:.1%} of {zero_shot['images']} pictures of the unseen style, and is surer of its answers "
+            f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {p3['stable_diffusion']['top1']:.1%} of Stable Diffusion's "
+            f"guided pictures for what they are; two learned subjects are both found in {several['a <new1> next to a <new3>']['both']:.0%} of pictures.",
+    }
+
+
 def main():
-    print(table({path.stem: read_json(path) for path in RESULTS.glob("*.json")}))
+    results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
+    print(table(results))
+    for page, text in limits(results).items():
+        print(f"\n{page}: {text}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 
 from check import broken_links
 from common import ROOT, read_json
-from results import RESULTS, table
+from results import RESULTS, limits, table
 
 README = (ROOT / "README.md").read_text()
 
@@ -15,7 +15,10 @@ def test_it_is_short():
 
 
 def test_its_results_are_the_measured_ones():
-    assert table({path.stem: read_json(path) for path in RESULTS.glob("*.json")}) in README
+    results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
+    assert table(results) in README
+    for page, text in limits(results).items():
+        assert text in " ".join((ROOT / page).read_text().split()), page
 
 
 def test_each_script_that_it_names_is_there_and_each_that_is_there_is_named():
