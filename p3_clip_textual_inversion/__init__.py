@@ -4,8 +4,8 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
 
      1  guard (how a command begins and is interrupted)
      2  files (errors in one line, whole writes, locks), samplers (the update rules), diffusion (loss, guidance), measures (intervals, calibration)
-     3  pictures (one careful reader), tensors (one careful reader), device (where, in which format), compose (noise estimates), defaults (a row a model)
-     4  data (the course's layout), checkpoint (others' files), training (states), provenance (of a picture), estimate, custom_diffusion, memo, lora
+     3  concepts (input.json, prompts.json), pictures, tensors (careful readers), device (where, in which format), compose, defaults (a row a model)
+     4  data (their pictures), checkpoint (others' files), training (states), provenance (of a picture), estimate, custom_diffusion, memo, lora
      5  identity (by what a model is known), objective (a word's loss, and the best state by it), open_clip_folder (as open_clip saves), outcome (its scores)
      6  words (files of words, others' too), hugging_face (CLIP as transformers saves it), zero_shot_figures (its pictures)
      7  clip (CLIP and its features), embedding (the token table with new rows)

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from . import diffusion
 from .clip import compute_in, image_features, load_clip, load_pictures
-from .data import example_pictures, read_concepts, varied
+from .concepts import read_concepts
+from .data import example_pictures, varied
 from .defaults import MINIATURE, HelpFormatter
 from .device import DTYPES, autocast, describe, pick_device
 from .embedding import add_words, initial_rows
@@ -117,7 +118,7 @@ def learning_speed(way, dtype, device, steps, batch_size):
     "plain" is what published scripts do: the whole token table goes to AdamW, the other rows are restored after each step, and every
     step encodes its pictures and its captions. Both ways see the same pictures, noise and timesteps."""
     concept = read_concepts(MINI / "textual_inversion" / "input.json")[0]
-    pictures = example_pictures(MINI / "textual_inversion" / concept.number)
+    pictures = example_pictures(concept.folder)
     parts = load_stable_diffusion(device=device, dtype=dtype if way == "ours" else torch.float32)
     rows, scaling = initial_rows(parts, concept.src_image, 1), parts.vae.config.scaling_factor
     squares = torch.cat([varied(picture, parts.side, 8, np.random.default_rng(0)) for picture in pictures])

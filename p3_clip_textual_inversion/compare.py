@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import example_pictures, read_concepts
+from .concepts import read_concepts
+from .data import example_pictures
 from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, initial_rows, read_embeddings
@@ -82,7 +83,7 @@ def main():
     learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
     for name in ("results", "figures"):
         writable_folder(args.output / name)
-    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
+    examples = {concept.number: example_pictures(concept.folder) for concept in concepts}
     if args.write_baselines:
         writable_file(args.input)
     with lock(args.output, "-p3_compare"):

@@ -1,8 +1,7 @@
-"""The course's layouts: input.json and the folders of example pictures beside it; labelled pictures for zero-shot classification."""
+"""The course's folders: example pictures of a concept, with captions, and how they are varied; labelled pictures for zero-shot classification."""
 
 import csv
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,77 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from .concepts import Concept, kind_of, read_concepts, refuse_examples  # noqa: F401  whose pictures these are
 from .files import UserError, check_file, existing_folder, first_line, parse_json, read_json
 from .pictures import note_left_out, read_pictures
 
 CAPTIONS = "metadata.jsonl"
-
-
-@dataclass
-class Concept:
-    """One entry of input.json. number: its key, and the name of its folder of pictures; baseline: [(image score, text score)] or None."""
-    number: str
-    src_image: str
-    token: str
-    prompts: list
-    eval_prompts: list
-    baseline: list | None
-
-
-def read_concepts(path):
-    """The concepts of an input.json, in its order, every entry checked."""
-    path = Path(path)
-    content = read_json(path)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f'{path} must be an object of concepts, {{"0": {{"token_name": "<new1>", "prompt": ["..."], ...}}, ...}}')
-    concepts = []
-    for number, entry in content.items():
-        where = f"{path}, concept {number!r}"
-        if not number.isprintable() or not number or Path(number).name != number or number in (".", ".."):
-            raise UserError(f"{where}: the name must do as a folder's")
-        if not isinstance(entry, dict):
-            raise UserError(f"{where} must be an object with token_name and prompt")
-        if isinstance(entry.get("token_name"), list):
-            raise UserError(f"{where} has several token_name, as the prompts.json of the challenge of several concepts in a picture has; expected an "
-                            "input.json: one word and a list of prompts for each concept (scripts/p3_multi.sh draws two of its concepts in a picture)")
-        for key in ("token_name", "src_image"):
-            if not isinstance(entry.get(key, "" if key == "src_image" else None), str):
-                raise UserError(f"{where}: {key} must be a text")
-        prompts, token = entry.get("prompt"), entry["token_name"]
-        evals = entry.get("prompt_4_clip_eval", prompts)
-        for key, value in (("prompt", prompts), ("prompt_4_clip_eval", evals)):
-            if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
-                raise UserError(f"{where}: {key} must be a list of texts")
-        if len(evals) != len(prompts):
-            raise UserError(f"{where} has {len(prompts)} prompts, but {len(evals)} in prompt_4_clip_eval")
-        if token.split() != [token]:
-            raise UserError(f"{where}: the token {token!r} must be one word without spaces, such as <new1>")
-        for prompt in prompts:
-            if token not in prompt:
-                raise UserError(f"{where}: the token {token!r} is not in the prompt {prompt!r}")
-        baseline = entry.get("baseline")
-        if baseline is not None and not (isinstance(baseline, list) and len(baseline) == len(prompts) and all(
-                isinstance(pair, list) and len(pair) == 2 and all(map(is_score, pair)) for pair in baseline)):
-            raise UserError(f"{where}: baseline must be a pair [image score, text score] for each of the {len(prompts)} prompts")
-        concepts.append(Concept(number, entry.get("src_image", ""), token, prompts, evals, baseline))
-    return concepts
-
-
-def kind_of(concept, told="auto"):
-    """Whether a concept is an "object" or a "style": as told or, with "auto", a style where every prompt is in its style."""
-    return told if told != "auto" else "style" if all(f"style of {concept.token}" in prompt for prompt in concept.prompts) else "object"
-
-
-def refuse_examples(output, path, concepts):
-    """A `UserError` where a run would write among the example pictures of an input.json: into the folder of one of its concepts."""
-    output, folders = Path(output).resolve(), [Path(path).resolve().parent / concept.number for concept in concepts]
-    if any(output in (folder, folder.parent) for folder in folders):
-        raise UserError(f"{output} is the folder of the example pictures of {path}; choose another to write into")
-
-
-def is_score(value):
-    """A number that can be printed: JSON also has NaN, Infinity and whole numbers of any length."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def example_pictures(folder):

@@ -203,13 +203,15 @@ def check_models(found, words, name):
 
 
 def find_words(name, command):
-    """The folder of the installed words of the model of this name. command: that learns some, for who has none."""
+    """The folder of the installed words of the model of this name. command: what learns and installs some, for who has none."""
     folder = installed_folder(name)
     if models_of(folder):
         return folder
     runs = {path.parent for path in (ROOT / "runs").glob("*/[!.]*.safetensors") if (models_of(path).get(path) or (0, ""))[1] == name}
-    learned = f"{', '.join(map(str, sorted(runs)))} has some: give it by --embeddings, or install it with" if runs else f"learn them with: {command}, then"
-    raise UserError(f"no words are installed for this model ({folder} has none); {learned} bash scripts/install.sh {next(iter(sorted(runs)), 'runs/words')}")
+    learned = f"learn them with: {command}"
+    if runs:
+        learned = f"{', '.join(map(str, sorted(runs)))} has some: give it by --embeddings, or install it with bash scripts/install.sh {min(runs)}"
+    raise UserError(f"no words are installed for this model ({folder} has none); {learned}")
 
 
 def install(source, name=None):

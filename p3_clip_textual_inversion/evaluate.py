@@ -1,29 +1,40 @@
-"""Grades pictures of learned words by CLIP, as the course does.
+"""Grades pictures of learned words by CLIP, as the course does, or as its later challenge of several concepts in a picture does.
 
-    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON
+    python -m p3_clip_textual_inversion.evaluate OUT INPUT_JSON      # or a prompts.json, which has concept_image/ beside it
 
 The judge follows the pictures: thumbnails are the miniature's and judged by the miniature of CLIP, all others by the course's grader, CLIP ViT-B/32 by OpenAI.
 Per picture: image score = the mean over the concept's example pictures of 100 cosine(picture, example); text score = 100 cosine(picture,
 prompt_4_clip_eval). Per prompt: both are averaged over the five pictures with the largest image + 2.5 text, and pass where both reach the baseline.
+In the challenge the examples are those of all of an entry's concepts together, and of its pictures, whose number and names are free, the one with the largest
+image + 2.2 text counts; both scores are averaged over the entries.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .clip import Grader
-from .data import example_pictures, read_concepts
+from .concepts import read_entries
+from .data import example_pictures, labelled_pictures
 from .defaults import ROWS, SD_V1, WEIGHTS, HelpFormatter, row_of
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
-from .inference import picture_path
-from .pictures import left_out, read_picture, save_image, sheet
+from .pictures import left_out, note_left_out, picture_files, read_picture, save_image, sheet
 from .provenance import check_made, digest, told
 
-TEXT_WEIGHT, BEST = 2.5, 5
+
+class Rule(NamedTuple):
+    """By image + text_weight * text the best pictures are found; how many of them count."""
+    text_weight: float
+    best: int
+
+
+COURSE, CHALLENGE = Rule(2.5, 5), Rule(2.2, 1)
 COURSE_IMAGES = 25
+SHOWN = 5
 
 
 def clip_scores(features, references, direction):
@@ -31,9 +42,9 @@ def clip_scores(features, references, direction):
     return 100 * (features @ references.T).mean(1), 100 * features @ direction
 
 
-def best_of(image, text, count=BEST):
-    """The indices of the `count` best pictures, and their mean scores (image, text)."""
-    best = (image + TEXT_WEIGHT * text).argsort(descending=True)[:count]
+def best_of(image, text, rule=COURSE):
+    """The indices of the best pictures, best first, and their mean scores (image, text)."""
+    best = (image + rule.text_weight * text).argsort(descending=True, stable=True)[:rule.best]
     return best, image[best].mean().item(), text[best].mean().item()
 
 
@@ -69,62 +80,98 @@ def judge_of(row, args, dtype=torch.float32, device="cpu"):
     return grader
 
 
-def main():
+def pictures_of(entry, args):
+    """The paths of each prompt's pictures, a list of lists: exactly as many as the course's grader asks for, or all that an entry of the challenge has."""
+    if entry.challenge:
+        folder = args.output / entry.number
+        paths, others = labelled_pictures(folder)
+        note_left_out(folder, others)
+        if not paths or len(paths) != (args.num_images or len(paths)):
+            raise UserError(f"{folder} has {len(paths)} pictures; expected {args.num_images or 'some'}")
+        return [paths]
+    count, found = args.num_images or COURSE_IMAGES, []
+    for k in range(len(entry.prompts)):
+        paths = [args.output / entry.picture(k, i) for i in range(count)]
+        missing = next((path for path in paths if not path.is_file()), None)
+        if missing:
+            raise UserError(f"{missing} is missing; expected {count} pictures in each folder")
+        others = left_out(paths[0].parent, paths, ())
+        if others:
+            raise UserError(f"{paths[0].parent} holds {count + len(others)} files, as the grader counts; expected exactly {count}, without "
+                            f"{', '.join(others[:3])}")
+        found.append(paths)
+    return found
+
+
+def parse_args():
     parser = argparse.ArgumentParser(description="Grades pictures of learned words by CLIP.", formatter_class=HelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that inference wrote")
     parser.add_argument("input", type=Path, metavar="INPUT_JSON", help="the concepts; their example pictures are in folders beside it")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and best.png (default: OUT_grade beside OUT)")
     add_judge_arguments(parser)
-    parser.add_argument("--num-images", type=int, default=COURSE_IMAGES, help="pictures per prompt that must be there")
+    parser.add_argument("--num-images", type=int, default=None, help=f"pictures per prompt that must be there (default: {COURSE_IMAGES}; in the challenge any "
+                        "number)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
+    check_flags(args, ("num_images",), lambda value: value is None or 1 <= value <= 10**6, "between 1 and 1000000")
+    return args
+
+
+def main():
+    args = parse_args()
     device = pick_device(args.device)
-    concepts = read_concepts(args.input)
-    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
-    for concept in concepts:
-        for k in range(len(concept.prompts)):
-            missing = [path for i in range(args.num_images) if not (path := picture_path(args.output, concept.number, k, i)).is_file()]
-            if missing:
-                raise UserError(f"{missing[0]} is missing; expected {args.num_images} pictures in each folder")
-            folder = picture_path(args.output, concept.number, k, 0).parent
-            others = left_out(folder, [picture_path(args.output, concept.number, k, i) for i in range(args.num_images)], ())
-            if others:
-                raise UserError(f"{folder} holds {args.num_images + len(others)} files, as the grader counts; expected exactly {args.num_images}, without "
-                                f"{', '.join(others[:3])}")
-    all_paths = [picture_path(args.output, c.number, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)]
-    made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": c.prompts[k], "token": c.token} for c in concepts
-                                               for k in range(len(c.prompts)) for path in (picture_path(args.output, c.number, k, i)
-                                                                                           for i in range(args.num_images))})
-    row = row_of(min(read_picture(picture_path(args.output, concepts[0].number, 0, 0)).size))
+    entries = read_entries(args.input)
+    concepts = {concept.number: concept for entry in entries for concept in entry.concepts}
+    for concept in concepts.values():
+        if not picture_files(concept.folder, f"folder of example pictures of {concept.token}"):
+            raise UserError(f"{concept.folder} has no picture; expected example pictures of {concept.token}")
+    jobs = [(entry, k, paths) for entry in entries for k, paths in enumerate(pictures_of(entry, args))]
+    all_paths = [path for _, _, paths in jobs for path in paths]
+    made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": entry.prompts[k], "token": entry.token}
+                                               for entry, k, paths in jobs for path in paths})
+    row = row_of(min(read_picture(all_paths[0]).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
     dtype = pick_dtype(args.dtype, device)
     print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)
     grader = judge_of(row, args, dtype, device)
-    results, rows, lines = [], [], [f"{args.output}, {told(made)}"]
-    for concept in concepts:
-        references = grader.of_pictures(examples[concept.number])  # once per concept
-        directions = grader.of_texts(concept.eval_prompts)
-        rows.append((f"examples of {concept.token}", examples[concept.number]))
-        for k, prompt in enumerate(concept.prompts):
-            paths = [picture_path(args.output, concept.number, k, i) for i in range(args.num_images)]
-            image, text = clip_scores(grader.of_files(paths), references, directions[k])
-            best, image_score, text_score = best_of(image, text)
-            baseline = concept.baseline[k] if concept.baseline else None
-            passed = passes(image_score, text_score, baseline)
-            results.append({"concept": concept.number, "prompt": prompt, "image_score": image_score, "text_score": text_score, "baseline": baseline,
-                            "passed": passed, "best": [paths[i].name for i in best],
-                            "all_image_mean": image.mean().item(), "all_text_mean": text.mean().item()})
-            verdict = "no baseline" if passed is None else f"baseline {baseline[0]:.2f}, {baseline[1]:.2f}  {'pass' if passed else 'FAIL'}"
-            lines.append(f"{concept.number}/{k}  image {image_score:6.2f}  text {text_score:6.2f}  {verdict}  {prompt}")
-            rows.append((f"{prompt}   image {image_score:.1f}, text {text_score:.1f}", [read_picture(paths[i]) for i in best]))
+    references, rows, lines, results = {}, [], [f"{args.output}, {told(made)}"], []
+    for number, concept in concepts.items():  # one after the other: photographs may be large
+        examples = example_pictures(concept.folder)
+        references[number] = grader.of_pictures(examples)
+        rows.append((f"examples of {concept.token}", [picture.resize((128, 128)) for picture in examples[:SHOWN]]))
+    for entry, k, paths in jobs:
+        result, shown = grade(entry, k, paths, torch.cat([references[concept.number] for concept in entry.concepts]), grader)
+        results.append(result)
+        scores = f"image {result['image_score']:6.2f}  text {result['text_score']:6.2f}"
+        baseline, passed = result["baseline"], result["passed"]
+        verdict = "no baseline" if passed is None else f"baseline {baseline[0]:.2f}, {baseline[1]:.2f}  {'pass' if passed else 'FAIL'}"
+        lines.append(f"{entry.number}  {scores}  {result['best'][0]}  {entry.prompts[k]}" if entry.challenge else
+                     f"{entry.number}/{k}  {scores}  {verdict}  {entry.prompts[k]}")
+        rows.append((f"{entry.prompts[k]}   {scores}", shown))
     judged = [row["passed"] for row in results if row["passed"] is not None]
-    write_json(report / "grade.json", {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name,
-                                       "made": made, "pictures": digest(all_paths)})
-    save_image(sheet([pictures[:BEST] for _, pictures in rows], titles=[title for title, _ in rows], side=128), report / "best.png")
+    told_in_all = f"{sum(judged)} of {len(judged)} prompts pass"
+    grades = {"prompts": results, "passed": int(np.sum(judged)), "judged": len(judged), "model": Path(args.model or row.judge).name, "made": made,
+              "pictures": digest(all_paths)}
+    if entries[0].challenge:
+        grades |= {name: float(np.mean([result[name] for result in results])) for name in ("image_score", "text_score")}
+        told_in_all = f"mean of {len(results)} entries: image {grades['image_score']:.2f}, text {grades['text_score']:.2f}"
+    write_json(report / "grade.json", grades)
+    save_image(sheet([pictures for _, pictures in rows], titles=[title for title, _ in rows], side=128), report / "best.png")
     print("\n".join(lines))
-    print(f"{sum(judged)} of {len(judged)} prompts pass\nwrote grade.json and best.png to {report}")
+    print(f"{told_in_all}\nwrote grade.json and best.png to {report}")
+
+
+def grade(entry, k, paths, references, grader):
+    """(what the grade of a prompt's pictures says, as in grade.json; the best of them). references: features [N, dim] of all its concepts' examples."""
+    rule = CHALLENGE if entry.challenge else COURSE
+    image, text = clip_scores(grader.of_files(paths), references, grader.of_texts([entry.eval_prompts[k]])[0])
+    best, image_score, text_score = best_of(image, text, rule)
+    baseline = entry.baseline[k] if entry.baseline else None
+    shown = [read_picture(paths[i]) for i in best_of(image, text, rule._replace(best=SHOWN))[0]]
+    return {"concept": entry.number, "prompt": entry.prompts[k], "image_score": image_score, "text_score": text_score, "baseline": baseline,
+            "passed": passes(image_score, text_score, baseline), "best": [paths[i].name for i in best],
+            "all_image_mean": image.mean().item(), "all_text_mean": text.mean().item()}, shown
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data import example_pictures, read_concepts
+from .concepts import read_concepts
+from .data import example_pictures
 from .defaults import HelpFormatter, input_of
 from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
@@ -65,7 +66,7 @@ def main():
     concepts = read_concepts(args.input)
     vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
-    examples = {concept.number: example_pictures(args.input.parent / concept.number) for concept in concepts}
+    examples = {concept.number: example_pictures(concept.folder) for concept in concepts}
     with lock(writable_folder(args.output), "-p3_figures"):
         draw_figures(args, config, device, concepts, vectors, runs, examples)
 

@@ -1,10 +1,12 @@
-"""Draws the prompts of an input.json with learned words: OUT/{concept}/{prompt}/source{concept}_prompt{prompt}_{i}.png, 25 each.
+"""Draws the prompts of an input.json with learned words: OUT/{concept}/{prompt}/source{concept}_prompt{prompt}_{i}.png, 25 each; of a prompts.json, the
+later challenge's, OUT/{entry}/{i}.png.
 
     python -m p3_clip_textual_inversion.inference INPUT_JSON OUT CKPT
 """
 
 import argparse
 import math
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .concepts import read_entries, refuse_examples
 from .custom_diffusion import read_weights, set_weights
-from .data import read_concepts, refuse_examples
 from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
@@ -97,11 +99,6 @@ def work_of(parts, prompts, names, config):
     return [(config.num_steps * batches, lambda: next(config.states(model, parts.alpha_bar, noise))), (batches, lambda: parts.decode(x))]
 
 
-def picture_path(output, number, prompt, i):
-    """The contract's name of picture i of a concept's prompt."""
-    return Path(output) / number / str(prompt) / f"source{number}_prompt{prompt}_{i}.png"
-
-
 def add_arguments(parser):
     """The flags of drawing, which inference, figures, compare and multi share."""
     add_argument(parser, "drawing", "--sampler", "the update rule; dpmpp_2m is DPM-Solver++, and heun calls the network twice a step",
@@ -153,15 +150,22 @@ def main():
     config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     check_flags(args, ("lora_scale",), math.isfinite, "a finite number")
-    concepts = read_concepts(args.input)
-    refuse_examples(args.output, args.input, concepts)
-    tokens = [concept.token for concept in concepts]
+    entries = read_entries(args.input)
+    refuse_examples(args.output, args.input, [concept for entry in entries for concept in entry.concepts])
+    concepts = {concept.token: concept.number for entry in entries for concept in entry.concepts}
+    tokens = list(concepts)
+
+    def learn(words):
+        """The command that learns these words, and what makes them known."""
+        flags = shlex.join(map(str, (args.input, "--checkpoint", args.checkpoint, "--concepts", *map(concepts.get, words))))
+        return f"bash scripts/p3_train.sh {flags} --output runs/words, then bash scripts/install.sh runs/words"
+
     own = {word: rows for word, rows in own_words(args.checkpoint).items() if word in tokens}
     args.words, missing = args.embeddings or [], [token for token in tokens if token not in own]
     if missing and not args.words:
-        args.words = [str(find_words(model, f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output runs/words"))]
-    texts = [prompt for concept in concepts for prompt in concept.prompts]
-    vectors, initials, origin = gather(args.words, missing, texts, args.width, model) if args.words else ({}, {}, {})
+        args.words = [str(find_words(model, learn(missing)))]
+    texts = [prompt for entry in entries for prompt in entry.prompts]
+    vectors, initials, origin = gather(args.words, missing, texts, args.width, model, learn) if args.words else ({}, {}, {})
     args.words += [args.checkpoint] if own.keys() - vectors.keys() else []
     vectors = own | vectors
     if args.projections:
@@ -170,23 +174,23 @@ def main():
     told = {path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}
     lines = [f"words: {', '.join(tokens)} of {', '.join(args.words)}", *(f"weights of low rank: {path}" for path in args.loras.values())]
     print("\n".join([*lines, *check_models(told, tokens, model)]), flush=True)
-    for concept in concepts:
-        for k in range(len(concept.prompts)):
-            writable_folder(args.output / concept.number / str(k))
+    for entry in entries:
+        for k in range(len(entry.prompts)):
+            writable_folder((args.output / entry.picture(k, 0)).parent)
     with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
-        draw_all(args, config, device, model, concepts, vectors, initials, started, share)
+        draw_all(args, config, device, model, entries, vectors, initials, started, share)
 
 
-def draw_all(args, config, device, model, concepts, vectors, initials, started, share):
+def draw_all(args, config, device, model, entries, vectors, initials, started, share):
     """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way. They are drawn in the batches that they
     would always be in: the last bits of a picture depend on those beside it."""
-    jobs = {picture_path("", c.number, k, i).as_posix(): (c, k, i) for c in concepts for k in range(len(c.prompts)) for i in range(args.num_images)}
+    jobs = {e.picture(k, i): (e, k, i) for e in entries for k in range(len(e.prompts)) for i in range(args.num_images)}
     settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
     made_of = {"model": model, "weights": weights_fingerprint(args.checkpoint)} | ({"projections": fingerprint(args.projections)} if args.projections else {})
     made = Made("p3_clip_textual_inversion.inference", settings, made_of)
     prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
-    own = {name: {"prompt": c.prompts[k], "token": c.token, "number": i, "words": {w: prints[w] for w in prints if w in c.prompts[k]}}
-           for name, (c, k, i) in jobs.items()}
+    own = {name: {"prompt": e.prompts[k], "token": e.token, "number": i, "words": {w: prints[w] for w in prints if w in e.prompts[k]}}
+           for name, (e, k, i) in jobs.items()}
     loras = {name: f"{args.lora_scale:g} x {fingerprint(path)}" for name, path in args.loras.items()}
     for of in own.values() if loras else ():
         of["lora"] = loras_of(of["prompt"], args.loras, loras)

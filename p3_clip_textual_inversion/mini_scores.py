@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .clip import Grader, image_features, load_clip, text_classifier
 from .compare import rest_of
-from .data import example_pictures, read_concepts, read_data
+from .concepts import read_concepts
+from .data import example_pictures, read_data
 from .device import DTYPES, pick_device, pick_dtype
 from .evaluate import clip_scores
 from .files import MINI, ROOT, check_flags, run, writable_folder, write_json
@@ -90,7 +91,7 @@ def real_pictures(drawings, grader):
     what a perfect word would reach, and whether the score tells the concept at all."""
     rows, rng, generator = {}, np.random.default_rng(2), torch.Generator().manual_seed(2)
     for concept in read_concepts(MINI / "textual_inversion" / "input.json"):
-        references = grader.of_pictures(example_pictures(MINI / "textual_inversion" / concept.number))
+        references = grader.of_pictures(example_pictures(concept.folder))
         for prompt in concept.prompts:
             rest = rest_of(prompt, concept.token)
             named = [name for name in SUBJECTS if re.search(rf"\b{words(name)}\b", rest)]

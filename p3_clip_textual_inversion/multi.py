@@ -140,8 +140,8 @@ def main():
     if len(set(classes)) < 2:
         raise UserError(f"{args.ordinary_pictures} needs pictures of at least two classes: one half sets the score, the other tries it")
     for concept in concepts:
-        if len(example_pictures(args.input.parent / concept.number)) < 3:
-            raise UserError(f"{args.input.parent / concept.number} needs at least 3 pictures: two are kept to set and to try the score")
+        if len(example_pictures(concept.folder)) < 3:
+            raise UserError(f"{concept.folder} needs at least 3 pictures: two are kept to set and to try the score")
     for name in ("results", "figures"):
         writable_folder(args.report / name)
     writable_folder(args.output)

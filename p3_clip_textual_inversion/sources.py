@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .data import kind_of, read_captions, side_by_side, varied
+from .concepts import kind_of
+from .data import read_captions, side_by_side, varied
 from .device import progress
 from .embedding import expand
 from .inference import check_lengths, draw
@@ -57,7 +58,7 @@ def make_held(parts, concepts, args, row, side):
     """A `Source` of crops that nothing is learned from, each with its caption: what tells how well a word does."""
     squares, captions = [], []
     for concept in concepts:
-        rng, folder = np.random.default_rng([args.seed, 1]), args.input.parent / concept.number
+        rng, folder = np.random.default_rng([args.seed, 1]), concept.folder
         pictures = read_pictures(folder)[0]
         own = read_captions(folder, pictures, concept.token)
         texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, args.kind)]]
@@ -74,7 +75,7 @@ def make_sources(parts, concepts, args, row, side, config):
     counts = {concept.token: args.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
-        rng, folder, kind = np.random.default_rng(args.seed), args.input.parent / concept.number, kind_of(concept, args.kind)
+        rng, folder, kind = np.random.default_rng(args.seed), concept.folder, kind_of(concept, args.kind)
         pictures, skipped = read_pictures(folder)
         if skipped:
             print(f"note: left out what is no picture: {', '.join(skipped)}")

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from .concepts import concepts_of, kind_of, refuse_examples
 from .custom_diffusion import projections, save_weights, weights_of
-from .data import kind_of, read_captions, read_concepts, refuse_examples
+from .data import read_captions
 from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
@@ -86,7 +87,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
     settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
                  "kinds": ", ".join(kinds),
-                 "pictures": fingerprint([args.input.parent / concept.number for concept in concepts]), "model": model_id, "weights": args.weights}
+                 "pictures": fingerprint([concept.folder for concept in concepts]), "model": model_id, "weights": args.weights}
     beside = [lora_file(path) for path in results.values()]
     refuse_others(folder / "state.pt", [*results.values(), *beside])
     needed = ("step", "history", "recent", "trained", "best")
@@ -215,10 +216,10 @@ def parse_args():
     """(arguments, the model's `Defaults`, its name, a line that tells them)"""
     parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON",
-                        help="the concepts; their pictures are in folders 0, 1, ... beside it (default: the model's, see defaults.py)")
+                        help="the concepts, pictures in 0/, 1/, ... beside it, or in concept_image/ (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/p3"), help="folder for the embeddings and, by concept, their runs")
-    parser.add_argument("--concepts", nargs="+", default=None, metavar="NUMBER", help="which of the concepts (default: all)")
+    parser.add_argument("--concepts", nargs="+", default=None, metavar="NAME", help="which of the concepts, by the names of their folders (default: all)")
     parser.add_argument("--kind", choices=["auto", "object", "style"], default="auto",
                         help="which captions to train with; auto: style where each prompt has 'style of'")
     add_argument(parser, "learning", "--vectors", "per word", type=int)
@@ -279,20 +280,14 @@ def parse_args():
 
 def main():
     args, row, name, told = parse_args()
-    concepts = read_concepts(args.input)
-    if args.concepts:
-        known = [concept.number for concept in concepts]
-        for number in args.concepts:
-            if number not in known:
-                raise UserError(f"{args.input} has no concept {number!r}; it has {', '.join(known)}")
-        concepts = [concept for concept in concepts if concept.number in args.concepts]
+    concepts = concepts_of(args.input, args.concepts)
     check_files([concept.token for concept in concepts])
     refuse_examples(args.output, args.input, concepts)
     for concept in concepts:  # before any long work starts
         writable_file(file_of(args.output, concept.token))  # a long token's name may be too long for a file
-        read_captions(args.input.parent / concept.number, read_pictures(args.input.parent / concept.number)[0], concept.token)
+        read_captions(concept.folder, read_pictures(concept.folder)[0], concept.token)
     accelerator, dtype = prepare(args, args.output, args.accumulate)
-    accelerator.print(told)
+    accelerator.print(told + "".join(f"\n{c.token} ({kind_of(c, args.kind)}) begins as {c.src_image!r}" for c in concepts if args.init == "src_image"))
     started = time.perf_counter()
     groups = [concepts] if args.joint else [[concept] for concept in concepts]
     with held(accelerator, args.output), guarded(ADVICE):

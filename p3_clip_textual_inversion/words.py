@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ TOKENS = ("tokens", "token", "placeholder_token", "placeholder_tokens", "token_n
 INITIAL = ("initializer_token", "initial_word", "initial_token", "init_word", "init_token")  # beside a difference: to whose row
 NUMBERS = ("token_ids", "token_id", "step", "steps", "epoch")  # beside vectors, perhaps as tensors
 MOST_WORDS = 200  # in a file: what has more is a model
+OTHERS = {768: "Stable Diffusion v1", 1024: "Stable Diffusion 2", 1280: "the second text encoder of Stable Diffusion XL"}  # by the numbers of a word's vector
+
+
+class ForeignWord(UserError):
+    """Of a file that is whole, but whose words are another model's."""
 
 
 def word_files(source):
@@ -86,7 +92,7 @@ def words_of(content, path):
     if isinstance(content.get("string_to_param"), dict):  # the web UI's: the word is its name, the parameter is always called *
         content = {content["name"] if isinstance(content.get("name"), str) else "": next(iter(content["string_to_param"].values()), None)}
     if {"clip_l", "clip_g"} & content.keys():
-        raise UserError(f"{path} is a word of Stable Diffusion XL, with two text encoders; expected one of Stable Diffusion v1")
+        raise ForeignWord(f"{path} is a word of Stable Diffusion XL, with two text encoders; expected one of Stable Diffusion v1")
     for key in ("learned_embeds", "embeddings", "modifier_token"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -134,21 +140,36 @@ def given(source, needed):
     return [(path, None, None) for path in word_files(source)]
 
 
-def gather(sources, needed, texts=(), width=0, model=""):
+def foreign(path, word, rows, width):
+    """Why a file's vectors [n, dim] cannot be a word of this model's, whose vectors have `width` numbers (0: any); "" where they can."""
+    if width and rows.shape[1] != width:
+        other = f", {OTHERS[rows.shape[1]]}" if rows.shape[1] in OTHERS else ""
+        return (f"{path} was learned with another model{other}: its vectors have {rows.shape[1]} numbers, this model's words have {width} dimensions")
+    second = path.with_name(f"{path.stem}_2{path.suffix}")  # where diffusers' training of Stable Diffusion XL writes the other half
+    if width == 768 and os.path.isfile(second):
+        with suppress(UserError):
+            half = read_words(second)[0].get(word)
+            if half is not None and half.shape[1] == 1280:
+                return f"{path} was learned with another model, Stable Diffusion XL: 768 of its numbers are here, 1,280 in {second.name}"
+    return ""
+
+
+def gather(sources, needed, texts=(), width=0, model="", learn=lambda words: "scripts/p3_train.sh"):
     """({word: rows}, {word: the word whose row they are added to}, {word: (path, metadata)}) of sources: the words `needed`, and others that `texts` have.
 
     What is not needed, cannot be read or is of vectors of another width is left out with a note; a `UserError` where a word that is needed is then missing, or
-    told twice. width: of the model's words, 0 if any will do. model: its name (embedding.model_name), whose words come before others."""
-    found, initials, origin, refused, others = {}, {}, {}, [], []
+    told twice. width: of the model's words, 0 if any will do. model: its name (embedding.model_name), whose words come before others. learn: gives the
+    command that learns words."""
+    found, initials, origin, refused, others, wrong = {}, {}, {}, [], [], {}
     entries = [entry for source in sources for entry in given(source, needed)]
     where = ", ".join(map(str, sources))
     if not entries:
         raise UserError(f"{where} has no embeddings; expected files of words, as scripts/p3_train.sh writes them")
     for path, named, initial in entries:
         try:
-            words, differences, metadata = read_entry(path, named, initial, width)
+            words, differences, metadata = read_entry(path, named, initial)
         except UserError as error:
-            if named or len(entries) == 1 or path in map(Path, sources):  # it was asked for
+            if named or len(entries) == 1 or (path in map(Path, sources) and not isinstance(error, ForeignWord)):  # it was asked for
                 raise
             refused.append(str(error))
             continue
@@ -158,6 +179,13 @@ def gather(sources, needed, texts=(), width=0, model=""):
                 others.append(f"{word or 'a nameless one'} ({path.name})")
                 continue
             word = word or letters(path.stem)
+            reason = foreign(path, told, rows, width)
+            if reason:
+                if named or len(entries) == 1:
+                    raise ForeignWord(reason)
+                wrong[word] = reason
+                refused.append(reason)
+                continue
             if word in found and not found[word].equal(rows):
                 kept, left = pick((origin[word][0], origin[word][1].get("model")), (path, metadata.get("model")), model)
                 if kept is None:
@@ -172,21 +200,19 @@ def gather(sources, needed, texts=(), width=0, model=""):
         note(f"left out: {line}")
     if others:
         note(f"left out, as no prompt has them: {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}")
-    for word in needed:
-        if word not in found:
-            raise UserError(f"{where} has no embedding of {word} (only {', '.join([*found, *others]) or 'what cannot be read'}); learn it with "
-                            f"scripts/p3_train.sh, or give '{word}=FILE'" + (f" ({refused[0]})" if refused else ""))
+    missing = [word for word in needed if word not in found]
+    if missing:
+        reason = next((wrong[word] for word in missing if word in wrong), refused[0] if refused else "")
+        raise UserError(f"{where} has no embedding of {', '.join(missing)} (only {', '.join([*found, *others]) or 'what cannot be read'}); learn "
+                        f"{'it' if len(missing) == 1 else 'them'} with {learn(missing)}, or give '{missing[0]}=FILE'" + (f" ({reason})" if reason else ""))
     return found, initials, origin
 
 
-def read_entry(path, named, initial, width):
-    """What `read_words` gives of a file, checked; of a file that was given for a word, that one, under that name."""
+def read_entry(path, named, initial):
+    """What `read_words` gives of a file; of a file that was given for a word, that one, under that name."""
     words, differences, metadata = read_words(path)
     if named and len(words) > 1 and named not in words:
         raise UserError(f"{path} has {len(words)} words ({', '.join(words)}); expected that of {named}")
-    other = next((rows.shape[1] for rows in words.values() if width and rows.shape[1] != width), None)
-    if other:
-        raise UserError(f"{path} was learned with another model: its vectors have {other} numbers, this model's words have {width} dimensions")
     if named:
         told = named if named in words else next(iter(words))
         words, differences = {named: words[told]}, {named: initial or differences[told]} if initial or told in differences else {}

@@ -31,7 +31,7 @@ from p2_ddim.model import load_unet
 from p3_clip_textual_inversion import inference as p3
 from p3_clip_textual_inversion.clip import Grader, reads_thumbnails, text_classifier
 from p3_clip_textual_inversion.compose import SEPARATOR, halves, regional
-from p3_clip_textual_inversion.data import read_concepts
+from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.device import name_of, pick_device, pick_dtype
 from p3_clip_textual_inversion.embedding import check_models, expand, find_words, told_model
 from p3_clip_textual_inversion.files import fingerprint, note

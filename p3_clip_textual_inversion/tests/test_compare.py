@@ -7,7 +7,8 @@ import torch
 
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.compare import rest_of, summary_of
-from p3_clip_textual_inversion.data import example_pictures, read_concepts
+from p3_clip_textual_inversion.concepts import read_concepts
+from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.embedding import save_embedding
 
 

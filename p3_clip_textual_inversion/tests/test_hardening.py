@@ -15,8 +15,9 @@ from safetensors.torch import save, save_file
 
 from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.clip import load_pictures
+from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
-from p3_clip_textual_inversion.data import read_concepts, read_data
+from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.diffusion import make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from p3_clip_textual_inversion.clip import Grader, load_clip
-from p3_clip_textual_inversion.data import example_pictures, read_concepts
+from p3_clip_textual_inversion.concepts import read_concepts
+from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name, read_embeddings
 from p3_clip_textual_inversion.evaluate import clip_scores

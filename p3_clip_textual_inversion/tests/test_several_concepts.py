@@ -9,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
+from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
-from p3_clip_textual_inversion.data import read_concepts, side_by_side
+from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.defaults import SD_V1
 from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings

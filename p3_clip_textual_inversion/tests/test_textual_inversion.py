@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion import diffusion, training
 from p3_clip_textual_inversion.clip import Grader
-from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, read_concepts, varied
+from p3_clip_textual_inversion.concepts import read_concepts
+from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
-from p3_clip_textual_inversion.evaluate import best_of, clip_scores, passes
+from p3_clip_textual_inversion.evaluate import Rule, best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
@@ -288,7 +289,7 @@ def test_score_and_pass_rule():
     image, text = clip_scores(features, torch.tensor([[1.0, 0], [0.6, 0.8]]), torch.tensor([0.0, 1.0]))
     assert torch.allclose(image, torch.tensor([80.0, 40.0, (1 + 1.4) / 2 / 2**0.5 * 100]))
     assert torch.allclose(text, torch.tensor([0, 100, 100 / 2**0.5]))
-    best, image_score, text_score = best_of(torch.tensor([10.0, 20, 30]), torch.tensor([9.0, 1, 0]), count=2)
+    best, image_score, text_score = best_of(torch.tensor([10.0, 20, 30]), torch.tensor([9.0, 1, 0]), Rule(2.5, 2))
     assert best.tolist() == [0, 2] and (image_score, text_score) == (20, 4.5)  # 32.5, 22.5, 30
     assert passes(20, 4.5, [20, 4.5]) and not passes(20, 4.4, [20, 4.5]) and passes(1, 1, None) is None
 
