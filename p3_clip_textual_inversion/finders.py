@@ -75,8 +75,9 @@ def make_finders(grader, concepts, folder, row, others, ordinary, labels):
         add_finder(finders, validation, concept.number, grader, references, sets)
     for style in styles:
         for subject in (concept.number for concept in concepts if concept.number not in styles):
-            if (folder / f"{subject}+{style}").is_dir():
-                both = example_pictures(folder / f"{subject}+{style}")
+            real = folder / f"{subject}+{style}"
+            if real.is_dir():
+                both = example_pictures(real)
                 sets = [(both[1::3], examples[style]), (both[2::3], [ImageOps.mirror(picture) for picture in examples[style]])]
                 add_finder(finders, validation, f"{subject} in {style}", grader, both[0::3], sets)
     medium = row.medium

@@ -165,7 +165,7 @@ def main():
     if missing and not args.words:
         args.words = [str(find_words(model, learn(missing)))]
     texts = [prompt for entry in entries for prompt in entry.prompts]
-    vectors, initials, origin = gather(args.words, missing, texts, args.width, model, learn) if args.words else ({}, {}, {})
+    vectors, initials, origin = gather(args.words, missing, texts, args.width, model, learn, bool(args.embeddings)) if args.words else ({}, {}, {})
     args.words += [args.checkpoint] if own.keys() - vectors.keys() else []
     vectors = own | vectors
     if args.projections:

@@ -32,7 +32,7 @@ def draw(made, name, batch, where, args):
     sources = where.get("words", ".")
     own = {word: rows for word, rows in own_words(checkpoint).items() if word in wanted}
     sources = [source for source in ([sources] if isinstance(sources, str) else sources) if str(source) != str(checkpoint)]
-    vectors, initials, _ = gather(sources, [word for word in wanted if word not in own], list(wanted)) if sources else ({}, {}, {})
+    vectors, initials, _ = gather(sources, [word for word in wanted if word not in own], list(wanted), tell_others=False) if sources else ({}, {}, {})
     vectors = own | vectors
     for word, rows in vectors.items():
         if tensor_fingerprint(rows) != wanted[word].rpartition("+")[2]:

@@ -154,12 +154,12 @@ def foreign(path, word, rows, width):
     return ""
 
 
-def gather(sources, needed, texts=(), width=0, model="", learn=lambda words: "scripts/p3_train.sh"):
+def gather(sources, needed, texts=(), width=0, model="", learn=lambda words: "scripts/p3_train.sh", tell_others=True):
     """({word: rows}, {word: the word whose row they are added to}, {word: (path, metadata)}) of sources: the words `needed`, and others that `texts` have.
 
     What is not needed, cannot be read or is of vectors of another width is left out with a note; a `UserError` where a word that is needed is then missing, or
     told twice. width: of the model's words, 0 if any will do. model: its name (embedding.model_name), whose words come before others. learn: gives the
-    command that learns words."""
+    command that learns words. tell_others: whether a note tells of words that are not needed."""
     found, initials, origin, refused, others, wrong = {}, {}, {}, [], [], {}
     entries = [entry for source in sources for entry in given(source, needed)]
     where = ", ".join(map(str, sources))
@@ -198,7 +198,7 @@ def gather(sources, needed, texts=(), width=0, model="", learn=lambda words: "sc
                 initials[word] = differences[told]
     for line in refused:
         note(f"left out: {line}")
-    if others:
+    if others and tell_others:
         note(f"left out, as no prompt has them: {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}")
     missing = [word for word in needed if word not in found]
     if missing:

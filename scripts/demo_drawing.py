@@ -161,7 +161,8 @@ class Words:
         self.config, device, self.row, self.model = p3.settings_of(own)
         self.args, self.rows, initials, origin = args, {}, {}, {}
         try:
-            sources = args.embeddings or [find_words(self.model, f"bash scripts/p3_train.sh --checkpoint {args.checkpoint} --output runs/words")]
+            learn = f"bash scripts/p3_train.sh --checkpoint {args.checkpoint} --output runs/words, then bash scripts/install.sh runs/words"
+            sources = args.embeddings or [find_words(self.model, learn)]
             self.rows, initials, origin = gather(sources, [], (), own.width, self.model)
         except UserError as error:
             if args.embeddings:

@@ -56,6 +56,11 @@ def make_inputs(folder):
     content = {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1> on a hill"], "prompt_4_clip_eval": ["a dog on a hill"]},
                "1": {"src_image": "red car", "token_name": "<new2>", "prompt": ["a house in the style of <new2>"], "prompt_4_clip_eval": ["a house"]}}
     (folder / "concepts" / "input.json").write_text(json.dumps(content))
+    for name in ("cat2", "watercolor"):
+        write_pictures(folder / "challenge" / "concept_image" / name, ["0.png", "1.jpg"], 70)
+    content = {"0": {"src_image": ["cat2", "watercolor"], "token_name": ["<cat2>", "<watercolor>"], "prompt": "A <cat2> on the left in a <watercolor> style.",
+                     "prompt_4_clip_eval": "A cat on the left in a watercolor style."}}
+    (folder / "challenge" / "prompts.json").write_text(json.dumps(content))
 
     torch.manual_seed(0)
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -81,6 +86,7 @@ LONGEST = ("P1 benchmark", "P3 multi")  # which are made of the others; once is 
 def commands(folder):
     """{name: (module, arguments)}; the first ones make what later ones read. A validation is always as long: large batches."""
     out, digits, concepts, sd, clip = (folder / name for name in ("out", "digits", "concepts/input.json", "sd", "clip"))
+    challenge = folder / "challenge" / "prompts.json"
     p1, p2, p3 = "p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"
     tiny = ["--size", "tiny", "--batch-size", 8, "--data", digits]
     faces = ["--image-size", 16, "--widths", 32, 32, "--attention", 1, "--batch-size", 8, "--data", folder / "faces"]
@@ -117,6 +123,9 @@ def commands(folder):
         "P3 inference, projections": (f"{p3}.inference", [concepts, out / "pictures2", sd, "--embeddings", out / "custom", *draw,
                                                           "--projections", out / "custom/0+1/projections.safetensors"]),
         "P3 evaluate": (f"{p3}.evaluate", [out / "pictures", concepts, "--model", clip, "--num-images", 1, "--dtype", "auto"]),
+        "P3 train, challenge": (f"{p3}.train", [challenge, *words[1:], "--steps", 1, "--sample-every", 0, "--output", out / "several"]),
+        "P3 inference, challenge": (f"{p3}.inference", [challenge, out / "pictures3", sd, "--embeddings", out / "several", *draw]),
+        "P3 evaluate, challenge": (f"{p3}.evaluate", [out / "pictures3", challenge, "--model", clip, "--dtype", "auto"]),
         "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
         "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
                                          *draw]),
