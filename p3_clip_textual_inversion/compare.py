@@ -5,6 +5,9 @@
 Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five); the rest score is a text score too,
 of the prompt without the learned word, such as "a drawing of on a blue background": whether the rest of the prompt is still obeyed.
 
+Words are drawn with the weights of low rank beside them (lora.py), if there are any; then it is told as well how far ordinary prompts' pictures move where
+such weights stay in the model, as in other programs: the mean difference in grey levels, of the model's ordinary things.
+
 --write-baselines sets INPUT_JSON's pass marks: in the image score what the initial words' best pictures get, since a learned word must do better; in the
 text score nine tenths of what they get, or of what the examples get, if that is less: no picture of the concept could be asked for more.
 """
@@ -21,12 +24,15 @@ from .concepts import read_concepts
 from .data import example_pictures
 from .defaults import HelpFormatter, input_of
 from .device import progress
-from .embedding import add_words, expand, initial_rows, read_embeddings
+from .embedding import add_words, expand, initial_rows
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of
 from .files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
 from .inference import add_arguments, draw, load, settings_of
+from .lora import add_loras, find_loras
+from .measures import drift
 from .pictures import save_image, sheet
 from .stable_diffusion import MINI_SD
+from .words import gather
 
 
 def rest_of(prompt, token):
@@ -34,15 +40,19 @@ def rest_of(prompt, token):
     return " ".join(re.sub(rf"(\b(an?|the) )?{re.escape(token)}", "", prompt).split())
 
 
-def score_way(checkpoint, concepts, vectors, count, config, device, grader, references, bar):
-    """[(image scores, text scores, rest scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for src_image itself."""
+def score_way(checkpoint, concepts, vectors, count, config, device, grader, references, bar, loras=None):
+    """[(image scores, text scores, rest scores, pictures)] per prompt, the concepts' words standing for `vectors`; None for src_image itself.
+
+    loras: {word: file} of the weights beside them"""
     parts = load(checkpoint, device, config)
     if vectors:
         add_words(parts, vectors)
+    added = add_loras(parts, loras or {}, 1.0)
     counts = {word: len(rows) for word, rows in (vectors or {}).items()}
     results = []
     for concept in concepts:
         directions = grader.of_texts(concept.eval_prompts)
+        added.use({concept.token}.intersection(loras or ()))
         for k, prompt in enumerate(concept.prompts):
             text = expand(prompt, counts) if vectors else prompt.replace(concept.token, concept.src_image)
             names = [f"{concept.token}/{prompt}/{i}" for i in range(count)]  # the same noises for every way
@@ -64,6 +74,17 @@ def summary_of(prompt, rows):
     return summary
 
 
+def drift_of(checkpoint, row, loras, config, device, grader):
+    """{words: `drift` of the ordinary prompts where the weights of these words stay in the model}: of each word, and of all together."""
+    parts = load(checkpoint, device, config)
+    added, prompts = add_loras(parts, loras, 1.0), [row.templates["object"][-1].format(word) for word in row.ordinary]
+    originals, moved = list(draw(parts, prompts, prompts, config)), {}
+    for words in dict.fromkeys([*((word,) for word in loras), tuple(loras)]):
+        added.use(words)
+        moved[" + ".join(words)] = drift(list(draw(parts, prompts, prompts, config)), originals, grader)
+    return moved
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compares learned words with the words they started from and with untrained ones.",
                                      formatter_class=HelpFormatter)
@@ -80,7 +101,9 @@ def main():
     args.input = input_of(args.input, row.input)
     check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     concepts = read_concepts(args.input)
-    learned = [read_embeddings(folder, [concept.token for concept in concepts]) for folder in args.learned]
+    found = [gather([folder], [concept.token for concept in concepts]) for folder in args.learned]
+    learned = [vectors for vectors, *_ in found]
+    args.loras = {f"learned ({folder})": files for folder, (*_, origin) in zip(args.learned, found) if (files := find_loras((), origin))}
     for name in ("results", "figures"):
         writable_folder(args.output / name)
     examples = {concept.number: example_pictures(concept.folder) for concept in concepts}
@@ -102,7 +125,7 @@ def compare(args, config, device, row, concepts, learned, examples):
     scores, pictures, marks = {}, {}, []
     with progress(total=len(ways) * len(prompts) * args.num_images, unit="picture", desc="drawing") as bar:
         for way, vectors in ways.items():
-            results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar)
+            results = score_way(args.checkpoint, concepts, vectors, args.num_images, config, device, grader, references, bar, args.loras.get(way))
             scores[way] = [{"prompt": concept.prompts[k], "image": image.mean().item(), "image_deviation": image.std().item(), "text": text.mean().item(),
                             "rest": rest.mean().item()} for (concept, k), (image, text, rest, _) in zip(prompts, results)]
             pictures[way] = [shown[:5] for *_, shown in results]
@@ -111,8 +134,11 @@ def compare(args, config, device, row, concepts, learned, examples):
     among = {number: float((100 * features @ features.T)[~torch.eye(len(features), dtype=torch.bool)].mean()) if len(features) > 1 else None
              for number, features in references.items()}
     summary = [summary_of(concept.prompts[k], {way: rows[j] for way, rows in scores.items()}) for j, (concept, k) in enumerate(prompts)]
-    write_json(args.output / "results" / "p3_compare.json", {"summary": summary, "ways": scores, "examples_among_themselves": among,
-                                                             "pictures": args.num_images, "guidance_weight": config.guidance_weight, "steps": config.num_steps})
+    results = {"summary": summary, "ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
+               "guidance_weight": config.guidance_weight, "steps": config.num_steps}
+    if args.loras:
+        results["drift"] = {way: drift_of(args.checkpoint, row, files, config, device, grader) for way, files in args.loras.items()}
+    write_json(args.output / "results" / "p3_compare.json", results)
     if args.write_baselines:
         content = read_json(args.input)
         for own in concepts:
@@ -132,6 +158,9 @@ def compare(args, config, device, row, concepts, learned, examples):
             print(f"  {what:5} score: initial words {score['initial']:.1f}, "
                   f"untrained {score['untrained']:.1f} ({score['untrained_lowest']:.1f} to {score['untrained_highest']:.1f}), "
                   f"learned {score['learned']:.1f} ({score['lowest']:.1f} to {score['highest']:.1f})")
+    for way, moved in results.get("drift", {}).items():
+        levels = ", ".join(f"{words} {value['grey_levels']:.1f}" for words, value in moved.items())
+        print(f"ordinary prompts with the weights of {way} in the model: moved by {levels} grey levels")
     save_image(sheet([row[:5] for _, row in rows], titles=[title for title, _ in rows], side=96), args.output / "figures" / "p3_compare.png")
     print(f"wrote results/p3_compare.json and figures/p3_compare.png to {args.output}")
 
