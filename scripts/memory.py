@@ -134,12 +134,13 @@ def p3_infer(batch, dtype):
     list(draw(parts, ["a photo of a dog on a hill"] * batch, [str(i) for i in range(batch)], DrawConfig(num_steps=2, batch_size=batch, dtype=dtype)))
 
 
-def p3_train(batch, dtype, checkpointing=False, projections=False, only=("pictures", "step", "samples")):
-    """Textual inversion, and with projections Custom Diffusion: pictures encoded, a step, samples drawn, in this order as `learn` has it."""
+def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=("pictures", "step", "samples")):
+    """Textual inversion, with projections Custom Diffusion, with a rank LoRA: pictures encoded, a step, samples drawn, in this order as `learn` has it."""
     from p3_clip_textual_inversion.custom_diffusion import projections as projections_of
     from p3_clip_textual_inversion.defaults import SD_V1
     from p3_clip_textual_inversion.embedding import add_words
     from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.lora import add_lora
     from p3_clip_textual_inversion.objective import Loss
     from p3_clip_textual_inversion.sources import encode
 
@@ -153,6 +154,8 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, only=("pictur
     trained = [learned.rows]
     if projections:
         trained += [linear.float().weight.requires_grad_(True) for linear in projections_of(parts.unet).values()]
+    if lora:
+        trained += add_lora(parts.unet, lora, seed=0).values()
     if "step" in only:
         loss, optimizer = Loss(parts, SD_V1.learning.min_snr_gamma), torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
         ids = loss.ids(["a photo of a <new1>"] * batch)
@@ -218,6 +221,7 @@ def rows():
         ("p3_train.sh", f"textual inversion, likewise, batches of {learning}", p3_train, {"batch": learning}, auto, [checkpointing]),
         ("p3_train.sh --gradient-checkpointing", "the same", partial(p3_train, checkpointing=True), {"batch": learning}, auto, smaller[-2:]),
         ("p3_train.sh --custom-diffusion", "the same", partial(p3_train, projections=True), {"batch": learning}, auto, [checkpointing]),
+        ("p3_train.sh --lora", "the same, of the default rank", partial(p3_train, lora=SD_V1.low_rank.lora), {"batch": learning}, auto, [checkpointing]),
         ("p3_multi.sh", f"its drawings, batches of {batch}, four prompts each, CLIP ViT-B/32 beside them", p3_multi, {"batch": batch}, auto, smaller[-2:]),
         ("p3_clip.sh --model ViT-B-32.pt", "batches of 64; p3_grade.sh alike", partial(p3_clip, name="ViT-B-32"), {"batch": 64}, ("bf16",), smaller[2:]),
         ("p3_clip.sh --model ViT-L-14.pt", "batches of 64", partial(p3_clip, name="ViT-L-14"), {"batch": 64}, ("bf16",), smaller[2:]),
