@@ -91,7 +91,7 @@ def add_words(parts, vectors):
     learned = LearnedEmbedding(table, torch.cat(list(vectors.values())), ids)
     parts.text_encoder.set_input_embeddings(learned)
     for word, rows in vectors.items():
-        if learned.is_new(parts.tokens([expand(f"a {word} b", {word: len(rows)})])[0]).sum() != len(rows):
+        if sum(number in ids for number in parts.tokenizer(expand(f"a {word} b", {word: len(rows)})).input_ids) != len(rows):
             raise UserError(f"the tokenizer does not read {word!r} as a token of its own; choose another name, such as <new1>")
     return learned
 

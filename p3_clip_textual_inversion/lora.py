@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .files import UserError, existing_file, note, parse_json, shown
+from .files import UserError, existing_file, first_line, note, parse_json, shown
 from .tensors import check_numbers, is_plain, read_safetensors, read_tensors, save_tensors, what_is
 
 ENDING = "_lora.safetensors"
@@ -150,14 +150,16 @@ def read_lora(path):
 
 def told_alphas(path, metadata):
     """{"unet" or "text_encoder": alpha / r} that the header of a file by diffusers tells, where that is not 1."""
-    told = parse_json(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else {}
-    scales = {}
+    try:
+        told, scales = parse_json(metadata.get("lora_adapter_metadata", "{}")), {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a damaged lora_adapter_metadata in its header ({first_line(error)})") from None
     for part in ("unet", "text_encoder") if isinstance(told, dict) else ():
         for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "lora_bias"):
             if told.get(f"{part}.{key}"):
                 raise UserError(f"{path} has {key} {shown(told[f'{part}.{key}'])[:60]}, which is not obeyed here; expected plain LoRA")
         alpha, rank = told.get(f"{part}.lora_alpha"), told.get(f"{part}.r")
-        if all(isinstance(value, (int, float)) and value > 0 for value in (alpha, rank)):
+        if all(isinstance(value, (int, float)) and 0 < value < math.inf for value in (alpha, rank)):
             scales[part] = alpha / rank
     return scales
 
@@ -170,7 +172,7 @@ def factors_of(path, layer, pair, alpha, told):
     if up.ndim not in (2, 4) or down.ndim != up.ndim or up.shape[1] != down.shape[0] or 0 in (*up.shape, *down.shape) or math.prod(up.shape[2:]) != 1:
         raise UserError(f"{path} has for {shown(layer)} the shapes {tuple(up.shape)} and {tuple(down.shape)}; expected [out, rank] and [rank, in]")
     if alpha is not None:
-        if not is_plain(alpha) or alpha.numel() != 1 or not math.isfinite(float(alpha)):
+        if not is_plain(alpha) or alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
             raise UserError(f"{path} has no number as alpha of {shown(layer)}")
         return Factors(up, down, float(alpha) / len(down))
     return Factors(up, down, told.get("text_encoder" if layer.startswith("text_encoder") else "unet", 1.0))
@@ -200,6 +202,8 @@ def fit(path, weights, parts):
     """{module: `Factors`} of what `read_lora` gave, for this model; a `UserError` that tells which model they were made for, if another."""
     own, width = layers_of(parts), parts.unet.config.cross_attention_dim
     flat = {flat_name(layer): (layer, factors) for layer, factors in weights.items()}
+    if len(flat) < len(weights):
+        raise UserError(f"{path} has the weights of a layer twice, under two names; expected once")
     theirs = {factors.down.shape[1] for name, (_, factors) in flat.items() if name.endswith(("attn2_to_k", "attn2_to_v"))}
     if len(theirs) == 1 and theirs != {width}:
         other, = theirs
@@ -212,29 +216,27 @@ def fit(path, weights, parts):
         raise UserError(f"{path} was made for another model: it has weights for {shown(unknown[0])}{f' and {len(unknown) - 1} more' if unknown[1:] else ''}, "
                         "which this model has not")
     for name, (layer, factors) in flat.items():
-        shape = (factors.up.shape[0], *factors.down.shape[1:])
-        expected = tuple(own[name].weight.shape)
-        if shape not in (expected, (*expected, 1, 1)):
+        shape, expected = (factors.up.shape[0], *factors.down.shape[1:]), tuple(own[name].weight.shape)
+        if shape[:2] != expected[:2] or math.prod(shape) != math.prod(expected):  # a convolution of one pixel may be a matrix in a file
             raise UserError(f"{path} was made for another model: {shown(layer)} is for {shape}, this model has {expected}")
     return {own[name]: factors for name, (_, factors) in flat.items()}
 
 
 class Added:
-    """A model whose own weights are known, with sets of low-rank ones to put into it.
+    """A model whose own weights are known (kept in the CPU's memory), with sets of low-rank ones to put into it.
 
     sets: {name: {module: `Factors`}} of `fit`; scale: by which all are multiplied."""
 
     def __init__(self, sets, scale=1.0):
         self.sets, self.scale = sets, scale
-        self.own = {module: module.weight.detach().clone() for factors in sets.values() for module in factors}
+        self.own = {module: module.weight.detach().to("cpu", copy=True) for factors in sets.values() for module in factors}
 
     @torch.no_grad()
     def use(self, names):
         """The model's own weights, and those of the sets `names` added."""
         for module, weight in self.own.items():
-            here = [self.sets[name][module] for name in names if module in self.sets[name]]
-            added = sum(factors.product().to(weight.device) for factors in here)
-            module.weight.copy_((weight.float() + self.scale * added.view_as(weight)) if here else weight)
+            here = [self.sets[name][module].product() for name in names if module in self.sets[name]]
+            module.weight.copy_((weight.float() + self.scale * sum(here).view_as(weight)) if here else weight)
 
 
 def find_loras(given, origin):

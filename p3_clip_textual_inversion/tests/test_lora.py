@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 import types
 
@@ -16,7 +17,7 @@ from p3_clip_textual_inversion import train, training
 from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
-from p3_clip_textual_inversion.lora import TARGETS, Added, fit, lora_file, read_lora
+from p3_clip_textual_inversion.lora import TARGETS, Added, fit, free_directions, keep_free, lora_file, read_lora
 from p3_clip_textual_inversion.provenance import read_made
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.words import word_files
@@ -133,6 +134,40 @@ def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(cal
     assert np.abs(np.asarray(Image.open(given)).astype(int) - pixels[0]).max() <= 1  # half of each makes one
 
 
+def test_weights_do_not_hear_what_ordinary_prompts_say(tiny_sd):
+    """A cut to the free directions answers an ordinary caption, also one of words that were not asked for, with next to nothing, other states fully."""
+    parts = load_stable_diffusion(tiny_sd)
+    free = free_directions(parts, ("a drawing of a {}",), 0.99)
+    assert torch.allclose(free @ free, free, atol=1e-5) and 0 < round(free.trace().item()) < WIDTH
+    assert free_directions(parts, ("a drawing of a {}",), 0) is None
+    generator = torch.Generator().manual_seed(0)
+    weights = {"x.lora_A.weight": torch.randn(4, WIDTH, generator=generator), "x.lora_B.weight": torch.randn(4, WIDTH, generator=generator)}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    keep_free(weights, free)
+    with torch.no_grad():
+        hidden = parts.encode_text(["a red car near the river", "two houses"]).flatten(0, 1)
+        heard, all_of_it = ((hidden @ of["x.lora_A.weight"].T).norm() for of in (weights, before))
+    assert heard < 0.25 * all_of_it
+    assert torch.equal(weights["x.lora_B.weight"], before["x.lora_B.weight"])
+    assert torch.allclose(weights["x.lora_A.weight"] @ free, before["x.lora_A.weight"] @ free, atol=1e-5)
+
+
+def test_compare_draws_with_the_weights_and_tells_how_ordinary_prompts_move(call, places, tiny_sd, tiny_clip, tmp_path):
+    """The same word with its weights and without differs, and so do ordinary prompts while the weights are in the model."""
+    content = json.loads((places.folder / "input.json").read_text())
+    (places.folder / "one.json").write_text(json.dumps({"0": content["0"]}))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(places.folder / "whole" / "new1.safetensors", alone)
+    code, out, err = call(f"{PACKAGE}.compare", "--learned", places.folder / "whole", alone, "--input", places.folder / "one.json", "--checkpoint", tiny_sd,
+                          "--model", tiny_clip, "--num-images=2", "--steps=1", "--dtype=fp32", "--output", tmp_path / "report")
+    assert code == 0 and "in the model: moved by <new1> " in out and "without them it shows less" in err, err
+    results = json.loads((tmp_path / "report" / "results" / "p3_compare.json").read_text())
+    scores = {way: rows[0]["image"] for way, rows in results["ways"].items() if way.startswith("learned")}
+    assert len(set(scores.values())) == 2
+    assert list(results["drift"]) == [f"learned ({places.folder / 'whole'})"] and results["drift"].popitem()[1]["<new1>"]["grey_levels"] > 0
+
+
 def layer(width=WIDTH, name="unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", rank=2):
     return {f"{name}.lora_A.weight": torch.ones(rank, width), f"{name}.lora_B.weight": torch.ones(64, rank)}
 
@@ -149,6 +184,7 @@ WRONG = {
     "not finite": ({A: torch.full((2, WIDTH), torch.nan), B: torch.ones(64, 2)}, "not finite"),
     "integers": ({A: torch.ones(2, WIDTH, dtype=torch.int64), B: torch.ones(64, 2)}, "as int64; expected floating point"),
     "alpha": (layer() | {A.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)}, "no number as alpha"),
+    "twice": (layer() | layer(name="lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"), "a layer twice"),
     "DoRA": (layer() | {A.replace("lora_A.weight", "dora_scale"): torch.ones(64)}, "of DoRA, which is not read here"),
     "LoHa": ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "of LoHa, which is not read here"),
     "more": (layer() | {"unet.conv_in.bias": torch.ones(3)}, "also has unet.conv_in.bias"),
@@ -181,6 +217,12 @@ def test_what_diffusers_tells_of_alpha_is_obeyed_or_refused(told, result, tmp_pa
     else:
         with pytest.raises(UserError, match=f"{result}.*not obeyed"):
             read_lora(tmp_path / "it.safetensors")
+
+
+def test_a_damaged_header_is_one_line(tmp_path):
+    save_file(layer(), tmp_path / "it.safetensors", {"lora_adapter_metadata": "{"})
+    with pytest.raises(UserError, match="damaged lora_adapter_metadata"):
+        read_lora(tmp_path / "it.safetensors")
 
 
 def test_older_names_and_pickles_are_read(model, tmp_path):
