@@ -12,7 +12,8 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
      8  quality (Fréchet distance, coverage)
      9  evaluate (the grade)
     10  benchmark (speed and quality of samplers)
-    11  figures (the report's), make_mini (the bundled digits), minimal (the problem on one page)
+    11  pareto (which settings draw best)
+    12  figures (the report's), make_mini (the bundled digits), minimal (the problem on one page)
 """
 
 from .guard import begin

@@ -34,12 +34,12 @@ CLASSIC = DrawConfig(sampler="ddpm", num_steps=500, spacing="trailing")
 WEIGHTS = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0]
 
 
-def measure(model, diffusion, config, images_per_digit, batch_size, judges):
+def measure(model, diffusion, config, images_per_digit, batch_size, judges, guide=None):
     """Draws and grades images_per_digit x 20 images. Returns the row: settings, seconds, images per second and scores; Frechet distance, precision and
     coverage as ratios to as many real images, in the embedding (None for fewer than two images of a digit)."""
     jobs = all_jobs(images_per_digit)
     started = time.perf_counter()
-    images = np.stack([image for _, image in generate(model, diffusion, jobs, config, batch_size, progress=False)])
+    images = np.stack([image for _, image in generate(model, diffusion, jobs, config, batch_size, progress=False, guide=guide)])
     seconds = time.perf_counter() - started
     found = {}
     for domain in DOMAINS:

@@ -4,7 +4,7 @@
 
 Two grids (rows: the digits 0-9, columns: ten noise inputs, the files {digit}_001 .. _010 of inference), two reverse processes of the first 0
 of those grids (the file 0_001.png), at six moments (reverse) and at all (process), and from the benchmark's results two charts: guidance weight, and
-sampler and steps.
+sampler and steps; from p1_cfg_ddpm.pareto's, one of what was tried.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from .device import describe
 from .files import ROOT, UserError, lock, run, writable_folder
 from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
+from .pareto import RESULTS as PARETO
+from .pareto import panels as pareto_panels
 from .pictures import chart, save_image, sheet, to_uint8
 from .samplers import ImageNoise
 
@@ -90,10 +92,15 @@ def charts(results, folder):
             chart([panel], folder / "p1_samplers.png", size=(5.2, 1.2 + 0.24 * (len(results["ladder"]) + 2)))]
 
 
+def pareto_chart(results, folder):
+    return [chart(pareto_panels(results), folder / "p1_pareto.png")]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draws the report's figures of P1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p1_*.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
+    parser.add_argument("--pareto", type=Path, default=PARETO, help="what p1_cfg_ddpm.pareto wrote; its chart is left out without it")
     add_arguments(parser)
     args = parser.parse_args()
     model, diffusion, config, batch_size, checkpoint = load_with_settings(args)
@@ -101,11 +108,12 @@ def main():
     print(f"drawing with {checkpoint} on {describe(parameter.device, parameter.dtype)}", flush=True)
     with lock(writable_folder(args.output), "-p1_figures"):
         written = []
-        if args.results.is_file():
-            try:
-                written += charts(json.loads(args.results.read_text(encoding="utf-8")), args.output)
-            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                raise UserError(f"{args.results} is not what scripts/p1_benchmark.sh writes ({type(error).__name__}: {error}); run it again") from None
+        for path, draw, command in ((args.results, charts, "scripts/p1_benchmark.sh"), (args.pareto, pareto_chart, "p1_cfg_ddpm.pareto")):
+            if path.is_file():
+                try:
+                    written += draw(json.loads(path.read_text(encoding="utf-8")), args.output)
+                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                    raise UserError(f"{path} is not what {command} writes ({type(error).__name__}: {error}); run it again") from None
         for domain in DOMAINS:
             images = np.stack([image for _, image in generate(model, diffusion, all_jobs(10, [domain], range(NUM_DIGITS)), config, batch_size)])
             for name, picture in zip(("grid", "reverse", "process"), (grid(images), *reverse_process(model, diffusion, Job(domain, 0, 1), config))):
