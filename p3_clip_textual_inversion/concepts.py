@@ -183,14 +183,20 @@ def as_words(name):
 
 
 def called_in(prompt, plain, tokens):
-    """{token: what stands in its place in the same prompt in ordinary words}, of no token where the two prompts differ in more."""
-    order = []
-    pattern = ""
-    for part in re.split("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")", " ".join(prompt.split()).rstrip(" .")):
-        pattern += "(.+?)" if part in tokens else re.escape(part)
-        order += [part] if part in tokens else []
-    found = re.fullmatch(pattern, " ".join(plain.split()).rstrip(" ."), re.IGNORECASE)
-    return {token: re.sub(r"^(an?|the) ", "", words) for token, words in reversed(list(zip(order, found.groups())))} if found else {}
+    """{token: what stands in its place in the same prompt in ordinary words}; of no token where the two prompts differ in more."""
+    prompt, plain = (" ".join(text.split()).rstrip(" .") for text in (prompt, plain))
+    pieces = re.split("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")", prompt)  # a text, a token, a text, ..., a text
+    found, at = {}, 0
+    for i in range(0, len(pieces), 2):  # from text to text: a pattern of the whole could take for ever where nothing fits
+        text = re.escape(pieces[i])
+        text = re.compile(text if i < len(pieces) - 1 else f"{text}$", re.IGNORECASE)
+        match = text.search(plain, at + 1) if i else text.match(plain)
+        if not match:
+            return {}
+        if i:
+            found.setdefault(pieces[i - 1], re.sub(r"^(an?|the) ", "", plain[at:match.start()].strip(), flags=re.IGNORECASE))
+        at = match.end()
+    return found
 
 
 def unite(path, entries):

@@ -1,5 +1,6 @@
 """Is a concept in a picture? CLIP's answer, by a threshold or by captions, and how often it is right on real pictures that set nothing."""
 
+import torch
 from PIL import Image, ImageOps
 
 from .data import example_pictures, kind_of
@@ -44,6 +45,51 @@ class CaptionFinder:
     def __call__(self, pictures):
         crops = halves_and_whole(pictures) if self.halves else pictures
         return ((self.grader.of_pictures(crops) @ self.directions.T).argmax(1) == 0).reshape(len(pictures), -1).any(1)
+
+
+PLACES = ((0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1))  # left, right, above, below: of a crop's free room, the share before it
+OPPOSITE = ((0, 1), (1, 0), (2, 3), (3, 2))
+
+
+def places(picture):
+    """The four squares of 0.55 of its side in which a subject of two may stand."""
+    side = round(0.55 * min(picture.size))
+    corners = [(round(x * (picture.width - side)), round(y * (picture.height - side))) for x, y in PLACES]
+    return [picture.crop((left, top, left + side, top + side)) for left, top in corners]
+
+
+class BothFinder:
+    """Whether two concepts are both in a picture, each in a place of its own.
+
+    Of a crop, z(A) is CLIP's mean cosine to A's examples, in deviations above its cosines to other things. In two opposite places stand A and B where
+    in each z is large, larger than the other concept's, less `NEAR`, and than that of mixtures of both: see-through ones, or of half of each. The score is
+    the least of these, in the best of the places: unlike two scores of one concept each, a thing between A and B does not get it.
+
+    first, second: example pictures; others: features [K, dim] of other things, each of length up to 1."""
+
+    NEAR, BLENDED, HALVED = 1.0, 2.0, 1.0  # deviations; chosen on the miniature's labelled pictures, and tried on other classes of theirs by both.py
+
+    def __init__(self, grader, first, second, others):
+        self.grader, self.others = grader, others
+        pairs = list(zip(first, second))
+        mixed = [view for a, b in pairs for view in (blend(a, b), places(beside(blend(a, b), blend(a, b)))[0])]
+        halved = [view for a, b in pairs for half in (chimera(a, b), chimera(b, a)) for view in places(half)[:2]]
+        seen = [[*examples, *(places(beside(picture, picture))[0] for picture in examples)] for examples in (first, second)]
+        self.references = torch.stack([self.features(group).mean(0) for group in (*seen, mixed, halved)])
+
+    def features(self, pictures):
+        """[N, dim]: of a picture and its mirror image together, which halves what is chance."""
+        return (self.grader.of_pictures(pictures) + self.grader.of_pictures([ImageOps.mirror(picture) for picture in pictures])) / 2
+
+    def scores(self, pictures):
+        """[N]"""
+        features = self.features([crop for picture in pictures for crop in places(picture)])
+        others = features @ self.others.T
+        z = (features @ self.references.T - others.mean(1, keepdim=True)) / others.std(1, keepdim=True)
+        a, b, mixed, halved = z.reshape(len(pictures), len(PLACES), 4).unbind(-1)
+        between = torch.maximum(mixed - self.BLENDED, halved - self.HALVED)
+        found = [torch.stack([own, own - other + self.NEAR, own - between]).amin(0) for own, other in ((a, b), (b, a))]
+        return torch.stack([torch.minimum(found[0][:, i], found[1][:, j]) for i, j in OPPOSITE]).amax(0)
 
 
 def make_finders(grader, concepts, folder, row, others, ordinary, labels):
@@ -109,4 +155,25 @@ def paste_side_by_side(left, right, side):
     picture = Image.new("RGB", (side, side), left.getpixel((0, 0)))
     for i, part in enumerate((left, right)):
         picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
+    return picture
+
+
+def beside(first, second, upright=False):
+    """Two pictures at half size beside each other, or with `upright` above each other, on the first one's ground."""
+    side = min(first.size)
+    if not upright:
+        return paste_side_by_side(first, second, side)
+    turned = [picture.transpose(Image.Transpose.TRANSPOSE) for picture in (first, second)]
+    return paste_side_by_side(*turned, side).transpose(Image.Transpose.TRANSPOSE)
+
+
+def blend(first, second):
+    """Both, half transparent."""
+    return Image.blend(first, second.resize(first.size), 0.5)
+
+
+def chimera(first, second):
+    """The left half of the first and the right half of the second, as one thing."""
+    picture, half = first.copy(), first.width // 2
+    picture.paste(second.resize(first.size).crop((half, 0, *first.size)), (half, 0))
     return picture

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from p3_clip_textual_inversion import both
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_entries
 from p3_clip_textual_inversion.data import example_pictures
@@ -158,3 +159,21 @@ def test_the_bundled_challenge_has_its_words_and_pictures():
     assert len(entries) == 4 and [concept.kind for concept in concepts] == ["object", "object", "style"]
     assert any("on the left" in entry.prompts[0] for entry in entries)
     assert all(len(example_pictures(concept.folder)) == 5 for concept in concepts)
+
+
+def test_both_are_there_only_where_each_has_a_place_of_its_own(call, tmp_path, monkeypatch):
+    """On classes that set nothing of it: few pictures here, so with room; the command's own table has the shares."""
+    monkeypatch.setattr(both, "PICTURES", dict.fromkeys(both.PICTURES, 4))
+    code, out, err = call(f"{PACKAGE}.both", "--output", tmp_path / "both.json", "--pairs=6")
+    assert code == 0 and "wanted at most 5 %" in out, err
+    row = json.loads((tmp_path / "both.json").read_text())
+    assert row["accepted"]["share"] >= 0.85 and row["kinds"]["blended"]["share"] <= 0.15 and row["kinds"]["one alone"]["share"] <= 0.15
+    assert row["accepted"]["pictures"] == 24 and row["wrongly_accepted"]["pictures"] == 24 * 8
+    code, _, err = call(f"{PACKAGE}.both", "--data", tmp_path)
+    assert code == 1 and err.count("\n") == 1
+
+
+def test_the_threshold_balances_the_two_mistakes():
+    right, wrong = torch.linspace(0, 1, 101), torch.linspace(-1, 0.2, 121)
+    level = both.balanced(right, wrong)
+    assert (right <= level).float().mean() == pytest.approx((wrong > level).float().mean().item(), abs=0.02)

@@ -51,6 +51,8 @@ def make_inputs(folder):
         torch.save(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)), folder / "noise" / f"{i:02d}.pt")
     write_pictures(folder / "classes" / "val", [f"{c}_{i}.png" for c in range(4) for i in range(3)], 40)
     (folder / "classes" / "id2label.json").write_text(json.dumps({str(c): name for c, name in enumerate(("cat", "red apple", "bus", "tree"))}))
+    write_pictures(folder / "many" / "val", [f"{c}_{i}.png" for c in range(12) for i in range(6)], 40)
+    (folder / "many" / "id2label.json").write_text(json.dumps({str(c): f"thing {c}" for c in range(12)}))
     for number in "01":
         write_pictures(folder / "concepts" / number, ["0.png", "1.png", "2.png"], 70)
     content = {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1> on a hill"], "prompt_4_clip_eval": ["a dog on a hill"]},
@@ -129,6 +131,7 @@ def commands(folder):
         "P3 train, challenge": (f"{p3}.train", [challenge, *words[1:], "--steps", 1, "--sample-every", 0, "--output", out / "several"]),
         "P3 inference, challenge": (f"{p3}.inference", [challenge, out / "pictures3", sd, "--embeddings", out / "several", *draw]),
         "P3 evaluate, challenge": (f"{p3}.evaluate", [out / "pictures3", challenge, "--model", clip, "--dtype", "auto"]),
+        "P3 both": (f"{p3}.both", ["--data", folder / "many", "--model", clip, "--pairs", 1, "--output", out / "both.json"]),
         "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
         "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
                                          *draw]),
