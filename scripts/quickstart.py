@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import ROOT, UserError, fail, files, module, read_json, run
 
-CHALLENGE_IMAGES = 8  # pictures an entry; who takes part draws 25
+CHALLENGE_IMAGES = 6  # pictures an entry; who takes part draws 25
 
 
 def main():
