@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion import both
+from p3_clip_textual_inversion import both, finders
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_entries
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.files import MINI, UserError
+from p3_clip_textual_inversion.finders import BothFinder
 from p3_clip_textual_inversion.pictures import read_picture
 from p3_clip_textual_inversion.words import gather
 
@@ -164,11 +165,11 @@ def test_the_bundled_challenge_has_its_words_and_pictures():
 def test_both_are_there_only_where_each_has_a_place_of_its_own(call, tmp_path, monkeypatch):
     """On classes that set nothing of it: few pictures here, so with room; the command's own table has the shares."""
     monkeypatch.setattr(both, "PICTURES", dict.fromkeys(both.PICTURES, 4))
-    code, out, err = call(f"{PACKAGE}.both", "--output", tmp_path / "both.json", "--pairs=6")
+    code, out, err = call(f"{PACKAGE}.both", "--output", tmp_path / "both.json", "--pairs=3")
     assert code == 0 and "wanted at most 5 %" in out, err
     row = json.loads((tmp_path / "both.json").read_text())
-    assert row["accepted"]["share"] >= 0.85 and row["kinds"]["blended"]["share"] <= 0.15 and row["kinds"]["one alone"]["share"] <= 0.15
-    assert row["accepted"]["pictures"] == 24 and row["wrongly_accepted"]["pictures"] == 24 * 8
+    assert row["accepted"]["share"] >= 0.75 and row["kinds"]["blended"]["share"] <= 0.15 and row["kinds"]["one alone"]["share"] <= 0.15
+    assert row["accepted"]["pictures"] == 12 and row["wrongly_accepted"]["pictures"] == 12 * 8
     code, _, err = call(f"{PACKAGE}.both", "--data", tmp_path)
     assert code == 1 and err.count("\n") == 1
 
@@ -177,3 +178,16 @@ def test_the_threshold_balances_the_two_mistakes():
     right, wrong = torch.linspace(0, 1, 101), torch.linspace(-1, 0.2, 121)
     level = both.balanced(right, wrong)
     assert (right <= level).float().mean() == pytest.approx((wrong > level).float().mean().item(), abs=0.02)
+
+
+def test_what_lies_between_two_things_is_neither(monkeypatch):
+    """By hand, in a space of five directions: A, B, see-through mixtures, halves, and other things, near the last."""
+    finder, a, b = BothFinder.__new__(BothFinder), *torch.eye(5)[:2]
+    finder.references, finder.others = torch.eye(5)[:4], torch.tensor([[0.1, 0.1, 0, 0, 0.9], [-0.1, 0, 0, 0, 0.9], [0, -0.1, 0, 0, 0.9]])
+    between, halved = (a + b) / 2**0.5, (a + b) / 2 + torch.eye(5)[3] * 0.7
+    views = {"beside": (a, b, between, between), "above": (between, between, b, a), "one": (a,) * 4, "blend": (between,) * 4, "chimera": (halved,) * 4,
+             "side by side, not opposite": (a, between, b, between)}
+    monkeypatch.setattr(finder, "features", lambda _: torch.stack([view for four in views.values() for view in four]))
+    monkeypatch.setattr(finders, "places", lambda picture: [picture] * 4)
+    score = dict(zip(views, finder.scores(list(views)).tolist()))
+    assert min(score["beside"], score["above"]) > 5 and max(score[kind] for kind in views if kind not in ("beside", "above")) <= finder.NEAR + 1e-5
