@@ -14,7 +14,7 @@ from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_entries
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.embedding import save_embedding
-from p3_clip_textual_inversion.files import MINI, UserError
+from p3_clip_textual_inversion.files import MINI, ROOT, UserError
 from p3_clip_textual_inversion.finders import BothFinder
 from p3_clip_textual_inversion.pictures import read_picture
 from p3_clip_textual_inversion.words import gather
@@ -162,16 +162,24 @@ def test_the_bundled_challenge_has_its_words_and_pictures():
     assert all(len(example_pictures(concept.folder)) == 5 for concept in concepts)
 
 
-def test_both_are_there_only_where_each_has_a_place_of_its_own(call, tmp_path, monkeypatch):
-    """On classes that set nothing of it: few pictures here, so with room; the command's own table has the shares."""
-    monkeypatch.setattr(both, "PICTURES", dict.fromkeys(both.PICTURES, 4))
-    code, out, err = call(f"{PACKAGE}.both", "--output", tmp_path / "both.json", "--pairs=3")
+def test_the_command_that_validates_the_score_of_both(call, tiny_clip, tmp_path, monkeypatch):
+    """Every kind of picture is made of the other half's classes, and counted; what the bundled CLIP reaches stands in the committed file."""
+    (tmp_path / "val").mkdir()
+    rng = np.random.default_rng(0)
+    for name in (f"{c}_{i}.png" for c in range(12) for i in range(6)):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "val" / name)
+    (tmp_path / "id2label.json").write_text(json.dumps({str(c): f"thing {c}" for c in range(12)}))
+    monkeypatch.setattr(both, "PICTURES", dict.fromkeys(both.PICTURES, 2))
+    code, out, err = call(f"{PACKAGE}.both", "--data", tmp_path, "--model", tiny_clip, "--output", tmp_path / "both.json", "--pairs=2")
     assert code == 0 and "wanted at most 5 %" in out, err
     row = json.loads((tmp_path / "both.json").read_text())
-    assert row["accepted"]["share"] >= 0.75 and row["kinds"]["blended"]["share"] <= 0.15 and row["kinds"]["one alone"]["share"] <= 0.15
-    assert row["accepted"]["pictures"] == 12 and row["wrongly_accepted"]["pictures"] == 12 * 8
+    assert row["accepted"]["pictures"] == 4 and row["wrongly_accepted"]["pictures"] == 4 * 8 and set(row["kinds"]) == set(both.PICTURES)
+    for picture in (tmp_path / "val").glob("1*_*.png"):
+        picture.unlink()
     code, _, err = call(f"{PACKAGE}.both", "--data", tmp_path)
-    assert code == 1 and err.count("\n") == 1
+    assert code == 1 and err.count("\n") == 1 and "expected at least 12" in err
+    measured = json.loads((ROOT / "report" / "results" / "p3_both.json").read_text())
+    assert measured["accepted"]["share"] >= 0.95 and measured["wrongly_accepted"]["share"] <= 0.05
 
 
 def test_the_threshold_balances_the_two_mistakes():
