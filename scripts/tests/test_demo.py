@@ -64,13 +64,13 @@ def test_faces_are_the_command_s(tmp_path, monkeypatch, files_of):
 def test_words_are_the_command_s_and_places_differ(tmp_path, monkeypatch, files_of):
     drawing, args = importlib.import_module("demo_drawing"), args_of(monkeypatch)
     words, prompt = drawing.Words(args), "a <new1> next to a red apple"
-    view = last_of(words.draw(prompt, 3.0, 2, 2, "anywhere", [], 7))
+    view = last_of(words.draw(prompt, 2.5, 2, 2, "anywhere", [], 7))
     files.write_json(tmp_path / "prompt.json", {"0": {"token_name": "<new1>", "prompt": [prompt]}})
-    files_of("p3_clip_textual_inversion.inference", tmp_path / "prompt.json", tmp_path / "out", args.checkpoint, "--num-images", 2, "--guidance-weight", 3,
+    files_of("p3_clip_textual_inversion.inference", tmp_path / "prompt.json", tmp_path / "out", args.checkpoint, "--num-images", 2, "--guidance-weight", 2.5,
              "--steps", 2, "--seed", 7)
     for i, (_, data) in enumerate(view.pictures):
         assert (tmp_path / "out" / "0" / "0" / f"source0_prompt0_{i}.png").read_bytes() == data
-    by_clicks = last_of(words.draw(prompt, 3.0, 2, 2, drawing.BY_CLICKS, [(0.5, 0.2), (0.5, 0.8)], 7))
+    by_clicks = last_of(words.draw(prompt, 2.5, 2, 2, drawing.BY_CLICKS, [(0.5, 0.2), (0.5, 0.8)], 7))
     assert by_clicks.pictures[0][1] != view.pictures[0][1] and by_clicks.command == ""
     with pytest.raises(drawing.USER_ERRORS, match="two things"):
         words.draw("a <new1>", 3.0, 2, 1, "first left, second right", [], 0)
@@ -83,8 +83,9 @@ def test_classes_of_one_s_own(tmp_path, monkeypatch):
     _, found = classes.classify(folder / "val" / f"{number}_0.png", f"{name}, a spoon,  a spoon")
     assert found[0][0] == name and len(found) == 2 and sum(chance for _, chance, _ in found) == pytest.approx(1)
     (tmp_path / "no.png").write_text("<html>")
-    for path, names in ((None, "a, b"), (folder / "val" / f"{number}_0.png", "one"), (tmp_path / "no.png", "a, b")):
-        with pytest.raises(drawing.USER_ERRORS):
+    for path, names, said in ((None, "a, b", "choose a picture first"), (folder / "val" / f"{number}_0.png", "one", "give two to 1,000 different classes"),
+                              (tmp_path / "no.png", "a, b", r"cannot read the picture .*no\.png")):
+        with pytest.raises(drawing.USER_ERRORS, match=said):
             classes.classify(path, names)
 
 

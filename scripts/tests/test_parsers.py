@@ -185,6 +185,26 @@ def test_a_record_of_anything_is_another_programs_or_refused(tmp_path, made, rec
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("content", [np.zeros((1, 28, 28, 3), np.int64), np.zeros((2, 28, 28, 3), np.uint8), np.zeros((1, 28, 28), np.uint8), np.uint8(3)])
+def test_a_cache_of_other_pictures_is_not_believed(tmp_path, content):
+    (tmp_path / "file").write_bytes(numpy_bytes(np.save, content))
+    cached(tmp_path / "file")
+
+
+@pytest.mark.parametrize("wrong", [{"pictures": {"a.png": 3}}, {"pictures": []}, {"batches": {}}, {"batches": ["a.png"]}, {"where": 1}, {"made": {}}])
+def test_a_record_that_is_none_is_refused(tmp_path, wrong):
+    files.write_json(tmp_path / provenance.RECORD, RECORD | wrong)
+    with pytest.raises(files.UserError, match="is not a record of this project's"):
+        provenance.read_record(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"mean": [0, 0]}, {"mean": ["a", 0, 0]}, {"mean": "abc"}, {"std": [1, 1, 0]}, {"std": [1, 1, None]}, {"mode": "L"}])
+def test_numbers_of_a_configuration_are_numbers(tmp_path, wrong):
+    content = CONFIGS["open_clip"][1] | {"preprocess_cfg": wrong}
+    with pytest.raises(files3.UserError, match=next(iter(wrong))):
+        open_clip_folder.check_config(content, tmp_path)
+
+
 def test_a_small_archive_that_says_it_holds_gigabytes(tmp_path):
     """It is not unpacked to find out."""
     content = bytearray(numpy_bytes(np.savez_compressed, svhn_train=DIGITS, svhn_train_label=[1, 2]))
