@@ -44,12 +44,12 @@ def what_is(path):
         return kind_of_zip(path, tail)
     if head.startswith(LEGACY):
         return "legacy", "a file of torch.save before version 1.6"
-    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        return "pickle", "a pickle"
-    if size > 8 and head[8:9] == b"{":
+    if size > 8 and head[8:9] == b"{":  # before pickles: a header of 640 bytes begins as they do
         length = struct.unpack("<Q", head[:8])[0]
         if length < HEADER:
             return "safetensors", "a safetensors file"
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "pickle", "a pickle"
     if head[257:262] == b"ustar":
         return "", "a tar archive: unpack it"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -40,19 +40,22 @@ def loss(unet, alpha_bar, x0, eps, t, hidden, min_snr_gamma=None):
 class Guided:
     """A UNet with its condition and guidance weight w, as the samplers ask it: guided(x, t) -> (x0, eps) float32, for x [B, 4, h, w] at the integer t.
 
-    cond, uncond: hidden states [B, tokens, dim] of the prompts and of the empty prompt. At w = 0 the unconditional half is not computed."""
+    cond, uncond: hidden states [B, tokens, dim] of the prompts and of the negative prompt, by default the empty one. interval (low, high): guided only where
+    low <= t/T <= high (Kynkaanniemi et al. 2024). Elsewhere, and at w = 0, the unconditional half is not computed."""
 
-    def __init__(self, unet, alpha_bar, cond, uncond, w, dtype=torch.float32):
-        self.unet, self.alpha_bar, self.cond, self.w, self.dtype = unet, alpha_bar.tolist(), cond, w, dtype
+    def __init__(self, unet, alpha_bar, cond, uncond, w, dtype=torch.float32, interval=(0.0, 1.0)):
+        self.unet, self.alpha_bar, self.cond, self.w, self.dtype, self.interval = unet, alpha_bar.tolist(), cond, w, dtype, interval
         self.both = torch.cat([cond, uncond])
 
     def eps(self, x, t):
         """The guided estimate of the noise."""
-        hidden = self.cond if self.w == 0 else self.both
-        x = (x if self.w == 0 else torch.cat([x, x])).to(next(self.unet.parameters()).dtype)
+        low, high = self.interval
+        plain = self.w == 0 or not low <= t / len(self.alpha_bar) <= high
+        hidden = self.cond if plain else self.both
+        x = (x if plain else torch.cat([x, x])).to(next(self.unet.parameters()).dtype)
         with torch.autocast(x.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
             eps = self.unet(x, torch.full((len(x),), t, device=x.device), hidden.to(x.dtype)).sample.float()
-        if self.w == 0:
+        if plain:
             return eps
         cond, uncond = eps.chunk(2)
         return (1 + self.w) * cond - self.w * uncond

@@ -54,7 +54,7 @@ def passes(image, text, baseline):
 
 
 def add_judge_arguments(parser):
-    """The flags of the CLIP that judges, which evaluate, compare and multi share."""
+    """The flags of the CLIP that judges, which evaluate, compare and several share."""
     told = ", ".join(f"{Path(row.judge).name} for {row.name}" for row in ROWS)
     parser.add_argument("--model", default=None, help=f"the CLIP that judges: a file of OpenAI's such as ViT-B-32.pt, a folder "
                         f"of open_clip's or Hugging Face's, or a model of open_clip (default: {told})")

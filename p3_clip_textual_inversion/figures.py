@@ -1,6 +1,7 @@
 """Draws the report's figures of textual inversion from the runs of train.
 
-    python -m p3_clip_textual_inversion.figures --runs runs/p3      # p3_words.png, p3_learning.png, p3_steps.png
+    python -m p3_clip_textual_inversion.figures --runs runs/p3                # p3_words.png, p3_learning.png, p3_steps.png
+    python -m p3_clip_textual_inversion.figures --several runs/p3_several     # p3_several.png, of what several.py drew and measured
 
 p3_words: example pictures beside drawn ones, per prompt. p3_learning: loss, length and nearest ordinary words of each vector along the training.
 p3_steps: the same prompt and noise at several training steps.
@@ -20,7 +21,7 @@ from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
 from .inference import add_arguments, draw, load, settings_of
-from .pictures import chart, save_image, sheet
+from .pictures import chart, read_picture, save_image, sheet
 from .stable_diffusion import MINI_SD
 from .tensors import read_tensors
 
@@ -53,14 +54,37 @@ def learning_panels(concept, history, snapshots, parts):
     return [partial(curve, key="loss", title=f"{concept.token}: loss"), partial(curve, key="norm", title=f"{concept.token}: length of the vectors"), words]
 
 
+def draw_several(runs, report):
+    """p3_several.png: each prompt by every method, the first eight pictures of a folder that several.py drew, with what its JSON says of all of them."""
+    results, rows = read_json(report / "results" / "p3_several.json"), []
+    try:
+        for k, prompt in enumerate(results["prompts"]):
+            for method, folder in results["folders"].items():
+                paths = [runs / "pictures" / folder / str(k) / f"{i}.png" for i in range(min(results["pictures"], 8))]
+                rows.append((f"{prompt}: {method}, all in {results['methods'][method][prompt]['both']:.0%}", [read_picture(path) for path in paths]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{report / 'results' / 'p3_several.json'} is not what scripts/p3_several.sh writes: {first_line(error)}") from None
+    writable_folder(report / "figures")
+    save_image(sheet([shown for _, shown in rows], titles=[title for title, _ in rows], side=96), report / "figures" / "p3_several.png")
+    print(f"wrote figures/p3_several.png to {report}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draws the figures of textual inversion.", formatter_class=HelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
+    parser.add_argument("--runs", type=Path, default=None, help="folder that train wrote")
+    parser.add_argument("--several", type=Path, default=None, metavar="RUNS", help="the --runs of p3_several.sh: only p3_several.png is drawn, into the "
+                        "report beside its results")
+    parser.add_argument("--report", type=Path, default=ROOT / "report", help="with --several: the report's folder")
     parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for the figures")
     add_arguments(parser)
     args = parser.parse_args()
+    if args.several:
+        draw_several(args.several, args.report)
+        return
+    if args.runs is None:
+        parser.error("the following arguments are required: --runs, or --several")
     config, device, defaults, _ = settings_of(args)
     args.input = input_of(args.input, defaults.input)
     concepts = read_concepts(args.input)

@@ -9,7 +9,7 @@ import math
 import shlex
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -26,16 +26,21 @@ from .files import UserError, check_flags, existing_file, fingerprint, lock, not
 from .identity import identify, weights_fingerprint
 from .lora import add_loras, find_loras, loras_of
 from .pictures import save_image, to_uint8
+from .places import AUTO, check_regions, read_regions, regions_of
 from .provenance import Made, batches_of, claim
+from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
 from .words import gather, own_words
 
+OPTIONAL = ("negative_prompt", "guidance_interval", "regions")  # what a PNG tells only where it is used: others stay what they were before there was any
+
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How pictures are drawn. guidance_weight: w of the project's formula; side: in pixels, None for the model's own; dtype: of the UNet's autocast."""
+    """How pictures are drawn. guidance_weight: w of the project's formula; side: in pixels, None for the model's own; dtype: of the UNet's autocast;
+    negative_prompt: what guidance leads away from; guidance_interval: the t/T where it does; regions: of `read_regions`."""
     sampler: str = SD_V1.drawing.sampler
     num_steps: int = SD_V1.drawing.steps
     guidance_weight: float = SD_V1.drawing.guidance_weight
@@ -43,6 +48,28 @@ class DrawConfig:
     seed: int = 0
     batch_size: int = SD_V1.drawing.batch_size
     dtype: torch.dtype = torch.float32
+    negative_prompt: str = ""
+    guidance_interval: tuple = (0.0, 1.0)
+    regions: tuple | str = ()
+
+    def told(self):
+        """What a PNG tells of it."""
+        unused = {field.name for field in fields(self) if field.name in OPTIONAL and getattr(self, field.name) == field.default}
+        return {name: value for name, value in asdict(self).items() if name not in {"batch_size", *unused}} | {"dtype": name_of(self.dtype)}
+
+    @classmethod
+    def of_told(cls, told, batch_size):
+        """The settings that a PNG tells; a LookupError, TypeError or ValueError where that is damaged."""
+        given = {field.name: told[field.name] for field in fields(cls) if field.name not in ("batch_size", *OPTIONAL) or field.name in told}
+        given |= {"dtype": DTYPES[given["dtype"]], "regions": regions_of(given.get("regions", ())), "batch_size": batch_size}
+        config = cls(**given | {"guidance_interval": tuple(given.get("guidance_interval", cls.guidance_interval))})
+        config.check()
+        return config
+
+    def check(self):
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--guidance-interval must be two numbers with 0 <= low <= high <= 1, not {low} {high}")
 
     def states(self, model, alpha_bar, noise):
         """The sampler's states from noise(), as Stable Diffusion is drawn with it: DDIM at its own steps, to alpha_bar[0]; the others evenly, to the end."""
@@ -53,7 +80,9 @@ class DrawConfig:
 def guidance_and_noise(parts, cond, names, config, guided=Guided):
     """What a sampler asks for a batch. cond: hidden states [B, tokens, dim] of the prompts; names: of the pictures, which seed their noise."""
     noise = ImageNoise(config.seed, names, parts.latent_shape(config.side), parts.device)
-    return guided(parts.unet, parts.alpha_bar, cond, parts.encode_text([""]).expand_as(cond), config.guidance_weight, config.dtype), noise
+    uncond = parts.encode_text([config.negative_prompt]).expand_as(cond)
+    return guided(parts.unet, parts.alpha_bar, cond, uncond, config.guidance_weight, config.dtype,
+                  interval=config.guidance_interval), noise
 
 
 def states(parts, cond, names, config, guided=Guided):
@@ -62,24 +91,24 @@ def states(parts, cond, names, config, guided=Guided):
     return config.states(model, parts.alpha_bar, noise)
 
 
-def draw(parts, prompts, names, config=None, guided=Guided, progress=None):
+def draw(parts, prompts, names, config=None, plans=None, progress=None):
     """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
 
-    prompts: with learned words already written out (embedding.expand). guided: makes what the sampler asks, like `diffusion.Guided`.
+    prompts: with learned words already written out (embedding.expand), as in the negative prompt. plans: of `regions.plans_of`: none, no regions.
     progress: a tqdm that counts pictures. A batch that memory cannot hold is halved."""
-    for _, picture in draw_share(parts, prompts, names, config, guided, progress):
+    for _, picture in draw_share(parts, prompts, names, config, plans, progress):
         yield picture
 
 
 @torch.inference_mode()
-def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None, share=(0, 1)):
+def draw_share(parts, prompts, names, config=None, plans=None, progress=None, share=(0, 1)):
     """Yields (number of the prompt, picture) as `draw`, of one of several processes. share: (rank, processes): which whole batches are its own."""
-    config = config or DrawConfig()
-    unique = list(dict.fromkeys(prompts))
-    hidden = dict(zip(unique, torch.cat([parts.encode_text(unique[i:i + 64]) for i in range(0, len(unique), 64)])))
+    config, plans = config or DrawConfig(), plans or {}
+    hidden = encoded(parts, [*prompts, *texts_of(plans)])
 
     def work(batch):
         cond = torch.stack([hidden[prompts[i]] for i in batch])
+        guided = regional(parts, [plans.get(prompts[i], ()) for i in batch], hidden)
         return parts.decode(finish(states(parts, cond, [names[i] for i in batch], config, guided)).x)
 
     for batch, decoded in in_batches(range(len(prompts)), config.batch_size, work, "picture", "--dtype fp16 or a smaller --side", share):
@@ -90,17 +119,24 @@ def draw_share(parts, prompts, names, config=None, guided=Guided, progress=None,
         yield from zip(batch, to_uint8(decoded))
 
 
+def encoded(parts, texts):
+    """{text: hidden states [tokens, dim]}"""
+    unique = list(dict.fromkeys(texts))
+    return dict(zip(unique, torch.cat([parts.encode_text(unique[i:i + 64]) for i in range(0, len(unique), 64)]))) if unique else {}
+
+
 @torch.inference_mode()
-def work_of(parts, prompts, names, config):
+def work_of(parts, prompts, names, config, plans=None):
     """[(how often, work)] of a drawing, for `announce`: a step of the sampler for the first batch, and the decoding of a batch."""
-    cond = parts.encode_text(prompts[:config.batch_size])
-    model, noise = guidance_and_noise(parts, cond, names[:config.batch_size], config)
+    first, plans = prompts[:config.batch_size], plans or {}
+    guided = regional(parts, [plans.get(prompt, ()) for prompt in first], encoded(parts, texts_of(plans)))
+    model, noise = guidance_and_noise(parts, parts.encode_text(first), names[:config.batch_size], config, guided)
     x, batches = noise(), math.ceil(len(prompts) / config.batch_size)
     return [(config.num_steps * batches, lambda: next(config.states(model, parts.alpha_bar, noise))), (batches, lambda: parts.decode(x))]
 
 
 def add_arguments(parser):
-    """The flags of drawing, which inference, figures, compare and multi share."""
+    """The flags of drawing, which inference, figures, compare and several share."""
     add_argument(parser, "drawing", "--sampler", "the update rule; dpmpp_2m is DPM-Solver++, and heun calls the network twice a step",
                  choices=list(SAMPLERS))
     add_argument(parser, "drawing", "--steps", "network calls per picture; DDIM wants 50", type=int)
@@ -144,13 +180,27 @@ def main():
                         "drawn with where a prompt has the word")
     parser.add_argument("--lora-scale", type=float, default=1.0, metavar="S", help="by which all of those are multiplied; 0 leaves them out")
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
+    parser.add_argument("--regions", nargs="+", default=None, metavar="THING=BOX", help="where things of the prompts are, such as '<new1>=0,0.2,0.5,1' "
+                        "'red apple=0.5,0.2,1,1' (left, top, right, bottom, in shares of the picture; where boxes overlap all share), behind OUT and CKPT; or "
+                        "auto: by the prompt's words (on the left, above, next to, ...) or, where they do not tell, by its own attention; or none (default: "
+                        "none, but auto for a prompts.json)")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: the empty prompt)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=DrawConfig.guidance_interval,
+                        help="guide only at noise levels LOW <= t/1000 <= HIGH")
     parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
     add_arguments(parser)
     args, started = parser.parse_args(), time.perf_counter()
+    regions = read_regions(args.regions)
     config, device, _, model = settings_of(args)
     check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     check_flags(args, ("lora_scale",), math.isfinite, "a finite number")
     entries = read_entries(args.input)
+    texts = [prompt for entry in entries for prompt in entry.prompts]
+    regions = AUTO if args.regions is None and any(entry.challenge for entry in entries) else regions
+    check_regions(regions, texts)
+    config = replace(config, negative_prompt=args.negative_prompt, guidance_interval=tuple(args.guidance_interval), regions=regions)
+    config.check()
+    texts += [config.negative_prompt]
     refuse_examples(args.output, args.input, [concept for entry in entries for concept in entry.concepts])
     concepts = {concept.token: concept.number for entry in entries for concept in entry.concepts}
     tokens = list(concepts)
@@ -164,7 +214,6 @@ def main():
     args.words, missing = args.embeddings or [], [token for token in tokens if token not in own]
     if missing and not args.words:
         args.words = [str(find_words(model, learn(missing)))]
-    texts = [prompt for entry in entries for prompt in entry.prompts]
     vectors, initials, origin = gather(args.words, missing, texts, args.width, model, learn, bool(args.embeddings)) if args.words else ({}, {}, {})
     args.words += [args.checkpoint] if own.keys() - vectors.keys() else []
     vectors = own | vectors
@@ -185,11 +234,10 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
     """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way. They are drawn in the batches that they
     would always be in: the last bits of a picture depend on those beside it."""
     jobs = {e.picture(k, i): (e, k, i) for e in entries for k in range(len(e.prompts)) for i in range(args.num_images)}
-    settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
     made_of = {"model": model, "weights": weights_fingerprint(args.checkpoint)} | ({"projections": fingerprint(args.projections)} if args.projections else {})
-    made = Made("p3_clip_textual_inversion.inference", settings, made_of)
+    made = Made("p3_clip_textual_inversion.inference", config.told(), made_of)
     prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in vectors.items()}
-    own = {name: {"prompt": e.prompts[k], "token": e.token, "number": i, "words": {w: prints[w] for w in prints if w in e.prompts[k]}}
+    own = {name: {"prompt": e.prompts[k], "token": e.token, "number": i, "words": {w: prints[w] for w in prints if w in e.prompts[k] + config.negative_prompt}}
            for name, (e, k, i) in jobs.items()}
     loras = {name: f"{args.lora_scale:g} x {fingerprint(path)}" for name, path in args.loras.items()}
     for of in own.values() if loras else ():
@@ -208,16 +256,18 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
     jobs = {name: jobs[name] for batch in batches if missing & set(batch) for name in batch}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
-        prompts, names = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs]
-        check_lengths(parts, prompts, {word: len(rows) for word, rows in vectors.items()})
+        prompts, names, counts = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs], {word: len(rows) for word, rows in vectors.items()}
+        plans, config = plans_of(prompts, config, counts), replace(config, negative_prompt=expand(config.negative_prompt, counts))
+        check_lengths(parts, [*prompts, *texts_of(plans), config.negative_prompt], counts)
         if share == (0, 1):
-            announce(work_of(parts, prompts, names, config), parts.unet, device, started, config.num_steps)
+            print_plans([own[name]["prompt"] for name in jobs], config, vectors)
+            announce(work_of(parts, prompts, names, config, plans), parts.unet, device, started, config.num_steps)
         with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
             for weights, group in groupby(zip(jobs, prompts, names), lambda job: added_to(own[job[0]])):
                 paths, texts, noises = zip(*group)
                 if weights is not None:
                     added.use(weights)
-                for job, picture in draw_share(parts, texts, noises, config, progress=bar, share=share):
+                for job, picture in draw_share(parts, texts, noises, config, plans, bar, share):
                     if paths[job] in missing:
                         save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())
     print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"

@@ -3,18 +3,19 @@
     python -m p3_clip_textual_inversion.redraw OUT/0/0/source0_prompt0_3.png
 """
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 from .defaults import row_of
-from .device import DTYPES, pick_device
-from .embedding import model_name
+from .device import pick_device
+from .embedding import expand, model_name
 from .files import UserError, fingerprint, note, run
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, expanded, noise_name, prepare
 from .inference import draw as draw_pictures
 from .lora import add_loras
 from .provenance import redraw
+from .regions import plans_of
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
 from .words import gather, own_words
@@ -26,8 +27,7 @@ def draw(made, name, batch, where, args):
     identity = identify(checkpoint)
     if (model_name(row_of(identity.side), identity), weights_fingerprint(checkpoint)) != (made["made_of"]["model"], made["made_of"].get("weights")):
         note(f"{checkpoint} is another model than the one that drew {args.picture}")
-    config = DrawConfig(**{field.name: made["settings"][field.name] for field in fields(DrawConfig) if field.name not in ("batch_size", "dtype")},
-                        batch_size=len(batch), dtype=DTYPES[made["settings"]["dtype"]])
+    config = DrawConfig.of_told(made["settings"], len(batch))
     wanted = {word: print_ for own in batch.values() for word, print_ in own["words"].items()}
     sources = where.get("words", ".")
     own = {word: rows for word, rows in own_words(checkpoint).items() if word in wanted}
@@ -48,7 +48,9 @@ def draw(made, name, batch, where, args):
     if batch[name].get("lora"):
         put_loras(parts, batch[name]["lora"], where.get("lora", {}), args.picture)
         batch = {other: own for other, own in batch.items() if own.get("lora") == batch[name]["lora"]}
-    pictures = draw_pictures(parts, expanded(batch, batch, vectors), [noise_name(own) for own in batch.values()], config)
+    prompts, counts = expanded(batch, batch, vectors), {word: len(rows) for word, rows in vectors.items()}
+    plans, config = plans_of(prompts, config, counts), replace(config, negative_prompt=expand(config.negative_prompt, counts))
+    pictures = draw_pictures(parts, prompts, [noise_name(own) for own in batch.values()], config, plans)
     return dict(zip(batch, pictures))[name]
 
 

@@ -89,7 +89,7 @@ def make_sources(parts, concepts, args, row, side, config):
             subjects.append((concept, squares))
     if args.joint:
         for left, ours in subjects:
-            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (compose.py)
+            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (places.py)
                 caption = expand(f"a {left.token} next to a {right.token}", counts)
                 check_lengths(parts, [caption], counts)
                 sources.append(encode(parts, side_by_side(ours, theirs), [caption]))

@@ -21,10 +21,10 @@ from common import fail, files, run
 from demo_drawing import BY_CLICKS, PLACES, USER_ERRORS, Classes, Digits, Faces, Words, png, small
 from p1_cfg_ddpm.model import DOMAINS
 from p2_ddim.inference import MINI as FACES
-from p3_clip_textual_inversion.compose import halves
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.device import describe
 from p3_clip_textual_inversion.files import MINI, first_line
+from p3_clip_textual_inversion.places import arranged
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD
 
 CANVAS = 240  # pixels of the side of the square that is clicked at
@@ -140,8 +140,7 @@ def canvas(points):
     """The square that is clicked at, with what was chosen so far."""
     picture = Image.new("RGB", (CANVAS, CANVAS), "#e8edf5")
     if len(points) == 2:
-        _, second = halves(CANVAS, CANVAS, first=points[0], second=points[1])
-        picture = Image.composite(Image.new("RGB", picture.size, "#bcd3f7"), picture, Image.fromarray((second[0, 0] * 255).byte().numpy()))
+        picture.paste("#bcd3f7", tuple(round(edge * CANVAS) for edge in arranged(points)[1]))
     draw = ImageDraw.Draw(picture)
     for number, (x, y) in enumerate(points):
         draw.circle((x * CANVAS, y * CANVAS), 14, fill="#1f6feb")

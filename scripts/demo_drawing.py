@@ -5,7 +5,6 @@ Nothing here knows of the page, and nothing is written but to temporary folders.
 """
 
 import argparse
-import functools
 import io
 import json
 import math
@@ -30,12 +29,12 @@ from p2_ddim.interpolation import lerp, slerp
 from p2_ddim.model import load_unet
 from p3_clip_textual_inversion import inference as p3
 from p3_clip_textual_inversion.clip import Grader, reads_thumbnails, text_classifier
-from p3_clip_textual_inversion.compose import SEPARATOR, halves, regional
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.device import name_of, pick_device, pick_dtype
 from p3_clip_textual_inversion.embedding import check_models, expand, find_words, told_model
 from p3_clip_textual_inversion.files import fingerprint, note
 from p3_clip_textual_inversion.pictures import read_picture, save_image, to_uint8
+from p3_clip_textual_inversion.places import arranged, told
 from p3_clip_textual_inversion.provenance import Made
 from p3_clip_textual_inversion.tensors import tensor_fingerprint
 from p3_clip_textual_inversion.words import gather
@@ -179,39 +178,42 @@ class Words:
         """Prompts to begin with: those of the model's own input.json whose words are there, and one of two ordinary things."""
         concepts = read_concepts(self.row.input) if self.row.input.is_file() else []
         return [prompt for concept in concepts if concept.token in self.rows for prompt in concept.prompts] + [
-            f"a {self.row.ordinary[0]}{SEPARATOR}a {self.row.several.ordinary}"]
+            f"a {self.row.ordinary[0]} next to a {self.row.several.ordinary}"]
 
     def draw(self, prompt, weight, steps, count, place, clicks, seed):
         if not prompt.strip():
             raise UserError("the prompt is empty")
-        config = replace(self.config, guidance_weight=weight, num_steps=int(steps), seed=int(seed))
-        text, guided = expand(prompt, self.counts), p3.Guided
         points = clicks if place == BY_CLICKS else PLACES[place]
         if place == BY_CLICKS and len(clicks) < 2:
             raise UserError("click twice into the square: where the first thing of the prompt should be, and where the second")
+        regions = ()
         if points:
-            if len(prompt.split(SEPARATOR)) != 2:
-                raise UserError(f'places are for a prompt of two things, "a ...{SEPARATOR}a ..."; for others choose "anywhere"')
-            guided = regional(self.parts, text, masks=functools.partial(halves, first=points[0], second=points[1]))
+            things = [prompt[start:end] for start, end, _ in told(prompt, list(self.rows))]
+            if len(things) != 2:
+                raise UserError('places are for a prompt of two things, "a ... next to a ..."; for others choose "anywhere"')
+            regions = tuple(zip(things, arranged(points)))
+        config = replace(self.config, guidance_weight=weight, num_steps=int(steps), seed=int(seed), regions=regions)
+        text = expand(prompt, self.counts)
+        plans = p3.plans_of([text], config, self.counts)
         with redirect_stderr(io.StringIO()) as notes:
             p3.check_lengths(self.parts, [text], self.counts)
         token = next((word for word in self.counts if word in prompt), "")
         own = [{"prompt": prompt, "token": token, "number": i, "words": {word: self.prints[word] for word in self.counts if word in prompt}}
                for i in range(int(count))]
-        settings = {name: value for name, value in asdict(config).items() if name != "batch_size"} | {"dtype": name_of(config.dtype)}
-        made = Made("p3_clip_textual_inversion.inference", settings, {"model": self.model, "weights": self.weights})
+        made = Made("p3_clip_textual_inversion.inference", config.told(), {"model": self.model, "weights": self.weights})
         with torch.inference_mode():
+            guided = p3.regional(self.parts, [plans.get(text, ())] * len(own), p3.encoded(self.parts, p3.texts_of(plans)))
             states = p3.states(self.parts, self.parts.encode_text([text]).expand(len(own), -1, -1), [p3.noise_name(one) for one in own], config, guided)
         return watch(states, config.num_steps, [f"picture {i}" for i in range(len(own))], lambda x: to_uint8(self.parts.decode(x)),
-                     [made.with_own(one).as_json() for one in own] if not points else [None] * len(own),
-                     self.command(prompt, token, len(own), config) if token and not points else "", notes.getvalue())
+                     [made.with_own(one).as_json() for one in own], self.command(prompt, token, len(own), config) if token else "", notes.getvalue())
 
     def command(self, prompt, token, count, config):
         concept = json.dumps({"0": {"token_name": token, "prompt": [prompt]}})
         words = [part for source in self.args.embeddings or () for part in ("--embeddings", source)]
         return f"echo {shlex.quote(concept)} > prompt.json\n" + shell(
             "p3_infer.sh", "prompt.json", "OUT", self.args.checkpoint, *words, "--num-images", count, "--guidance-weight", config.guidance_weight,
-            "--steps", config.num_steps, "--seed", config.seed)
+            "--steps", config.num_steps, "--seed", config.seed, *(["--regions"] if config.regions else []),
+            *(f"{thing}={','.join(f'{edge:g}' for edge in box)}" for thing, box in config.regions))
 
 
 class Classes:

@@ -166,15 +166,15 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=
         list(draw(parts, ["a <new1>"] * 4, list("abcd"), DrawConfig(num_steps=2, batch_size=4, dtype=dtype)))
 
 
-def p3_multi(batch, dtype):
-    """The drawings of p3_multi.sh, with CLIP beside them; its trainings are those of p3_train, in processes of their own."""
-    from p3_clip_textual_inversion.compose import toward_style
+def p3_several(batch, dtype):
+    """The drawings of p3_several.sh, with CLIP beside them; its trainings are those of p3_train, in processes of their own."""
     from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.regions import plans_of
 
     judge = clip("ViT-B-32")
     parts = stable_diffusion(torch.float32)
-    config = DrawConfig(num_steps=2, batch_size=batch, dtype=dtype)
-    list(draw(parts, ["a dog"] * batch, [str(i) for i in range(batch)], config, toward_style(parts, "a dog", "a dog in oil")))
+    config, prompt = DrawConfig(num_steps=2, batch_size=batch, dtype=dtype, regions="auto"), "a dog next to a cat"
+    list(draw(parts, [prompt] * batch, [str(i) for i in range(batch)], config, plans_of([prompt], config, {})))
     del judge
 
 
@@ -222,7 +222,7 @@ def rows():
         ("p3_train.sh --gradient-checkpointing", "the same", partial(p3_train, checkpointing=True), {"batch": learning}, auto, smaller[-2:]),
         ("p3_train.sh --custom-diffusion", "the same", partial(p3_train, projections=True), {"batch": learning}, auto, [checkpointing]),
         ("p3_train.sh --lora", "the same, of the default rank", partial(p3_train, lora=SD_V1.low_rank.lora), {"batch": learning}, auto, [checkpointing]),
-        ("p3_multi.sh", f"its drawings, batches of {batch}, four prompts each, CLIP ViT-B/32 beside them", p3_multi, {"batch": batch}, auto, smaller[-2:]),
+        ("p3_several.sh", f"batches of {batch}, regions for two things, CLIP ViT-B/32 beside them", p3_several, {"batch": batch}, auto, smaller[-2:]),
         ("p3_clip.sh --model ViT-B-32.pt", "batches of 64; p3_grade.sh alike", partial(p3_clip, name="ViT-B-32"), {"batch": 64}, ("bf16",), smaller[2:]),
         ("p3_clip.sh --model ViT-L-14.pt", "batches of 64", partial(p3_clip, name="ViT-L-14"), {"batch": 64}, ("bf16",), smaller[2:]),
     ]

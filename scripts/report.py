@@ -3,7 +3,7 @@ self-contained page, report/index.html.
 
 Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data is in hw2_data/, its face
 network draws P2's figures and is graded, and its pictures are classified too, by OpenAI's CLIP from the hub: a matter for a GPU. Benchmarks and trainings are
-not run again: scripts/benchmark.sh, p3_train.sh, p3_multi.sh are.
+not run again: scripts/benchmark.sh, p3_train.sh, p3_several.sh are.
 """
 
 import argparse
@@ -36,7 +36,8 @@ RESULTS = {  # what text.md may take numbers from, and the command that measures
     "p3_benchmark": "bash scripts/p3_benchmark.sh",
     "p3_compare": "python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",
     "p3_mini": "python -m p3_clip_textual_inversion.mini_scores --drawings runs/emoji.npz",
-    "p3_multi": "bash scripts/p3_multi.sh",
+    "p3_multi": "bash scripts/p3_multi.sh (until commit 30a428d)",
+    "p3_several": "bash scripts/p3_several.sh",
     "p3_zero_shot": "bash scripts/report.sh --only zero-shot",
     "p3_zero_shot_b32": "bash scripts/report.sh --only zero-shot",
     "p3_zero_shot_l14": "bash scripts/report.sh --only zero-shot",

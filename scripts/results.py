@@ -16,7 +16,7 @@ def rows(results):
     seeds, student = p1["seeds"], p1["student"]
     ways, speed = p2["ways"], p3["rows"]
     zero_shot, compare = results["p3_zero_shot"], results["p3_compare"]["summary"][0]["image"]
-    pairs = results["p3_multi"]["methods"]["Custom Diffusion, together, regional or style guidance"]
+    known = results["p3_several"]["known"]
     real = results["p3_mini"]["prompts"]["a drawing of a <new1> on a blue background"]["real"]["image"]
 
     there = max(back[kind]["fp32"]["mse"] for kind in ("references", "drawings"))
@@ -43,7 +43,7 @@ def rows(results):
          f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
         ("P3: pictures a second, ViT-B/32: plain open_clip; here; bf16", "; ".join(f"{speed[f'ViT-B/32, {way}']['pictures_per_second']:.0f}" for way in (
             "plain open_clip, fp32", "this project, fp32", "this project, bf16")), "p3_benchmark.sh"),
-        ("P3: two learned subjects, both found in one picture", f"{pairs['a <new1> next to a <new3>']['both']:.0%}", "p3_multi.sh"),
+        ("P3: two known things, both found: words; regions", f"{known['words']['both']:.0%}; {known['words, regions']['both']:.0%}", "p3_several.sh"),
         ("P3: learning, times a straightforward loop: fp32; bf16", "; ".join(f"{times:.2f}" for times in faster), "p3_benchmark.sh"),
     ]
 
@@ -57,7 +57,7 @@ def table(results):
 def limits(results):
     """{page: the sentence with numbers that its "Limits" begin with}"""
     p1, p3 = results["p1_benchmark"], results["p3_mini"]
-    zero_shot, several = results["p3_zero_shot"], results["p3_multi"]["methods"]["Custom Diffusion, together, regional or style guidance"]
+    zero_shot, several = results["p3_zero_shot"], results["p3_several"]
 
     def span(name, kind="seeds"):
         """The least and the most over the seeds, MNIST-M; SVHN."""
@@ -71,7 +71,8 @@ def limits(results):
         "hw2_data/mini/README.md":
             f"Measured: CLIP names {zero_shot['top1']:.1%} of {zero_shot['images']} pictures of the unseen style, and is surer of its answers "
             f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {p3['stable_diffusion']['top1']:.1%} of Stable Diffusion's "
-            f"guided pictures for what they are; two learned subjects are both found in {several['a <new1> next to a <new3>']['both']:.0%} of pictures.",
+            f"guided pictures for what they are; with regions two known things are both found in {several['known']['words, regions']['both']:.0%} of pictures, "
+            f"two learned apart in {several['methods']['words learned apart, regions']['a <new1> next to a <new3>']['both']:.0%}.",
     }
 
 

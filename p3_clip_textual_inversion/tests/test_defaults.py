@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import types
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from p3_clip_textual_inversion.evaluate import judge_of
 from p3_clip_textual_inversion.files import UserError, fingerprint
 from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
 from p3_clip_textual_inversion.identity import identify, weights_fingerprint
-from p3_clip_textual_inversion.multi import train_missing
+from p3_clip_textual_inversion.several import METHODS, check_runs
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.train import pull_of_step
 from p3_clip_textual_inversion.world import STYLES, words
@@ -121,7 +120,7 @@ def test_a_copy_of_the_miniature_gets_the_miniatures_settings(call, concepts_jso
     assert row_of(identify(MINI_SD).side) is MINIATURE and row_of(512) is row_of(768) is SD_V1
 
 
-@pytest.mark.parametrize("module", ["train", "inference", "multi", "compare", "figures"])
+@pytest.mark.parametrize("module", ["train", "inference", "several", "compare", "figures"])
 def test_help_tells_what_each_model_gets(call, module):
     code, out, _ = call(f"{PACKAGE}.{module}", "--help")
     out = " ".join(out.split())
@@ -130,7 +129,7 @@ def test_help_tells_what_each_model_gets(call, module):
     assert code == 0 and f"(default: the miniature {small}, Stable Diffusion v1 {real})" in out
 
 
-@pytest.mark.parametrize("module", ["train", "multi"])
+@pytest.mark.parametrize("module", ["train", "several"])
 def test_what_the_real_model_wants_is_told_where_it_is_missing(call, monkeypatch, tiny_sd, tmp_path, module):
     """The course's concepts, which are downloaded, and the checkpoint."""
     monkeypatch.setattr(f"{PACKAGE}.{'train' if module == 'train' else 'inference'}.row_of", lambda _: replace(
@@ -200,16 +199,16 @@ def test_the_judge_of_each_row(tiny_clip, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_multi_passes_its_settings_on(row, monkeypatch, tmp_path):
-    lines = []
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: lines.append(line) or types.SimpleNamespace(returncode=0))
-    args = types.SimpleNamespace(row=row, input="i.json", checkpoint="c", output=tmp_path, train_steps=None, seed=3, device="cpu", side=256, dtype="fp16",
-                                 train_batch_size=2, gradient_checkpointing=True)
-    train_missing(args, ["a", "b"])
-    assert len(lines) == 4
-    for line, (name, (steps, flags)) in zip(lines, row.several.runs.items()):
-        assert line[line.index("--steps") + 1] == str(steps * (2 if "--joint" in flags else 1)) and str(tmp_path / name) in line
-        assert line[-4:] == ["--side=256", "--batch-size=2", "--dtype=fp16", "--gradient-checkpointing"] and set(flags) <= set(line)
+def test_what_a_method_needs_is_told(row, concepts_json, tmp_path, capsys):
+    args = types.SimpleNamespace(row=row, input=concepts_json, checkpoint="c", runs=tmp_path)
+    (tmp_path / "apart").mkdir()
+    methods = check_runs(args)
+    assert methods and {METHODS[method][0] for method in methods} == {"apart"}
+    said = capsys.readouterr().err
+    for name, (steps, flags) in row.several.runs.items():
+        line = (f"it is made by: bash scripts/p3_train.sh {concepts_json} --checkpoint c --output {tmp_path / name} --sample-every 0 "
+                f"--steps {' '.join([str(steps * (2 if '--joint' in flags else 1)), *flags])}\n")
+        assert (line in said) == (name != "apart")
 
 
 @pytest.fixture
@@ -303,7 +302,7 @@ def test_a_large_checkpoint_is_read_again_only_when_it_is_another(tmp_path, monk
     assert weights_fingerprint(path) == weights_fingerprint(path) == fingerprint(path) and len(read) == 3
 
 
-@pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "compare", "multi", "benchmark", "fullsize"])
+@pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "compare", "several", "benchmark", "fullsize"])
 def test_help_tells_of_each_flag_and_its_default_once(call, command):
     code, out, _ = call(f"p3_clip_textual_inversion.{command}", "--help")
     flags = re.split(r"\n  (?=\S)", out.partition("options:")[2])

@@ -52,6 +52,7 @@ def places(tmp_path, concepts_json):
     shutil.copytree(tmp_path / "data", tmp_path / "damaged")
     (tmp_path / "damaged" / "id2label.json").write_text('{"0": "dog", "1": "cat"}')
     shutil.copyfile(tmp_path / "data" / "val" / "0_1.png", tmp_path / "damaged" / "val" / "1_1.png")
+    shutil.copytree(tmp_path / "damaged", tmp_path / "two")
     (tmp_path / "damaged" / "val" / "0_1.png").write_bytes((tmp_path / "data" / "val" / "0_1.png").read_bytes()[:60])
     return tmp_path
 
@@ -61,7 +62,7 @@ ARGUMENTS = {
     "evaluate": ["{t}/out", "{t}/concepts/input.json", "--model={clip}", "--num-images=1"],
     "zero_shot": ["--data={t}/data", "--model={clip}", "--output={t}/new"],
     "figures": ["--runs={t}/run", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new"],
-    "multi": ["{t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new", "--report={t}/new"],
+    "several": ["{t}/concepts/input.json", "--checkpoint={sd}", "--runs={t}/new", "--report={t}/new"],
     "fullsize": [], "benchmark": [], "mini_scores": ["--drawings={t}/no"], "make_mini": ["pictures", "{t}/no"],
     "compare": ["--learned={t}/words", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--model={clip}", "--output={t}/new", "--num-images=1"],
     "pretrain": ["--drawings={t}/no", "--output={t}/new"],
@@ -96,11 +97,20 @@ ARGUMENTS = {
     ("figures", ["--runs={t}/no"], "{t}/no has no embeddings"),
     ("figures", [], "{t}/run/0 is not a finished run of scripts/p3_train.sh"),
     ("figures", ["--output={t}/file", "--input={t}/no"], "cannot read {t}/no"),
-    ("multi", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
-    ("multi", ["--ordinary-pictures={t}/file"], "no such folder of labelled pictures: {t}/file"),
-    ("multi", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
-    ("multi", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
-    ("multi", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
+    ("several", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
+    ("several", ["--ordinary-pictures={t}/file"], "no such folder of labelled pictures: {t}/file"),
+    ("several", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
+    ("several", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
+    ("several", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
+    ("several", ["--ordinary-pictures={t}/two"], "{t}/new has none of the trainings that are compared; the first is made by: bash scripts/p3_train.sh"),
+    ("inference", ["--regions", "left"], "--regions 'left' is no region; expected auto alone, or a thing of the prompt and its box, as in '<new1>="),
+    ("inference", ["--regions", "<new1>=0,0,0.5"], "--regions '<new1>=0,0,0.5' is no region"),
+    ("inference", ["--regions", "auto", "<new1>=0,0,1,1"], "--regions 'auto' is no region"),
+    ("inference", ["--regions", "<new1>=0,0,1.5,1"], "the box 0,0,1.5,1 of '<new1>' is none in shares of the picture"),
+    ("inference", ["--regions", "<new1>=0.5,0,0.5,1"], "the box 0.5,0,0.5,1 of '<new1>' is none in shares of the picture"),
+    ("inference", ["--regions", "<new1>=nan,0,1,1"], "the box nan,0,1,1 of '<new1>' is none in shares of the picture"),
+    ("inference", ["--regions", "<new7>=0,0,1,1"], "--regions: '<new7>' is in none of the prompts, such as 'a <new1> on a hill'"),
+    ("inference", ["--guidance-interval", "0.5", "0.2"], "--guidance-interval must be two numbers with 0 <= low <= high <= 1, not 0.5 0.2"),
     ("fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/empty"], "cannot write the file {t}/empty: it is a folder"),
@@ -148,8 +158,8 @@ def test_pass_marks_that_cannot_be_written_are_said_before_anything_is_drawn(cal
 def test_styles_alone_are_refused_before_anything_is_trained(call, places, tiny_sd, tiny_clip):
     content = json.loads((places / "concepts" / "input.json").read_text())
     (places / "concepts" / "styles.json").write_text(json.dumps({"1": content["1"]}))
-    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["multi"][1:]]
-    code, _, err = call(f"{PACKAGE}.multi", places / "concepts" / "styles.json", *arguments, "--model", tiny_clip, "--ordinary-pictures", places / "data")
+    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["several"][1:]]
+    code, _, err = call(f"{PACKAGE}.several", places / "concepts" / "styles.json", *arguments, "--model", tiny_clip, "--ordinary-pictures", places / "data")
     assert code == 1 and "has no subject, only styles" in err, err
 
 

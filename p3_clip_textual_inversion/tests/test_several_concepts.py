@@ -1,4 +1,4 @@
-"""Several concepts: joint training, Custom Diffusion and its merging, guidance by halves, and the score."""
+"""Several concepts: joint training, Custom Diffusion and its merging, and the score."""
 
 import types
 
@@ -8,21 +8,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from p3_clip_textual_inversion.compose import Regional, Styled, halves, regional
-from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import side_by_side
-from p3_clip_textual_inversion.defaults import SD_V1
-from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
-from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embeddings
+from p3_clip_textual_inversion.embedding import initial_rows, read_embeddings
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.finders import half_crops, paste_side_by_side
 from p3_clip_textual_inversion.measures import drift, wilson
-from p3_clip_textual_inversion.multi import guidance_of
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
-ALPHA_BAR = make_alpha_bar()
 
 
 def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, concepts_json, tiny_sd, tmp_path):
@@ -76,55 +70,6 @@ def test_merge_keeps_every_concept_and_stays_nearest():
     for _ in range(20):
         assert distance(W + 0.1 * draw(6, 12) @ free) >= distance(W) - 1e-4
     assert torch.allclose(merge(base, [base, base], targets, regular)["w"], base["w"], atol=1e-5)
-
-
-def test_regional_guidance_by_hand(echo):
-    left, right = halves(8, 8)
-    assert torch.equal(left + right, torch.ones(1, 1, 8, 8))
-    assert left[..., 0].eq(1).all() and right[..., 0].eq(0).all()
-    x, states = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
-    cond, a, b, uncond = states
-    w, whole = 3.0, 0.25
-    eps = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole).eps(x, 10)
-    assert torch.allclose(eps[..., 0], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 2) - w * 0.5))
-    assert torch.allclose(eps[..., -1], torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 5) - w * 0.5))
-    mean = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole, masks=None).eps(x, 10)
-    assert torch.allclose(mean, torch.tensor((1 + w) * (0.25 * 1 + 0.75 * 3.5) - w * 0.5))
-    all_whole = Regional(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w, torch.float32, [a, b], whole=1.0).eps(x, 10)
-    assert torch.allclose(all_whole, Guided(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), w).eps(x, 10))
-
-
-def test_each_half_follows_its_side_of_the_prompt(tiny_sd):
-    parts = load_stable_diffusion(tiny_sd)
-    assert regional(parts, "a dog on the hill") is Guided and regional(parts, "a next to b next to c") is Guided
-    whole = parts.encode_text(["a dog next to a red car"])
-    for twice, texts in ((True, ["a dog next to a dog", "a red car next to a red car"]), (False, ["a dog", "a red car"])):
-        predict = regional(parts, "a dog next to a red car", twice=twice)(parts.unet, parts.alpha_bar, whole, parts.encode_text([""]), 3.0, torch.float32)
-        assert isinstance(predict, Regional) and torch.equal(predict.all.cond[2:], parts.encode_text(texts))
-
-
-def test_prompts_get_the_guidance_that_fits_them(tiny_sd, concepts_json):
-    parts, args, concepts = load_stable_diffusion(tiny_sd), types.SimpleNamespace(row=SD_V1), read_concepts(concepts_json)
-    vectors = {concept.token: torch.randn(2, 32) * 0.1 for concept in concepts}
-    add_words(parts, vectors)
-    counts = dict.fromkeys(vectors, 2)
-    pair, styled = (expand(prompt, counts) for prompt in ("a <new1> next to a cat", "a photo of a <new1> in the style of <new2>"))
-    empty = parts.encode_text([""])
-    predict = {(text, name): guidance_of(parts, text, concepts, counts, options, args)(parts.unet, parts.alpha_bar, parts.encode_text([text]), empty, 2.0)
-               for text in (pair, styled) for name, options in (("plain", None), ("all", {}), ("composed", {"masks": None}))}
-    assert {key: type(value) for key, value in predict.items()} == {
-        (pair, "plain"): Guided, (pair, "all"): Regional, (pair, "composed"): Regional,
-        (styled, "plain"): Guided, (styled, "all"): Styled, (styled, "composed"): Guided}
-    ends = parts.encode_text(["a photo of a dog", expand("a photo of a dog in the style of <new2>", counts)])
-    assert torch.equal(predict[styled, "all"].all.cond[2:], ends)
-
-
-def test_style_guidance_by_hand(echo):
-    x, (cond, plain, styled, uncond) = torch.zeros(2, 4, 8, 8), [torch.full((1, 3, 5), value) for value in (1.0, 2.0, 5.0, 0.5)]
-    eps = Styled(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], 0.5).eps(x, 10)
-    assert torch.allclose(eps, torch.full_like(x, 4 * (1 + 0.5 * (5 - 2)) - 3 * 0.5))
-    none = Styled(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0, torch.float32, plain[0][None], styled[0][None], strength=0).eps(x, 10)
-    assert torch.allclose(none, Guided(echo, ALPHA_BAR, cond.expand(2, -1, -1), uncond.expand(2, -1, -1), 3.0).eps(x, 10))
 
 
 def test_ordinary_pictures_that_stay_have_not_drifted():

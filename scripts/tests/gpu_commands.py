@@ -82,7 +82,7 @@ def make_inputs(folder):
                             feature_extractor=None, requires_safety_checker=False).save_pretrained(folder / "sd")
 
 
-LONGEST = ("P1 benchmark", "P3 multi")  # which are made of the others; once is enough
+LONGEST = ("P1 benchmark", "P3 several")  # which are made of the others; once is enough
 
 
 def commands(folder):
@@ -135,8 +135,10 @@ def commands(folder):
         "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
         "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
                                          *draw]),
-        "P3 multi": (f"{p3}.multi", [concepts, "--checkpoint", sd, "--model", clip, "--ordinary-pictures", folder / "classes", "--train-steps", 1,
-                                     "--train-batch-size", 64, "--output", out / "multi", "--report", out / "report", *draw]),
+        "P3 several": (f"{p3}.several", [concepts, "--checkpoint", sd, "--model", clip, "--ordinary-pictures", folder / "classes", "--runs", out,
+                                         "--report", out / "report", *draw]),
+        "P3 inference, regions": (f"{p3}.inference", [concepts, out / "pictures3", sd, "--embeddings", out / "words", *draw, "--regions", "<new1>=0,0,0.5,1",
+                                                      "--negative-prompt", "a cat", "--guidance-interval", 0.1, 0.9]),
     }
 
 
@@ -161,7 +163,7 @@ def call(module, arguments):
 
 
 def run_here(command, *args, plain=subprocess.run, **options):
-    """subprocess.run, but that a process which would run a module of the project's (multi's trainings) is no process, whose GPU nobody would simulate."""
+    """subprocess.run, but that a process which would run a module of the project's (a training) is no process, whose GPU nobody would simulate."""
     if list(command[:2]) != [sys.executable, "-m"]:
         return plain(command, *args, **options)
     argv, result = sys.argv, call(command[2], [*command[3:], "--prior", 2])

@@ -71,7 +71,11 @@ def test_words_are_the_command_s_and_places_differ(tmp_path, monkeypatch, files_
     for i, (_, data) in enumerate(view.pictures):
         assert (tmp_path / "out" / "0" / "0" / f"source0_prompt0_{i}.png").read_bytes() == data
     by_clicks = last_of(words.draw(prompt, 2.5, 2, 2, drawing.BY_CLICKS, [(0.5, 0.2), (0.5, 0.8)], 7))
-    assert by_clicks.pictures[0][1] != view.pictures[0][1] and by_clicks.command == ""
+    assert by_clicks.pictures[0][1] != view.pictures[0][1] and by_clicks.command.endswith("--regions 'a <new1>=0,0,1,0.5' 'a red apple=0,0.5,1,1'")
+    files_of("p3_clip_textual_inversion.inference", tmp_path / "prompt.json", tmp_path / "placed", args.checkpoint, "--num-images", 2, "--guidance-weight", 2.5,
+             "--steps", 2, "--seed", 7, "--regions", "a <new1>=0,0,1,0.5", "a red apple=0,0.5,1,1")
+    for i, (_, data) in enumerate(by_clicks.pictures):
+        assert (tmp_path / "placed" / "0" / "0" / f"source0_prompt0_{i}.png").read_bytes() == data
     with pytest.raises(drawing.USER_ERRORS, match="two things"):
         words.draw("a <new1>", 3.0, 2, 1, "first left, second right", [], 0)
 

@@ -239,3 +239,13 @@ def test_a_torch_file_of_anything(tmp_path, content):
                  lambda path: custom_diffusion.read_weights(path, NETWORK), lambda path: words.gather([path], ["<new1>"], width=8)):
         with contextlib.suppress(UserError2):
             answer(read, path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_that_begins_like_a_pickle(tmp_path, length):
+    """A safetensors file begins with its header's length: 0x280, 0x380, ... are a pickle's first bytes, too."""
+    content = save({"a": torch.ones(2)}, {"note": ""})
+    content = save({"a": torch.ones(2)}, {"note": " " * (length - int.from_bytes(content[:8], "little"))})
+    assert content[0] == 0x80 and int.from_bytes(content[:8], "little") == length
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert tensors.read_tensors(tmp_path / "a.safetensors", "word")["a"].tolist() == [1, 1]

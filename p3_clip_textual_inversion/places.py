@@ -1,0 +1,146 @@
+"""Where the things of a prompt are: as --regions tells, or as its words do (on the left, above, next to, ...), and what each thing's region is told.
+
+    plan("a <new1> next to a cat on a hill", "auto", ["<new1>"])
+    # Region("a <new1> next to a <new1> on a hill", (0, 0, 0.5, 1), ...), Region("a cat next to a cat on a hill", (0.5, 0, 1, 1), ...)
+
+A box is (left, top, right, bottom) in shares of the picture. Learned words are written out (embedding.expand) wherever texts are a model's.
+"""
+
+import re
+from itertools import pairwise
+from typing import NamedTuple
+
+from .files import UserError
+
+AUTO = "auto"
+PLACES = {"left": (0.0, 0.0, 0.5, 1.0), "right": (0.5, 0.0, 1.0, 1.0), "top": (0.0, 0.0, 1.0, 0.5), "bottom": (0.0, 0.5, 1.0, 1.0)}
+RELATIONS = {  # of what stands between two things: (axis, whether the first comes first along it)
+    "next to": (0, True), "beside": (0, True), "to the left of": (0, True), "left of": (0, True), "to the right of": (0, False), "right of": (0, False),
+    "above": (1, True), "below": (1, False), "under": (1, False)}
+BETWEEN = re.compile(rf"\s+({'|'.join(sorted(RELATIONS, key=len, reverse=True))})\s+", re.IGNORECASE)
+PLACED = re.compile(rf"\s+(?:on|at|to|in)\s+the\s+({'|'.join(PLACES)})(?:\s+side|\s+half)?\b(?!\s+of\b)", re.IGNORECASE)
+AND = re.compile(r"\s+and\s+", re.IGNORECASE)  # both are there, and nothing tells where
+END = re.compile(r"\s+(?:of|on|in|at|against|from|by|to|for|over|with|and)\s+|[,.;:]", re.IGNORECASE)  # where the words of a thing begin or end
+STYLE = re.compile(  # it has no place, and stays in what every region is told
+    r",?\s+in\s+(?:(?:the\s+)?style\s+of|(?:an?\s+|the\s+)?(?:(?:\S*[<>]\S*\s+)+|\w+[ -])style)\b.*", re.IGNORECASE | re.DOTALL)
+
+
+class Region(NamedTuple):
+    """text: what it is told; box: (left, top, right, bottom) in shares of the picture, or None where the prompt's attention will tell; before, thing: of
+    the prompt, what stands before the thing's words, and these. Learned words are written out in all of them."""
+    text: str
+    box: tuple | None
+    before: str
+    thing: str
+
+
+def read_regions(texts):
+    """What --regions was given: () for nothing and "none", "auto", or ((name, (left, top, right, bottom)), ...), checked."""
+    if not texts or texts in ([AUTO], ["none"]):
+        return AUTO if texts == [AUTO] else ()
+    found = []
+    for text in texts:
+        name, _, numbers = str(text).rpartition("=")
+        try:
+            found.append((name.strip(), [float(number) for number in numbers.split(",")]))
+        except ValueError:
+            found.append(("", []))
+        if not found[-1][0] or len(found[-1][1]) != 4:
+            raise UserError(f"--regions {text!r} is no region; expected {AUTO} alone, or a thing of the prompt and its box, as in '<new1>=0,0.2,0.5,1' "
+                            "(left, top, right, bottom, in shares of the picture)")
+    return regions_of(found)
+
+
+def regions_of(content):
+    """The same of ("auto" or) lists of a name and a box, as a PNG tells them."""
+    if content == AUTO:
+        return AUTO
+    found = tuple((name, (left, top, right, bottom)) for name, (left, top, right, bottom) in content)
+    for name, (left, top, right, bottom) in found:
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise UserError(f"the box {left:g},{top:g},{right:g},{bottom:g} of {name!r} is none in shares of the picture; expected left, top, right, bottom "
+                            "with 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
+    return found
+
+
+def check_regions(regions, prompts):
+    """A `UserError` for a region of what is in none of the prompts (learned words not written out)."""
+    for name, _ in regions if regions != AUTO else ():
+        if not any(places_of(name, prompt) for prompt in prompts):
+            raise UserError(f"--regions: {name!r} is in none of the prompts, such as {prompts[0]!r}; give a learned word or another thing of a prompt")
+
+
+def places_of(name, prompt):
+    """The (start, end) of a thing's words in a prompt, with their article, wherever they stand."""
+    return [match.span() for match in re.finditer(rf"(?:\b(?:an?|the)\s+)?(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE)]
+
+
+def plan(prompt, regions, words=()):
+    """The `Region`s of a prompt, none where there is nothing to tell apart. prompt: learned words written out, as they are in regions (`read_regions`) and in
+    words, those that have one."""
+    if regions == AUTO:
+        spans = told(prompt, words)
+    else:
+        seen, spans = {}, []
+        for name, box in regions:  # a name that comes several times: its places in turn
+            found = places_of(name, prompt)
+            if (k := seen.setdefault(name, 0)) < len(found):
+                spans.append((*found[k], box))
+            seen[name] += 1
+    spans.sort(key=lambda span: span[:2])
+    return [Region(with_thing(prompt, spans, prompt[start:end]), box, prompt[:start], prompt[start:end]) for start, end, box in spans]
+
+
+def with_thing(prompt, spans, thing):
+    """The prompt with one thing in the place of every thing."""
+    for start, end, _ in sorted(spans, reverse=True):
+        prompt = f"{prompt[:start]}{thing}{prompt[end:]}"
+    return prompt
+
+
+def told(prompt, words):
+    """[(start, end, box)] of the things of a prompt and where its words say that they are. Where they do not tell, the boxes are None; a prompt that has not
+    two things, or whose learned words are not among those that have a place, has none with a place."""
+    body = STYLE.sub("", prompt)
+    learned = [span for word in words for span in places_of(word, body)]
+
+    def complete(spans):
+        return any(spans) and all(any(start <= s and e <= end for start, end, *_ in spans) for s, e in learned)
+    placed = [(*phrase_before(body, match.start()), PLACES[match[1].lower()]) for match in PLACED.finditer(body)]
+    if len({box for *_, box in placed}) > 1 and complete(placed):
+        return placed
+    between = list(BETWEEN.finditer(body))
+    if len({RELATIONS[match[1].lower()] for match in between}) == 1:
+        (axis, forwards), = {RELATIONS[match[1].lower()] for match in between}
+        spans = [phrase_before(body, between[0].start()), *(phrase_after(body, match.end()) for match in between)]
+        boxes = strips(len(spans), axis)
+        if complete(spans):
+            return [(*span, box) for span, box in zip(spans, boxes if forwards else boxes[::-1])]
+    both = [[phrase_before(body, match.start()), phrase_after(body, match.end())] for match in AND.finditer(body)]
+    spans = next((pair for pair in both if learned and complete(pair)), learned if len(learned) > 1 else [])
+    return [(*span, None) for span in spans]
+
+
+def phrase_before(text, end):
+    """(start, end) of the last thing before a place in a text: "a drawing of a cat" -> "a cat"."""
+    start = max((match.end() for pattern in (END, BETWEEN, PLACED) for match in pattern.finditer(text[:end] + " ") if match.end() <= end), default=0)
+    return start + len(text[start:end]) - len(text[start:end].lstrip()), end
+
+
+def phrase_after(text, start):
+    """(start, end) of the first thing behind a place in a text: "a cat on a hill" -> "a cat"."""
+    return start, min((match.start() for pattern in (END, BETWEEN) if (match := pattern.search(text, start))), default=len(text.rstrip()))
+
+
+def strips(count, axis):
+    """Boxes of the same size, from left to right (axis 0) or from top to bottom (axis 1)."""
+    edges = [i / count for i in range(count + 1)]
+    return [(low, 0.0, high, 1.0) if axis == 0 else (0.0, low, 1.0, high) for low, high in pairwise(edges)]
+
+
+def arranged(points):
+    """`strips` for things at points (x, y), 0..1 from the upper left corner, in their order: beside each other or above, as they differ more."""
+    spread = [max(values) - min(values) for values in zip(*points)]
+    axis = 0 if spread[0] >= spread[1] else 1
+    order = sorted(range(len(points)), key=lambda i: points[i][axis])
+    return [strips(len(points), axis)[order.index(i)] for i in range(len(points))]
