@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .concepts import CHALLENGE_IMAGES
 from .defaults import MINIATURE, HelpFormatter
 from .device import free_memory, name_of, progress
 from .dino import read_dino, stand_in
@@ -32,7 +33,7 @@ from .evaluate import add_judge_arguments, judge_of
 from .files import MINI, UserError, check_flags, lock, run, writable_folder, write_json
 from .guard import command as command_of
 from .identity import weights_fingerprint
-from .inference import add_arguments, draw, load, picture_path, settings_of, work_of
+from .inference import add_arguments, draw, load, settings_of, work_of
 from .measures import DRAWS, percentiles
 from .pictures import picture_files, read_picture, save_image, sheet
 from .provenance import Made, batches_of, claim
@@ -59,13 +60,22 @@ class Task:
         self.written = [filled(prompt, [subject.token for subject in subjects]) for prompt in self.prompts]
         self.plain = [filled(prompt, nouns) for prompt in self.prompts]
 
-    def entry(self):
-        """As an input.json has it."""
-        return {"src_image": self.nouns[0], "token_name": self.subjects[0].token, "prompt": self.written, "prompt_4_clip_eval": self.plain}
+    def entries(self):
+        """As the course's files have it: of a subject an entry of input.json, of a pair one of prompts.json for each prompt, with the words that it has."""
+        if len(self.subjects) == 1:
+            return {self.name: {"src_image": self.nouns[0], "token_name": self.subjects[0].token, "prompt": self.written, "prompt_4_clip_eval": self.plain}}
+        there = [[subject for subject in self.subjects if subject.token in text] for text in self.written]
+        return {f"{self.name}+{k}": {"src_image": [s.name for s in there[k]], "token_name": [s.token for s in there[k]], "prompt": self.written[k],
+                                     "prompt_4_clip_eval": self.plain[k]} for k in range(len(self.prompts))}
+
+    def picture(self, k, i):
+        """Where inference puts picture i of prompt k."""
+        paired = len(self.subjects) > 1
+        return self.folder / (f"{self.name}+{k}/{i:02d}.png" if paired else f"{self.name}/{k}/source{self.name}_prompt{k}_{i}.png")
 
     def pictures(self, count):
         """[(path, its prompt with classes' names)] of the pictures with learned words."""
-        return [(picture_path(self.folder, self.name, k, i), text) for k, text in enumerate(self.plain) for i in range(count)]
+        return [(self.picture(k, i), text) for k, text in enumerate(self.plain) for i in range(count)]
 
 
 def plain_path(folder, text, i):
@@ -77,18 +87,18 @@ def plain_path(folder, text, i):
 # ------------------------------------------------------------------ learning and drawing
 
 def write_inputs(folder, tasks, pairs):
-    """(input.json, pairs.json) with links to the subjects' pictures beside them, for train and inference."""
-    writable_folder(folder)
+    """(input.json, prompts.json) with links to the subjects' pictures beside them, for train and inference."""
     for subject in dict.fromkeys(subject for task in (*tasks, *pairs) for subject in task.subjects):
-        link, target = folder / subject.name, subject.folder.resolve()
-        if link.is_symlink():
-            link.unlink()
-        if os.path.lexists(link):
-            raise UserError(f"{link} is in the way of a link to {target}; choose another OUT")
-        link.symlink_to(target)
-    for name, chosen in (("input", tasks), ("pairs", pairs)):
-        write_json(folder / f"{name}.json", {task.name: task.entry() for task in chosen})
-    return folder / "input.json", folder / "pairs.json"
+        for place in (folder, folder / CHALLENGE_IMAGES):
+            link, target = writable_folder(place) / subject.name, subject.folder.resolve()
+            if link.is_symlink():
+                link.unlink()
+            if os.path.lexists(link):
+                raise UserError(f"{link} is in the way of a link to {target}; choose another OUT")
+            link.symlink_to(target)
+    for name, chosen in (("input", tasks), ("prompts", pairs)):
+        write_json(folder / f"{name}.json", {key: entry for task in chosen for key, entry in task.entries().items()})
+    return folder / "input.json", folder / "prompts.json"
 
 
 def call(module, *arguments):
@@ -245,7 +255,7 @@ def figure(args, tasks, pairs):
         real = [read_picture(path) for subject in task.subjects for path in picture_files(subject.folder)[:4 // len(task.subjects)]]
         shown = range(min(len(task.prompts), 5))
         plain = [read_picture(plain_path(args.output / "class_names", task.plain[k], 0)) for k in shown]
-        learned = [read_picture(picture_path(task.folder, task.name, k, 0)) for k in shown]
+        learned = [read_picture(task.picture(k, 0)) for k in shown]
         blank = [Image.new("RGB", (8, 8), "white")]
         rows.append([*real, *blank * (4 - len(real)), *plain, *learned])
         titles.append(f"{task.name}: real pictures; {', '.join(task.nouns)}; the learned word{'s' * (len(task.nouns) > 1)}")
@@ -300,7 +310,7 @@ def main():
     args.miniature = row is MINIATURE
     grader = judge_of(row, args, device=device)
     eye = None if args.dino == "none" else stand_in(grader) if args.miniature and args.dino is None else read_dino(args.dino, device)
-    print(f"subjects are told by {eye.name if eye else 'CLIP alone (--dino none)'}", flush=True)
+    print(f"subjects are told by {eye.name if eye else 'CLIP alone'}", flush=True)
     texts = list(dict.fromkeys(text for task in (*tasks, *pairs) for text in task.plain))
     writable_folder(args.output)
     for part in ("results", "figures"):

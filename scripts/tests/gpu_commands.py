@@ -64,6 +64,11 @@ def make_inputs(folder):
                      "prompt_4_clip_eval": "A cat on the left in a watercolor style."}}
     (folder / "challenge" / "prompts.json").write_text(json.dumps(content))
 
+    for name in ("cat", "bus"):
+        write_pictures(folder / "bench" / name, ["0.png", "1.png"], 70)
+    listed = "prompt_list = [\n'a {0} {1} on a hill'.format(unique_token, class_token)\n]\n"
+    (folder / "bench" / "prompts_and_classes.txt").write_text(f"cat,cat\nbus,toy\nObject Prompts\n{listed}Live Subject Prompts\n{listed}")
+
     torch.manual_seed(0)
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
@@ -82,7 +87,7 @@ def make_inputs(folder):
                             feature_extractor=None, requires_safety_checker=False).save_pretrained(folder / "sd")
 
 
-LONGEST = ("P1 benchmark", "P3 several")  # which are made of the others; once is enough
+LONGEST = ("P1 benchmark", "P3 dreambench", "P3 several")  # which are made of the others; once is enough
 
 
 def commands(folder):
@@ -139,6 +144,8 @@ def commands(folder):
                                          "--report", out / "report", *draw]),
         "P3 inference, regions": (f"{p3}.inference", [concepts, out / "pictures3", sd, "--embeddings", out / "words", *draw, "--regions", "<new1>=0,0,0.5,1",
                                                       "--negative-prompt", "a cat", "--guidance-interval", 0.1, 0.9]),
+        "P3 dreambench": (f"{p3}.dreambench", [folder / "bench", out / "bench", sd, "--model", clip, "--dino", "none", *draw, "--learn",
+                                               "--steps 1 --batch-size 64 --crops 1 --vectors 2 --validate-every 100"]),
     }
 
 
