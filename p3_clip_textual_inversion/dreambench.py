@@ -206,8 +206,8 @@ def summary_of(scores):
 
 
 def table(title, rows, metrics):
-    """Lines: a title, the metrics, a row for each way. rows: [(name, {metric: number})]"""
-    lines = [f"{title:52}" + "".join(f"{METRICS[metric]:>10}" for metric in metrics)]
+    """Lines: a title, the metrics' names, a row for each way. rows: [(name, {metric: number})]"""
+    lines = [title, " " * 52 + "".join(f"{METRICS[metric]:>10}" for metric in metrics)]
     for name, row in rows:
         lines.append(f"  {name:50}" + "".join(f"{row[metric]:10.3f}" if row.get(metric) is not None else f"{'-':>10}" for metric in metrics))
     return lines
