@@ -220,13 +220,14 @@ def measured(args, name, tasks, pairs, grader, eye):
     references = {metric: {s.name: judge.of_files(picture_files(s.folder)) for s in subjects} for metric, judge in judges.items()}
     real = {task.name: {metric: among(features[task.name]) for metric, features in references.items()} for task in tasks}
     count, plain = args.num_images, args.output / "class_names"
+    learned = f"learned words{f' ({args.learn})' if args.learn else ''}"
     ways = {"class names, nothing learned": lambda task: [(plain_path(plain, text, i), text) for text in task.plain for i in range(count)],
-            f"learned words{f' ({args.learn})' if args.learn else ''}": lambda task: task.pictures(count)}
+            learned: lambda task: task.pictures(count)}
     results = {"subjects": {"real pictures": real}, "pairs": {}}
     for way, files in ways.items():
         results["subjects"][way] = scores_of(tasks, files, judges, references)
         if pairs:
-            results["pairs"][way] = scores_of(pairs, files, judges, references)
+            results["pairs"][f"{way}, in regions" if way == learned and args.regions == "auto" else way] = scores_of(pairs, files, judges, references)
     summary = {part: {way: summary_of(scores) for way, scores in rows.items()} for part, rows in results.items()}
     metrics = [metric for metric in METRICS if metric == "clip_t" or metric in judges]
     lines = []
@@ -275,6 +276,7 @@ def parse_args():
     parser.add_argument("--no-pairs", action="store_true", help="leave out the pairs, where the benchmark has some")
     parser.add_argument("--learn", default="", metavar="FLAGS", help='for p3_train, such as "--lora" or "--steps 500" (in quotes)')
     parser.add_argument("--draw", default="", metavar="FLAGS", help="for p3_infer, in quotes, when it draws learned words")
+    parser.add_argument("--regions", choices=["auto", "none"], default="auto", help="of pairs, as of p3_infer: each subject in its place, or words alone")
     parser.add_argument("--dino", default=None, metavar="FILE", help=f"DINO ViT-S/16, of timm or Facebook; none: without (default: from the hub; for "
                         f"{MINIATURE.name} its CLIP's image tower stands in)")
     parser.add_argument("--report", type=Path, default=None, help="folder for results/p3_dreambench.json and figures/p3_dreambench.png (default: OUT/report)")
@@ -305,7 +307,7 @@ def main():
     subjects = chosen(every, args.subjects)
     pairs = [pair for pair in pairs if set(pair.subjects) <= set(subjects) and not args.no_pairs]
     tasks = [Task((s,), (s.noun,), s.prompts, args.prompts, args.output / "pictures") for s in subjects]
-    pairs = [Task(p.subjects, p.nouns, p.prompts, args.prompts, args.output / "pairs") for p in pairs]
+    pairs = [Task(p.subjects, p.nouns, p.prompts, args.prompts, args.output / f"pairs{'_regions' if args.regions == 'auto' else ''}") for p in pairs]
     config, device, row, model = settings_of(args)
     args.miniature = row is MINIATURE
     grader = judge_of(row, args, device=device)
@@ -328,10 +330,11 @@ def main():
                    "--num-images", args.num_images, "--embeddings", args.output / "words", *common, *shlex.split(args.draw))
         call("inference", inputs, args.output / "pictures", args.checkpoint, *drawing)
         if pairs:
-            call("inference", pair_inputs, args.output / "pairs", args.checkpoint, *drawing)
+            places = ("--regions", "auto") if args.regions == "auto" else ()
+            call("inference", pair_inputs, args.output / pairs[0].folder.name, args.checkpoint, *drawing, *places)
         results, lines = measured(args, name, tasks, pairs, grader, eye)
     settings = {"sampler": config.sampler, "num_steps": config.num_steps, "guidance_weight": config.guidance_weight, "seed": args.seed,
-                "learn": args.learn, "draw": args.draw, "model": model}
+                "learn": args.learn, "draw": args.draw, "regions": args.regions, "model": model}
     write_json(args.report / "results" / "p3_dreambench.json", results | {"settings": settings})
     save_image(figure(args, tasks, pairs), args.report / "figures" / "p3_dreambench.png")
     print("\n".join(lines))
