@@ -12,7 +12,7 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
      8  stable_diffusion (its five parts, from anywhere), cache (features kept), finders (is a concept there?), regions, dino
      9  inference (the graded files), adapters (few shots, transduction), fullsize (a file of full size)
     10  evaluate (the grade), sources (what a word is learned from), redraw (a picture again), zero_shot (classification)
-    11  train (textual inversion), compare (against untrained words), several (concepts in one picture), both (are two there?), dreambench (the field's benchmarks)
+    11  train (textual inversion), compare (against untrained words), several (concepts in one picture), both (are two there?), dreambench (the field's)
     12  benchmark (speed), figures (the report's), minimal (the problem on one page)
     13  miniature (the workshop; a user need not look), world, model, tasks, make_mini, pretrain, mini_scores (the first one, which made today's)
 """
