@@ -40,7 +40,7 @@ def pictures(tmp_path):
 
 def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, pictures, tmp_path):
     settings = [*SETTINGS, "--data", pictures, "--steps", 40]
-    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "whole")
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole")  # apart: what other tests did to this process may change a last bit
     assert code == 0 and "next: bash scripts/p2_infer.sh" in out, err
     process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False)
     while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
@@ -49,7 +49,7 @@ def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, pict
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "UNet.pt").exists()
     assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
-    code, out, err = call(TRAIN, *settings, "--output", tmp_path / "killed")
+    code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed")
     assert code == 0 and "going on at step" in out, err
     whole, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed"))
     for part in ("model", "ema"):
