@@ -135,7 +135,7 @@ def commands(folder):
         "P3 evaluate": (f"{p3}.evaluate", [out / "pictures", concepts, "--model", clip, "--num-images", 1, "--dtype", "auto"]),
         "P3 train, challenge": (f"{p3}.train", [challenge, *words[1:], "--steps", 1, "--sample-every", 0, "--output", out / "several"]),
         "P3 inference, challenge": (f"{p3}.inference", [challenge, out / "pictures4", sd, "--embeddings", out / "several", *draw]),
-        "P3 evaluate, challenge": (f"{p3}.evaluate", [out / "pictures3", challenge, "--model", clip, "--dtype", "auto"]),
+        "P3 evaluate, challenge": (f"{p3}.evaluate", [out / "pictures4", challenge, "--model", clip, "--dtype", "auto"]),
         "P3 both": (f"{p3}.both", ["--data", folder / "many", "--model", clip, "--pairs", 1, "--output", out / "both.json"]),
         "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
         "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
