@@ -161,6 +161,18 @@ def check_made(folder, paths, expected=None):
     return first
 
 
+def command_line(start, parser, args, leave_out=()):
+    """The command that asks for what parsed arguments say, for the results it writes: `start` and each flag that is not at its default, where not left out."""
+    words = [start]
+    for action in parser._actions:  # argparse has no public list of them
+        value = getattr(args, action.dest, action.default)
+        if not action.option_strings or action.dest in leave_out or value == action.default:
+            continue
+        values = [] if action.nargs == 0 else value if isinstance(value, (list, tuple)) else [value]
+        words += [action.option_strings[-1], *(shlex.quote(str(each)) for each in values)]
+    return " ".join(words)
+
+
 def told(made):
     """A `Made`'s dictionary in one line, for a grade: settings and fingerprints."""
     if made is None:

@@ -3,9 +3,12 @@
     python -m p2_ddim.make_mini faces runs/held_out --count 3000 --seed 1
     python -m p2_ddim.sweep --faces runs/held_out       # writes report/results/p2_samplers.json; p2_figures.sh draws it
 
+Half an hour of one core; each row is written when it is measured, and the same command again goes on.
+
 Three measures. distance: to the answer of 1,000 steps from the same noise (root mean square, in grey levels; not for ddpm, whose answers are random), without
 the clamp of x0, as only then all solve one and the same equation. clamped: the same with it, as p2_infer draws. frechet: the Fréchet distance of as many
-faces, with the clamp, to drawn ones (quality.py), beside that of drawn ones to drawn ones. --measure takes some of them; the file keeps what it has of others.
+faces, with the clamp, to drawn ones (quality.py), beside that of as many drawn ones, which is far from zero for few. --measure takes some of them; the file
+keeps what it has of others.
 """
 
 import argparse
@@ -13,18 +16,21 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .data import read_pictures
 from .device import DTYPES, describe, machine, pick_device, pick_dtype
-from .files import RESULTS, UserError, check_flags, read_json, run, writable_file, write_json
+from .files import RESULTS, UserError, check_flags, fingerprint, read_json, run, writable_file, write_json
 from .inference import MINI, QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
+from .provenance import command_line
 from .quality import features, frechet_distance
 from .samplers import SAMPLERS, ImageNoise
 
 MEASURES = ["distance", "clamped", "frechet"]
+SETS = 10  # of drawn faces, whose Fréchet distances tell what chance does
 
 
 def configs(evaluations):
@@ -41,13 +47,13 @@ def parse_args():
     parser.add_argument("--measure", choices=MEASURES, nargs="+", default=MEASURES, help="what is measured")
     parser.add_argument("--faces", type=Path, default=None, help="folder of drawn faces that the network was not trained on; frechet needs it")
     parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
-    parser.add_argument("--count", type=int, default=500, help="faces whose Fréchet distance is measured")
-    parser.add_argument("--near", type=int, default=16, help="faces whose distance to the answer of --truth steps is measured")
+    parser.add_argument("--count", type=int, default=100, help="faces whose Fréchet distance is measured")
+    parser.add_argument("--near", type=int, default=4, help="faces whose distance to the answer of --truth steps is measured")
     parser.add_argument("--truth", type=int, default=1000, help="steps of that answer, by ddim")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50], help="of the network, an image")
     parser.add_argument("--side", type=int, default=64, help="of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--output", type=Path, default=RESULTS / "p2_samplers.json", help="the JSON file to write")
@@ -56,17 +62,19 @@ def parse_args():
     check_flags(args, ("near",), lambda value: value >= 1, "at least 1")
     if "frechet" in args.measure and not args.faces:
         raise UserError("--measure frechet needs --faces; python -m p2_ddim.make_mini faces draws some")
+    args.command = command_line("python -m p2_ddim.sweep", parser, args, leave_out=("measure", "device", "output"))
     return args
 
 
 def reference_of(folder, side, count):
-    """(features of all drawn faces but the last `count`, Fréchet distance of these last ones to them)"""
+    """(features of drawn faces, Fréchet distances to them of up to `SETS` sets of `count` others, at least one: what is left for the reference is as many)"""
     faces = read_pictures(folder, side)
     if len(faces) < 2 * count:
         raise UserError(f"{folder} has {len(faces)} pictures; --count {count} needs twice as many at least")
-    stretched = to_pictures(to_model(faces))  # as the generated ones are
-    truth = features(stretched[:-count])
-    return truth, frechet_distance(features(stretched[-count:]), truth)
+    found = features(to_pictures(to_model(faces)))  # stretched, as the generated ones are
+    sets = min(SETS, len(faces) // count // 2)
+    truth, others = found[:-sets * count], found[-sets * count:].reshape(sets, count, -1)
+    return truth, [frechet_distance(own, truth) for own in others]
 
 
 def main():
@@ -86,23 +94,27 @@ def main():
 
     results = read_json(args.output) if args.output.is_file() else {}
     for measure in args.measure:
-        part = {"machine": machine(device), "checkpoint": args.checkpoint.name, "dtype": args.dtype}
-        clip = measure != "distance"
-        if measure != "frechet":
-            part |= {"faces": args.near, "truth_steps": args.truth}
-            fine = draw(DrawConfig(num_steps=args.truth, spacing="trailing", last_alpha_bar="one", clip=clip), args.near)
-        else:
-            truth, of_drawn = reference_of(args.faces, args.side, args.count)
-            part |= {"faces": args.count, "of_drawn": of_drawn}
-        results[measure] = {**part, "rows": []}
+        part = {"command": args.command, "model": fingerprint(args.checkpoint), "dtype": args.dtype, "seed": args.seed}
+        clip, fine = measure != "distance", None
+        part |= {"faces": args.count} if measure == "frechet" else {"faces": args.near, "truth_steps": args.truth}
+        if {name: results.get(measure, {}).get(name) for name in part} != part:  # otherwise the run goes on
+            results[measure] = {"machine": machine(device), **part, "rows": []}
+        if measure == "frechet":
+            truth, drawn = reference_of(args.faces, args.side, args.count)
+            results[measure] |= {"of_drawn": float(np.mean(drawn)), "of_drawn_sets": drawn}
+        have = {(row["sampler"], row["spacing"], row["asked"]) for row in results[measure]["rows"]}
         rows = {**configs(args.evaluations), ("exact", "leading"): {QUALITIES["exact"].evaluations: QUALITIES["exact"]}}
         for (sampler, spacing), settings in rows.items():
             for n, config in settings.items():
+                if (sampler, spacing, n) in have:
+                    continue
                 if measure == "frechet":
                     value = frechet_distance(features(to_pictures(draw(config, args.count))), truth)
                 elif sampler == "ddpm" or (sampler, clip) == ("exact", False):  # random; the convention has the clamp
                     continue
                 else:
+                    if fine is None:
+                        fine = draw(DrawConfig(num_steps=args.truth, spacing="trailing", last_alpha_bar="one", clip=clip), args.near)
                     value = float((draw(replace(config, clip=clip), args.near) - fine).square().mean().sqrt() * 127.5)
                 row = {"sampler": sampler, "spacing": spacing, "evaluations": config.evaluations, "asked": n, "value": value}
                 results[measure]["rows"].append(row)
