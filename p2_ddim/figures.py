@@ -26,6 +26,7 @@ from .interpolation import lerp, mix, slerp
 from .inversion import invert
 from .model import load_unet
 from .pictures import chart, save_image, sheet
+from .provenance import command_line
 from .quality import high_frequency
 from .samplers import ImageNoise, ddim, finish
 
@@ -169,6 +170,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=16, help="of noises, whose pictures halfway have their spectrum measured")
     add_arguments(parser)
     args = parser.parse_args()
+    args.command = command_line("bash scripts/p2_figures.sh", parser, args, leave_out=("output", "results", "samplers", "device", "batch_size"))
     config, device, dtype, batch_size = settings_of(args)
     check_flags(args, ("iterations", "pairs"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seeds",), lambda value: value >= 2, "at least 2")
@@ -221,6 +223,7 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
         chart(sampler_panels(read_json(args.samplers)), folder / "p2_samplers.png", columns=3, size=(4.4, 3.8))
     mini = args.checkpoint.resolve() == (MINI / "UNet.pt").resolve()
     write_json(results, {
+        "command": args.command, "seeds": args.seeds, "pairs": args.pairs,
         "network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,
         **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
            for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))},

@@ -103,7 +103,11 @@ def source(name, results, flags=""):
     command, content = f"{RESULTS[name]} {flags}".strip(), results[name]
     if not measured(content):
         return Markup(f"`{command}`")
-    machine = next((part["machine"] for part in (content, *content.values()) if isinstance(part, dict) and "machine" in part), {})
+    parts = [part for part in (content, *content.values()) if isinstance(part, dict)]
+    own = str(next((part["command"] for part in parts if "command" in part), ""))  # as it was given, where the file tells it
+    if re.fullmatch(re.escape(RESULTS[name]) + r"[\w ./=+'-]*", own):  # a file may hold anything
+        command = own
+    machine = next((part["machine"] for part in parts if "machine" in part), {})
     told = [str(machine[key]) for key in ("device", "date") if key in machine]
     threads = [f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"] if "threads" in machine else []
     on = put(", ".join([*told[:1], *threads, *told[1:]]))

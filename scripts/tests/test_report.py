@@ -73,6 +73,13 @@ def test_the_command_stands_beside_the_number(report, tmp_path):
                                  "`python -m p2_ddim.edit measure --count 4 --batch-size 4`", "`bash scripts/report.sh`"]
 
 
+@pytest.mark.parametrize("own, shown", [("bash scripts/p2_figures.sh --pairs 4 --steps 20 50", "bash scripts/p2_figures.sh --pairs 4 --steps 20 50"),
+                                        *((other, "bash scripts/p2_figures.sh") for other in ("rm -r x", "bash scripts/p2_figures.sh`<b>", 3))])
+def test_the_command_is_the_one_that_was_given(report, tmp_path, own, shown):
+    """And nothing else that a file may hold."""
+    assert report.fill_in('{{ source("p2_figures") }}', results_of(report, tmp_path, p2_figures={"command": own})) == f"`{shown}`"
+
+
 HOSTILE = ["<script>alert(1)</script>", "a</h1><img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "**bold** _it_ `code`",
            "![y](http://z/y.png)", "a | b\nc", "&lt;script&gt;", '" onmouseover="alert(1)', "{{ p1_benchmark.name }}", "{% raw %}", "<!-- ", "http://a.b"]
 
