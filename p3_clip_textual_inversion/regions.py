@@ -9,7 +9,7 @@ which is the regionally controllable sampling of Mix-of-Show (Gu et al. 2023, se
 acts at every resolution. Everything else (self-attention, convolutions, the background) stays whole, which keeps the picture one. It costs one more
 attention per thing and layer, no further call of the network: composable diffusion (Liu et al. 2022) and MultiDiffusion (Bar-Tal et al. 2023), which add the
 noise estimates of each prompt instead, call it once more for each; Attend-and-Excite (Chefer et al. 2023) and MC2 (Jiang et al. 2024) move the latent by the
-gradient of what the words' attention should be, which costs a backward pass a step. What each is worth here stands in report/results/p3_several.json.
+gradient of what the words' attention should be, which costs a backward pass a step; these two have not been tried here.
 
 What a region is told must fit its size. A model that is told of one thing draws it large, in the middle: text k is therefore the whole prompt with thing k in
 the place of every thing ("a <new1> next to a <new1>"), of which a region then shows its part.
