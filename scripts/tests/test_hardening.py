@@ -162,6 +162,7 @@ def test_two_at_once_do_not_mix_their_files_in_one_folder(tmp_path, monkeypatch,
     command, files = (importlib.import_module(name) for name in (module, f"{module.split('.')[0]}.files"))
     for name in ("read_embeddings", "read_run"):
         monkeypatch.setattr(command, name, lambda *_: {}, raising=False)
+    monkeypatch.setattr(command, "gather", lambda *_: ({}, {}, {}), raising=False)
     monkeypatch.setattr(sys, "argv", [module, "--output", str(tmp_path), *arguments])
     with files.lock(tmp_path, "-another_program"), files.lock(tmp_path, program), \
          pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
