@@ -28,6 +28,7 @@ COURSE_DATA = ROOT / "hw2_data"
 COURSE_MODELS = {"ViT-B-32": "b32", "ViT-L-14": "l14"}  # that the assignment asks for, and their names in report/results
 RESULTS = {  # what text.md may take numbers from, and the command that measures it
     "p1_benchmark": "bash scripts/p1_benchmark.sh",
+    "p1_pareto": "python -m p1_cfg_ddpm.pareto",
     "p2_benchmark": "bash scripts/p2_benchmark.sh",
     "p2_course": "bash scripts/report.sh",
     "p2_exact": "python -m p2_ddim.edit measure --count 4 --batch-size 4",
