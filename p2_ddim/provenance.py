@@ -126,6 +126,12 @@ def batches_of(names, batch_size, alike=None):
     return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
+def batches_with(missing, names, batch_size, alike=None):
+    """Of all names those whose batches have any of the missing ones (a set), in their order: the last bits of a picture depend on those beside it, so that
+    what a broken-off run has left is drawn in the batches that it would always have been in."""
+    return [name for batch in batches_of(names, batch_size, alike) if not missing.isdisjoint(batch) for name in batch]
+
+
 def is_whole(path):
     try:
         read_picture(path)

@@ -54,8 +54,13 @@ class Entry:
         return " ".join(concept.token for concept in self.concepts)
 
     def picture(self, prompt, i):
-        """Where the contract wants picture i of a prompt, below the folder of all; a challenge's pictures may have any name."""
-        return f"{self.number}/{i:02d}.png" if self.challenge else f"{self.number}/{prompt}/source{self.number}_prompt{prompt}_{i}.png"
+        """Where picture i of a prompt lies, below the folder of all."""
+        return picture_path(self.number, prompt, i, self.challenge)
+
+
+def picture_path(number, prompt, i, challenge=False):
+    """Where the contract wants picture i of an entry's prompt; a challenge's pictures may have any name."""
+    return f"{number}/{i:02d}.png" if challenge else f"{number}/{prompt}/source{number}_prompt{prompt}_{i}.png"
 
 
 def read_entries(path):

@@ -16,16 +16,15 @@ import re
 import shlex
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .concepts import CHALLENGE_IMAGES
+from .concepts import CHALLENGE_IMAGES, picture_path
 from .defaults import MINIATURE, HelpFormatter
-from .device import free_memory, name_of, progress
+from .device import free_memory, progress
 from .dino import read_dino, stand_in
 from .embedding import file_of
 from .estimate import measure, minutes
@@ -36,7 +35,7 @@ from .identity import weights_fingerprint
 from .inference import add_arguments, draw, load, settings_of, work_of
 from .measures import DRAWS, percentiles
 from .pictures import picture_files, read_picture, save_image, sheet
-from .provenance import Made, batches_of, claim
+from .provenance import Made, batches_with, claim
 from .stable_diffusion import MINI_SD
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 
@@ -71,7 +70,7 @@ class Task:
     def picture(self, k, i):
         """Where inference puts picture i of prompt k."""
         paired = len(self.subjects) > 1
-        return self.folder / (f"{self.name}+{k}/{i:02d}.png" if paired else f"{self.name}/{k}/source{self.name}_prompt{k}_{i}.png")
+        return self.folder / picture_path(f"{self.name}+{k}" if paired else self.name, k, i, challenge=paired)
 
     def pictures(self, count):
         """[(path, its prompt with classes' names)] of the pictures with learned words."""
@@ -109,12 +108,11 @@ def call(module, *arguments):
 
 def draw_plain(args, config, device, model, texts):
     """The pictures of prompts without learned words that are not there yet, in the batches that they would always be in."""
-    folder, settings = writable_folder(args.output / "class_names"), {key: value for key, value in asdict(config).items() if key != "batch_size"}
-    made = Made("p3_clip_textual_inversion.dreambench", settings | {"dtype": name_of(config.dtype)},
-                {"model": model, "weights": weights_fingerprint(args.checkpoint)})
+    folder = writable_folder(args.output / "class_names")
+    made = Made("p3_clip_textual_inversion.dreambench", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint)})
     own = {plain_path(Path(), text, i).as_posix(): {"prompt": text, "number": i} for text in texts for i in range(args.num_images)}
     there = claim(folder, made, own, config.batch_size, {"checkpoint": args.checkpoint})
-    names = [name for batch in batches_of(list(own), config.batch_size) if not there.issuperset(batch) for name in batch]
+    names = batches_with(own.keys() - there, list(own), config.batch_size)
     if not names:
         return
     parts = load(args.checkpoint, device, config)

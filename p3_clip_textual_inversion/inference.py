@@ -27,7 +27,7 @@ from .identity import identify, weights_fingerprint
 from .lora import add_loras, find_loras, loras_of
 from .pictures import save_image, to_uint8
 from .places import AUTO, check_regions, read_regions, regions_of
-from .provenance import Made, batches_of, claim
+from .provenance import Made, batches_with, claim
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion
@@ -252,8 +252,7 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
         added = add_loras(parts, args.loras, args.lora_scale)
     there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite, added_to))
     missing = jobs.keys() - set(there)
-    batches = batches_of(list(jobs), config.batch_size, lambda name: added_to(own[name]))
-    jobs = {name: jobs[name] for batch in batches if missing & set(batch) for name in batch}
+    jobs = {name: jobs[name] for name in batches_with(missing, list(jobs), config.batch_size, lambda name: added_to(own[name]))}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names, counts = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs], {word: len(rows) for word, rows in vectors.items()}

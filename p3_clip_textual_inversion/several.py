@@ -31,7 +31,7 @@ from .inference import add_arguments, draw, load, settings_of
 from .measures import drift, wilson
 from .pictures import read_picture, save_image
 from .places import AUTO
-from .provenance import Made, claim
+from .provenance import Made, batches_with, claim
 from .regions import plans_of
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
@@ -104,18 +104,18 @@ def draw_method(method, args, concepts, prompts, model, device, config, bar):
     """Draws what is missing of a method's pictures. Returns [their paths] of the ordinary ones, then of each prompt."""
     parts, counts, made_of = prepare(method, args, concepts, device, config)
     folder = writable_folder(args.runs / "pictures" / slug(method))
-    jobs = [(prompt, f"ordinary/{i}.png", prompt) for i, prompt in enumerate(args.ordinary_prompts)]  # first, and so in the batches of the untouched model
-    jobs += [(prompt, f"{k}/{i}.png", f"{prompt}/{i}") for k, (prompt, _) in enumerate(prompts) for i in range(args.num_images)]  # noises alike for all methods
-    for name in {Path(name).parent for _, name, _ in jobs}:
+    own = {f"ordinary/{i}.png": {"prompt": prompt, "noise": prompt} for i, prompt in enumerate(args.ordinary_prompts)}  # first: in the untouched one's batches
+    own |= {f"{k}/{i}.png": {"prompt": prompt, "noise": f"{prompt}/{i}"} for k, (prompt, _) in enumerate(prompts) for i in range(args.num_images)}
+    for name in {Path(name).parent for name in own}:
         writable_folder(folder / name)
     made = Made("p3_clip_textual_inversion.several", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint), **made_of})
-    own = {name: {"prompt": prompt, "noise": noise} for prompt, name, noise in jobs}
-    there = claim(folder, made, own, config.batch_size, {"device": describe(device, config.dtype)}, args.overwrite)
-    missing = [job for job in jobs if job[1] not in there]
-    texts = [expand(prompt, counts) for prompt, _, _ in missing]
-    bar.update(len(there))
-    for (_, name, _), picture in zip(missing, draw(parts, texts, [noise for *_, noise in missing], config, plans_of(texts, config, counts), bar)):
-        save_image(picture, folder / name, made.with_own(own[name]).as_json())
+    missing = own.keys() - claim(folder, made, own, config.batch_size, {"device": describe(device, config.dtype)}, args.overwrite)
+    names = batches_with(missing, list(own), config.batch_size)
+    texts, noises = [expand(own[name]["prompt"], counts) for name in names], [own[name]["noise"] for name in names]  # noises alike for all methods
+    bar.update(len(own) - len(names))
+    for name, picture in zip(names, draw(parts, texts, noises, config, plans_of(texts, config, counts), bar)):
+        if name in missing:
+            save_image(picture, folder / name, made.with_own(own[name]).as_json())
     return [[folder / name for name in own if Path(name).parts[0] == part] for part in ("ordinary", *map(str, range(len(prompts))))]
 
 

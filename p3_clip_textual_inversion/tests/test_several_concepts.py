@@ -7,12 +7,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
+from p3_clip_textual_inversion import several
+from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import side_by_side
-from p3_clip_textual_inversion.embedding import initial_rows, read_embeddings
+from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embeddings, save_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.finders import half_crops, paste_side_by_side
+from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.measures import drift, wilson
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
@@ -93,3 +97,31 @@ def test_interval_of_a_share():
     low, high = wilson(30, 50)
     assert (round(low, 3), round(high, 3)) == (0.462, 0.724)  # Wilson's, by hand
     assert wilson(0, 50)[0] == pytest.approx(0, abs=1e-9) and wilson(50, 50)[1] == pytest.approx(1)
+
+
+def test_missing_pictures_are_drawn_in_the_batches_that_they_belong_to(concepts_json, tiny_sd, tmp_path, monkeypatch):
+    """The last bits of a picture depend on those beside it."""
+    concepts = read_concepts(concepts_json)
+    (tmp_path / "apart").mkdir()
+    for concept in concepts:
+        save_embedding(file_of(tmp_path / "apart", concept.token), concept.token, torch.ones(1, 32), {})
+    args = types.SimpleNamespace(runs=tmp_path, checkpoint=str(tiny_sd), ordinary_prompts=["a cat", "a dog"], num_images=3, overwrite=False)
+    prompts, asked = [("a <new1> next to a cat", ("0",))], []
+
+    def watched(parts, texts, noises, *rest):
+        asked.append(list(noises))
+        yield from draw(parts, texts, noises, *rest)
+
+    monkeypatch.setattr(several, "draw", watched)
+
+    def drawn():
+        config = DrawConfig(num_steps=1, batch_size=3)
+        found = several.draw_method("words learned apart", args, concepts, prompts, "model", torch.device("cpu"), config, tqdm(disable=True))
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for paths in found for path in paths}
+
+    before = drawn()
+    missing = list(before)[3]
+    missing.unlink()
+    after = drawn()
+    assert asked == [["a cat", "a dog", *(f"{prompts[0][0]}/{i}" for i in range(3))], [f"{prompts[0][0]}/{i}" for i in (1, 2)]]
+    assert after.pop(missing)[0] == before.pop(missing)[0] and after == before
