@@ -74,14 +74,18 @@ def summary_of(prompt, rows):
     return summary
 
 
-def drift_of(checkpoint, row, loras, config, device, grader):
-    """{words: `drift` of the ordinary prompts where the weights of these words stay in the model}: of each word, and of all together."""
-    parts = load(checkpoint, device, config)
-    added, prompts = add_loras(parts, loras, 1.0), [row.templates["object"][-1].format(word) for word in row.ordinary]
+def drifts_of(checkpoint, row, loras, config, device, grader):
+    """{way: {words: `drift` of the ordinary prompts where the weights of these words stay in the model}}: of each word, and of all together.
+
+    loras: {way: {word: file}}"""
+    parts, prompts = load(checkpoint, device, config), [row.templates["object"][-1].format(word) for word in row.ordinary]
     originals, moved = list(draw(parts, prompts, prompts, config)), {}
-    for words in dict.fromkeys([*((word,) for word in loras), tuple(loras)]):
-        added.use(words)
-        moved[" + ".join(words)] = drift(list(draw(parts, prompts, prompts, config)), originals, grader)
+    for way, files in loras.items():
+        added, moved[way] = add_loras(parts, files, 1.0), {}
+        for words in dict.fromkeys([*((word,) for word in files), tuple(files)]):
+            added.use(words)
+            moved[way][" + ".join(words)] = drift(list(draw(parts, prompts, prompts, config)), originals, grader)
+        added.use(())
     return moved
 
 
@@ -137,7 +141,7 @@ def compare(args, config, device, row, concepts, learned, examples):
     results = {"summary": summary, "ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
                "guidance_weight": config.guidance_weight, "steps": config.num_steps}
     if args.loras:
-        results["drift"] = {way: drift_of(args.checkpoint, row, files, config, device, grader) for way, files in args.loras.items()}
+        results["drift"] = drifts_of(args.checkpoint, row, args.loras, config, device, grader)
     write_json(args.output / "results" / "p3_compare.json", results)
     if args.write_baselines:
         content = read_json(args.input)

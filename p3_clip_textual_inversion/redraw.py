@@ -56,13 +56,14 @@ def draw(made, name, batch, where, args):
 
 def put_loras(parts, wanted, files, picture):
     """Puts the weights of low rank of a picture into the model. wanted: {name: scale x fingerprint}; files: {name: path}"""
-    for name, print_ in wanted.items():
-        scale, path = float(print_.split(" x ")[0]), Path(files.get(name, f"{name}_lora.safetensors"))
+    paths = {name: Path(files.get(name, f"{name}_lora.safetensors")) for name in wanted}
+    for name, path in paths.items():
+        scale, print_ = wanted[name].split(" x ")
         if not path.is_file():
             raise UserError(f"the LoRA {path} is no longer there")
-        if fingerprint(path) != print_.split(" x ")[1]:
+        if fingerprint(path) != print_:
             note(f"{path} are other weights than those of {picture}")
-    add_loras(parts, {name: Path(files[name]) for name in wanted}, scale).use(wanted)
+    add_loras(parts, paths, float(scale)).use(wanted)
 
 
 def main():

@@ -13,12 +13,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import train, training
+from p3_clip_textual_inversion import compare, train, training
+from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.lora import TARGETS, Added, fit, free_directions, keep_free, lora_file, read_lora
-from p3_clip_textual_inversion.provenance import read_made
+from p3_clip_textual_inversion.provenance import RECORD, read_made
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.words import word_files
 
@@ -109,7 +110,7 @@ def test_weights_come_off_again_bit_for_bit_and_several_add_up(places, tiny_sd):
     assert all(torch.equal(tensor, plain[name]) for name, tensor in parts.unet.state_dict().items())
 
 
-def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(call, places, tiny_sd, tmp_path):
+def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(call, places, tiny_sd, tmp_path, monkeypatch):
     save_file({"<new2>": torch.full((1, WIDTH), 0.1)}, tmp_path / "new2.safetensors")
     flags = ["--num-images=2", "--steps=2", "--dtype=fp32", "--batch-size=2"]
 
@@ -127,6 +128,15 @@ def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(cal
     assert not np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[2], pixels[3])
     made = [read_made(path)["of"].get("lora") for path in (with_it, without, other)]
     assert list(made[0]) == ["<new1>"] and made[0]["<new1>"].startswith("1 x ") and made[1:] == [None, {}]
+    code, out, err = call(f"{PACKAGE}.redraw", with_it, "--output", tmp_path / "again.png")
+    assert code == 0 and "byte for byte" in out, err
+    record = json.loads((tmp_path / "a" / RECORD).read_text())
+    weights = record["where"].pop("lora")["<new1>"]
+    (tmp_path / "a" / RECORD).write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)  # where the weights are looked for that no record tells of
+    code, out, err = call(f"{PACKAGE}.redraw", with_it, "--output", tmp_path / "again.png")
+    assert code == 1 and "the LoRA <new1>_lora.safetensors is no longer there" in err, err
+    shutil.copy(weights, "<new1>_lora.safetensors")
     code, out, err = call(f"{PACKAGE}.redraw", with_it, "--output", tmp_path / "again.png")
     assert code == 0 and "byte for byte" in out, err
     (given, _), _ = infer("c", "--lora", places.folder / "whole" / "0" / "new1_lora_kohya.safetensors", "--lora-scale=0.5")
@@ -166,6 +176,13 @@ def test_compare_draws_with_the_weights_and_tells_how_ordinary_prompts_move(call
     scores = {way: rows[0]["image"] for way, rows in results["ways"].items() if way.startswith("learned")}
     assert len(set(scores.values())) == 2
     assert list(results["drift"]) == [f"learned ({places.folder / 'whole'})"] and results["drift"].popitem()[1]["<new1>"]["grey_levels"] > 0
+
+
+def test_how_far_prompts_move_with_one_runs_weights_does_not_depend_on_anothers(places, tiny_sd, monkeypatch):
+    monkeypatch.setattr(compare, "drift", lambda pictures, originals, _: float(np.abs(np.stack(pictures).astype(int) - np.stack(originals)).mean()))
+    file = lora_file(file_of(places.folder / "whole", "<new1>"))
+    moved = compare.drifts_of(str(tiny_sd), MINIATURE, {"a": {"<new1>": file}, "b": {"<new1>": file}}, DrawConfig(num_steps=1), torch.device("cpu"), None)
+    assert moved["a"] == moved["b"] and moved["a"]["<new1>"] > 0
 
 
 def layer(width=WIDTH, name="unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", rank=2):
