@@ -9,16 +9,14 @@ defaults. Formats: the network's images per second.
 """
 
 import argparse
-import platform
 import time
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .device import DTYPES, describe, pick_device, pick_dtype
+from .device import DTYPES, describe, machine, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
@@ -81,13 +79,6 @@ def formats(checkpoint, device, batch_size=100, repeats=3):
         rates[name] = batch_size / float(np.median(seconds[1:]))
         print(f"{name}: {rates[name]:.0f} images per second through the network", flush=True)
     return rates
-
-
-def machine(device):
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-            "python": platform.python_version(), "date": date.today().isoformat()}
 
 
 def main():

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .benchmark import machine, measure, show
-from .device import DTYPES, describe, name_of, pick_device, pick_dtype
-from .files import ROOT, UserError, check_flags, fingerprint, read_json, run, writable_file, write_json
+from .benchmark import measure, show
+from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
+from .files import ROOT, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS
+from .provenance import command_line
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_pareto.json"
@@ -102,6 +103,7 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     args = parser.parse_args()
+    args.command = command_line("python -m p1_cfg_ddpm.pareto", parser, args, leave_out=("device", "output"))
     check_flags(args, ("finalists", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("images_per_digit",), lambda value: value >= 2, "at least 2")
     if set(args.seeds) & set(args.fresh):
@@ -111,7 +113,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    writable_file(args.output)
+    with lock(writable_file(args.output).parent, "-p1_pareto"):  # each row is added to those that are there: a second run would lose some
+        compare(args)
+
+
+def compare(args):
+    """Measures what is missing, and writes it."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
@@ -120,7 +127,7 @@ def main():
     if model.config.times or (guide is not None and guide.config.times):
         raise UserError("a student has no settings to choose; give networks of p1_cfg_ddpm.train")
     judges, made_of = Judges(device), {name: fingerprint(path) for name, path in (("model", args.checkpoint), ("guide", args.guide)) if path}
-    start = {"command": "python -m p1_cfg_ddpm.pareto" + (f" --guide {args.guide}" if args.guide else ""), "made_of": made_of, "dtype": name_of(dtype),
+    start = {"command": args.command, "made_of": made_of, "dtype": name_of(dtype),
              "seeds": args.seeds, "fresh_seeds": args.fresh, "finalists": args.finalists, "images_per_digit": args.images_per_digit, "wanted": WANTED}
     results = read_json(args.output) if args.output.is_file() else {}
     if {name: results.get(name) for name in start} != start:  # otherwise the run goes on

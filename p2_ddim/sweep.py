@@ -21,7 +21,7 @@ import torch
 
 from .data import read_pictures
 from .device import DTYPES, describe, machine, pick_device, pick_dtype
-from .files import RESULTS, UserError, check_flags, fingerprint, read_json, run, writable_file, write_json
+from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import MINI, QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
@@ -79,7 +79,12 @@ def reference_of(folder, side, count):
 
 def main():
     args = parse_args()
-    writable_file(args.output)
+    with lock(writable_file(args.output).parent, "-p2_sweep"):  # each row is added to those that are there: a second run would lose some
+        compare(args)
+
+
+def compare(args):
+    """Measures what is missing, and writes it."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)

@@ -168,3 +168,13 @@ def test_two_at_once_do_not_mix_their_files_in_one_folder(tmp_path, monkeypatch,
          pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
         files.run(command.main)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("module, program, arguments", [("p1_cfg_ddpm.pareto", "-p1_pareto", []),
+                                                        ("p2_ddim.sweep", "-p2_sweep", ["--measure", "distance"])])
+def test_two_at_once_do_not_add_their_rows_to_one_file(tmp_path, monkeypatch, module, program, arguments):
+    command, files = (importlib.import_module(name) for name in (module, f"{module.split('.')[0]}.files"))
+    monkeypatch.setattr(command, "compare", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(sys, "argv", [module, "--output", str(tmp_path / "rows.json"), *arguments])
+    with files.lock(tmp_path, program), pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
+        files.run(command.main)
