@@ -18,6 +18,7 @@ from .device import DTYPES, describe, name_of, pick_device, pick_dtype, progress
 from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
+from .provenance import differences
 from .tensors import fill, find_state_dict, load_weights, read_safetensors, read_tensors, save_weights, what_is
 from .training import data_fingerprint
 
@@ -235,7 +236,7 @@ def is_there(output, settings):
     except UserError:
         facts = None
     before = facts if isinstance(facts, dict) else {}
-    changed = [f"{name} {before.get(name)} is now {value}" for name, value in settings.items() if before.get(name) != value]
+    changed = differences({name: before.get(name) for name in settings}, settings)
     if changed:
         raise UserError(f"{output} is there, of other settings ({'; '.join(changed)}), and is not overwritten; choose another --output, or move it away")
     print(f"{output} is there already, of these settings")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .concepts import Concept, kind_of, read_concepts, refuse_examples  # noqa: F401  whose pictures these are
 from .files import UserError, check_file, existing_folder, first_line, parse_json, read_json
 from .pictures import note_left_out, read_pictures
 

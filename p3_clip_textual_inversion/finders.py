@@ -3,7 +3,8 @@
 import torch
 from PIL import Image, ImageOps
 
-from .data import example_pictures, kind_of
+from .concepts import kind_of
+from .data import example_pictures
 
 
 def half_crops(picture):

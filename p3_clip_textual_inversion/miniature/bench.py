@@ -7,14 +7,13 @@ size; ten prompts for each class of subjects: four grounds, three things beside 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..files import MINI, run, writable_folder, write_whole
+from ..files import MINI, run, writable_folder, write_json, write_whole
 from ..pictures import save_image, to_uint8
 from .drawings import Look
 from .painting import compose
@@ -58,7 +57,7 @@ def write_lists(folder):
     starts = {look.number: look.start for look in LOOKS}
     pairs = [[*({"instance_prompt": f"a drawing of a <new{i + 1}> {starts[name]}", "class_prompt": starts[name], "instance_data_dir": f"./{name}"}
                 for i, name in enumerate(pair)), {"prompt_filename_compose": "prompts/pair.txt"}] for pair in PAIRS]
-    write_whole(folder / "dataset_multiconcept.json", json.dumps(pairs, indent=1) + "\n")
+    write_json(folder / "dataset_multiconcept.json", pairs)
     write_whole(writable_folder(folder / "prompts") / "pair.txt", "\n".join(PAIR_PROMPTS) + "\n")
 
 
