@@ -223,7 +223,7 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
     made = Made("p1_cfg_ddpm.inference", asdict(config) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
     where = {"device": device, "checkpoint": str(checkpoint.resolve())}
     print(f"drawing with {checkpoint} on {device}", flush=True)
-    by_the_first(share, lambda: claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite))
+    by_the_first(share, lambda: claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite, again=True))
     if share == (0, 1) and not model.config.times:
         calls = config.num_steps * math.ceil(len(jobs) / batch_size)
         announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], config)))], model, parameter.device, started, config.num_steps)

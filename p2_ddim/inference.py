@@ -189,7 +189,7 @@ def draw(args, config, device, dtype, batch_size, noises, ranges, share):
     made = Made("p2_ddim.inference", asdict(config) | {"seed": args.seed, "dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
     own = {f"{name}.png": {"noise": fingerprint(args.noise / f"{name}.pt")} for name in noises}
     where = {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve()), "noises": str(args.noise.resolve())}
-    by_the_first(share, lambda: claim(args.output, made, own, batch_size, where, args.overwrite))
+    by_the_first(share, lambda: claim(args.output, made, own, batch_size, where, args.overwrite, again=True))
     if share == (0, 1):
         first = torch.stack([noise.reshape(-1, *noise.shape[-3:])[0] for noise in list(noises.values())[:batch_size]]).to(device)
         announce([(config.evaluations * math.ceil(len(noises) / batch_size), lambda: Denoiser(unet, dtype=dtype).eps(first, NUM_TIMESTEPS - 1))],

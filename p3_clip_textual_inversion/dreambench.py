@@ -112,7 +112,7 @@ def draw_plain(args, config, device, model, texts):
     made = Made("p3_clip_textual_inversion.dreambench", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint)})
     own = {plain_path(Path(), text, i).as_posix(): {"prompt": text, "number": i} for text in texts for i in range(args.num_images)}
     there = claim(folder, made, own, config.batch_size, {"checkpoint": args.checkpoint})
-    names = batches_with(own.keys() - there, list(own), config.batch_size)
+    names = [name for batch in batches_with(own.keys() - there, list(own), config.batch_size) for name in batch]
     if not names:
         return
     parts = load(args.checkpoint, device, config)

@@ -252,7 +252,8 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
         added = add_loras(parts, args.loras, args.lora_scale)
     there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite, added_to))
     missing = jobs.keys() - set(there)
-    jobs = {name: jobs[name] for name in batches_with(missing, list(jobs), config.batch_size, lambda name: added_to(own[name]))}
+    runs = {name: number for number, (_, run) in enumerate(groupby(own, lambda name: added_to(own[name]))) for name in run}  # of neighbours of the same weights
+    jobs = {name: jobs[name] for batch in batches_with(missing, list(jobs), config.batch_size, runs.get) for name in batch}
     if jobs:
         parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names, counts = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs], {word: len(rows) for word, rows in vectors.items()}
@@ -262,10 +263,10 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
             print_plans([own[name]["prompt"] for name in jobs], config, vectors)
             announce(work_of(parts, prompts, names, config, plans), parts.unet, device, started, config.num_steps)
         with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
-            for weights, group in groupby(zip(jobs, prompts, names), lambda job: added_to(own[job[0]])):
-                paths, texts, noises = zip(*group)
-                if weights is not None:
-                    added.use(weights)
+            for _, run in groupby(zip(jobs, prompts, names), lambda job: runs[job[0]]):
+                paths, texts, noises = zip(*run)
+                if loras:
+                    added.use(added_to(own[paths[0]]))
                 for job, picture in draw_share(parts, texts, noises, config, plans, bar, share):
                     if paths[job] in missing:
                         save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())

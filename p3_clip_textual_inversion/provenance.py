@@ -86,12 +86,12 @@ def core(made):
     return {key: made[key] for key in ("program", "settings", "made_of")}
 
 
-def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None):
+def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None, again=False):
     """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
 
     What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
     them that are not among the new ones are then removed, as they would be mixed with them. where: for the record: device, files, ... alike(what is a
-    picture's own): neighbours for which it differs are never in one batch."""
+    picture's own): neighbours for which it differs are never in one batch. again: those that are there will be drawn again, too."""
     folder, made = Path(folder), made.as_json()
     pictures = json.loads(json.dumps(pictures, default=str))
     record = read_record(folder)
@@ -109,9 +109,11 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
         elif name in pictures and is_whole(path):
             there.add(name)
     same = record is not None and core(record["made"]) == core(made)
-    todo = [name for name in pictures if overwrite or name not in there]
+    missing = pictures.keys() if overwrite or again else pictures.keys() - there
+    batches = batches_with(missing, list(pictures), batch_size, alike and (lambda name: alike(pictures[name])))
+    before = record["batches"] if same else []
     record = {"made": made, "pictures": {**(record["pictures"] if same else {}), **pictures},
-              "batches": [*(record["batches"] if same else []), *batches_of(todo, batch_size, alike and (lambda name: alike(pictures[name])))],
+              "batches": before if before[-len(batches):] == batches else before + batches,
               "where": {**where, "command": shlex.join(sys.argv), **versions()}}
     write_json(folder / RECORD, record)
     for path in stale:
@@ -120,16 +122,13 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
     return set() if overwrite else there
 
 
-def batches_of(names, batch_size, alike=None):
-    """Lists of at most `batch_size` names, in their order. alike(name): neighbours for which it differs are never in one."""
-    groups = (list(group) for _, group in groupby(names, alike or (lambda _: None)))
-    return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
-
-
 def batches_with(missing, names, batch_size, alike=None):
-    """Of all names those whose batches have any of the missing ones (a set), in their order: the last bits of a picture depend on those beside it, so that
-    what a broken-off run has left is drawn in the batches that it would always have been in."""
-    return [name for batch in batches_of(names, batch_size, alike) if not missing.isdisjoint(batch) for name in batch]
+    """Of the batches of all names, lists of at most `batch_size` in their order, those with any of the missing ones (a set): the last bits of a picture depend
+    on those beside it, so that what a broken-off run has left is drawn in the batches that it would always have been in. alike(name): neighbours for which it
+    differs are never in one."""
+    groups = (list(group) for _, group in groupby(names, alike or (lambda _: None)))
+    batches = (group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size))
+    return [batch for batch in batches if not missing.isdisjoint(batch)]
 
 
 def is_whole(path):

@@ -110,7 +110,7 @@ def draw_method(method, args, concepts, prompts, model, device, config, bar):
         writable_folder(folder / name)
     made = Made("p3_clip_textual_inversion.several", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint), **made_of})
     missing = own.keys() - claim(folder, made, own, config.batch_size, {"device": describe(device, config.dtype)}, args.overwrite)
-    names = batches_with(missing, list(own), config.batch_size)
+    names = [name for batch in batches_with(missing, list(own), config.batch_size) for name in batch]
     texts, noises = [expand(own[name]["prompt"], counts) for name in names], [own[name]["noise"] for name in names]  # noises alike for all methods
     bar.update(len(own) - len(names))
     for name, picture in zip(names, draw(parts, texts, noises, config, plans_of(texts, config, counts), bar)):

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import compare, train, training
+from p3_clip_textual_inversion import compare, inference, train, training
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding
 from p3_clip_textual_inversion.files import UserError
@@ -142,6 +142,26 @@ def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(cal
     (given, _), _ = infer("c", "--lora", places.folder / "whole" / "0" / "new1_lora_kohya.safetensors", "--lora-scale=0.5")
     assert list(read_made(given)["of"]["lora"]) == ["<new1>", "new1_lora_kohya.safetensors"]
     assert np.abs(np.asarray(Image.open(given)).astype(int) - pixels[0]).max() <= 1  # half of each makes one
+
+
+def test_missing_pictures_of_two_runs_of_the_same_weights_are_not_drawn_together(call, places, tiny_sd, tmp_path, monkeypatch):
+    """Where the pictures between them, of other weights, are there: the last bits of a picture depend on those beside it."""
+    content = {"0": {"token_name": "<new2>", "prompt": ["a <new2> and a <new1>", "a <new2>", "a <new1> and a <new2>"]}}
+    (tmp_path / "input.json").write_text(json.dumps(content))
+    save_file({"<new2>": torch.full((1, WIDTH), 0.1)}, tmp_path / "new2.safetensors")
+    drawn, draw_share = [], inference.draw_share
+    monkeypatch.setattr(inference, "draw_share", lambda parts, texts, names, *rest: drawn.append(names) or draw_share(parts, texts, names, *rest))
+
+    def infer():
+        code, _, err = call(f"{PACKAGE}.inference", tmp_path / "input.json", tmp_path / "out", tiny_sd, "--embeddings", places.folder / "whole",
+                            "--embeddings", tmp_path / "new2.safetensors", "--num-images=2", "--steps=1", "--batch-size=3")
+        assert code == 0, err
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+
+    before = infer()
+    for prompt in (0, 2):
+        (tmp_path / "out" / "0" / str(prompt) / f"source0_prompt{prompt}_1.png").unlink()
+    assert infer() == before and [len(names) for names in drawn] == [2, 2, 2, 2, 2] and drawn[3:] == [drawn[0], drawn[2]]
 
 
 def test_weights_do_not_hear_what_ordinary_prompts_say(tiny_sd):

@@ -16,6 +16,7 @@ from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import MINI, lock
 from p1_cfg_ddpm.model import SIZES, save_model
 from p1_cfg_ddpm.model import UNet as DigitUNet
+from p1_cfg_ddpm.provenance import RECORD
 from p2_ddim.model import UNet, UNetConfig
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.tests.conftest import tiny_clip, tiny_sd  # noqa: F401
@@ -128,6 +129,14 @@ def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package)
     picture = tmp_path / "out" / problem.names[1]
     code, out, err = call(package, "redraw", picture, "--output", again)
     assert code == 0 and "byte for byte" in out and again.read_bytes() == picture.read_bytes(), out + err
+
+    def batches(*flags):
+        assert call(package, "inference", *(tmp_path / "out" if part == "OUT" else part for part in problem.draw), *flags)[0] == 0
+        return json.loads((tmp_path / "out" / RECORD).read_text())["batches"]
+
+    picture.unlink()
+    assert batches() == [problem.names] and picture.read_bytes() == again.read_bytes()
+    assert batches("--batch-size=1") == [problem.names, *([name] for name in problem.names if package != P3)]  # which leaves what is there
     again.write_text("the user's")
     code, _, err = call(package, "redraw", picture, "--output", again)
     assert code == 1 and "was not drawn by this project, and is not overwritten" in err and again.read_text() == "the user's"
