@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from p3_clip_textual_inversion import dino, dreambench, subjects
 from p3_clip_textual_inversion.files import MINI, UserError
+from p3_clip_textual_inversion.inference import DrawConfig, draw
 
 BENCH = MINI / "dreambench"
 
@@ -66,6 +68,7 @@ def test_customconcept101_reads(bench):
     ("Live Subject Prompts", "Object Prompts", "0 of live subjects"),
     ("'a {0} {1} next to a fox'.format(unique_token, class_token)", "__import__('os').system('true')", "expected 'a {0} {1} in the jungle'"),
     ("a {0} {1} next to a fox", "a {0.__class__} {1} next to a fox", "expected a text with {}"),
+    ("a {0} {1} next to a fox", "a {0} {1} next to a {0.__class__}", "expected a text with {}"),
 ])
 def test_a_malformed_class_file_is_told(bench, old, new, told):
     path = bench / "dataset" / subjects.DREAMBENCH
@@ -112,10 +115,11 @@ class Judge:
 def test_a_pair_is_compared_with_both_and_a_text_with_its_own(tmp_path):
     a, b = (subjects.Subject(name, "cat", tmp_path, ()) for name in "ab")
     task = dreambench.Task((a, b), ("cat", "cat"), (), 1, tmp_path)
-    files = {task: [(tmp_path / "0.png", "60"), (tmp_path / "90.png", "90")]}
+    files = {task: [(tmp_path / "30.png", "60"), (tmp_path / "90.png", "90")]}
     references = {"clip_i": {"a": Judge().of_texts(["0"]), "b": Judge().of_texts(["90"])}}
     scores = dreambench.scores_of([task], files.get, {"clip_i": Judge()}, references)["a+b"]
-    assert scores["clip_i"] == pytest.approx(0.5) and scores["clip_t"] == pytest.approx((0.5 + 1) / 2)
+    cosine = np.sqrt(0.75)  # of 30 degrees
+    assert scores["clip_i"] == pytest.approx(((cosine + 0) / 2 + (0.5 + 1) / 2) / 2) and scores["clip_t"] == pytest.approx((cosine + 1) / 2)
 
 
 @pytest.fixture
@@ -134,11 +138,12 @@ def tiny_dino(tmp_path, monkeypatch):
 
 def test_dino_sees_by_its_class_token(tiny_dino, tmp_path):
     model, path = tiny_dino
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (260, 300, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
     seen = dino.read_dino(path).of_files([tmp_path / "picture.png"])
     x = dino.PREPARE(picture)[None]
-    assert x.shape == (1, 3, 224, 224)
+    cut = np.asarray(picture.resize((295, 256), Image.Resampling.BICUBIC).crop((36, 16, 260, 240))) / 255
+    assert np.allclose(x[0].permute(1, 2, 0), (cut - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225), atol=1e-5)
     with torch.inference_mode():
         token = model.forward_features(x)[:, 0]
     assert torch.allclose(seen, token / token.norm(), atol=1e-5)
@@ -151,7 +156,7 @@ def test_dino_that_is_missing_or_another_is_told(tiny_dino, tmp_path, monkeypatc
     monkeypatch.setattr(dino.huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(UserError, match=r"cannot be fetched .no network.*--dino FILE, or do without by --dino none") as error:
         dino.read_dino()
-    assert "\n" not in str(error.value)
+    assert "at all" not in str(error.value)  # one line of it
 
 
 def test_the_bundled_stand_in_is_named_as_one():
@@ -162,11 +167,29 @@ def test_the_bundled_stand_in_is_named_as_one():
     assert eye.of_files(sorted((BENCH / "cat").glob("*.png"))[:2]).shape == (2, 320)
 
 
+def test_a_missing_picture_of_a_classs_name_is_drawn_in_its_batch(tiny_sd, tmp_path, monkeypatch):
+    """And those beside it, which are there, stay."""
+    args = types.SimpleNamespace(checkpoint=str(tiny_sd), output=tmp_path, num_images=1)
+    texts, asked = ["a cat", "a dog", "a bus"], []
+    monkeypatch.setattr(dreambench, "draw", lambda parts, prompts, *rest, **options: asked.append(prompts) or draw(parts, prompts, *rest, **options))
+
+    def drawn():
+        dreambench.draw_plain(args, DrawConfig(num_steps=1, batch_size=2), torch.device("cpu"), "model", texts)
+        paths = [dreambench.plain_path(tmp_path / "class_names", text, 0) for text in texts]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    before = drawn()
+    missing = next(iter(before))
+    missing.unlink()
+    after = drawn()
+    assert asked == [texts, texts[:2]] and after.pop(missing)[0] == before.pop(missing)[0] and after == before
+
+
 def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path, monkeypatch):
     called = []
 
     def here(module, *arguments):  # in this process, which has imported everything
-        called.append(module)
+        called.append((module, " ".join(map(str, arguments))))
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         importlib.import_module(f"p3_clip_textual_inversion.{module}").main()
 
@@ -175,7 +198,9 @@ def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path
             "--device", "cpu", "--learn", "--steps 1 --batch-size 1 --crops 1 --vectors 1 --validate-every 100"]
     code, out, err = call("dreambench", *line)
     assert code == 0, err
-    assert called == ["train", "inference", "inference"] and "2 subjects, 2 to learn; 6 pictures, 6 to draw" in out
+    assert [module for module, _ in called] == ["train", "inference", "inference"] and "2 subjects, 2 to learn; 6 pictures, 6 to draw" in out
+    assert all(" --device cpu --dtype auto --seed 0" in arguments for _, arguments in called) and " --kind object " in called[0][1]
+    assert ["--regions auto" in arguments for _, arguments in called] == [False, False, True]
     results = json.loads((tmp_path / "out/report/results/p3_dreambench.json").read_text())
     learned = next(row for way, row in results["summary"]["subjects"].items() if way.startswith("learned"))
     assert learned["clip_i"]["of"] == 2 and "dino" not in learned and results["judges"]["subjects"] is None
