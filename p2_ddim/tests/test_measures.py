@@ -34,9 +34,37 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
     assert {name for name, _ in rows} == {"ddim", "dpmpp_2m", "heun", "unipc", "ipndm"} and rows["heun", 16]["evaluations"] == 15
     for sampler, _ in rows:
         assert rows[sampler, 16]["value"] < rows[sampler, 4]["value"]
+
+    left = results["distance"]["rows"]
+    broken = left[2:]  # as of a run that was broken off before the first two
+    broken[0]["value"] += 1000  # is there already, and is believed
+    write_json(tmp_path / "s.json", results | {"distance": results["distance"] | {"rows": broken}})
+    sweep.main()
+    assert json.loads((tmp_path / "s.json").read_text())["distance"]["rows"] == broken + left[:2]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--measure", "distance", "--seed", "1"])
+    sweep.main()  # another question: none of the answers is one to it
+    others = json.loads((tmp_path / "s.json").read_text())["distance"]["rows"]
+    assert len(others) == len(left) and not {row["value"] for row in others} & {row["value"] for row in left}
+
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments)])
     with pytest.raises(UserError, match="frechet needs --faces"):
         sweep.main()
+
+
+def test_sets_of_drawn_faces_are_none_of_those_they_are_compared_with(monkeypatch):
+    faces = np.arange(9)
+    monkeypatch.setattr(sweep, "read_pictures", lambda *_: faces)
+    for name in ("to_model", "to_pictures"):
+        monkeypatch.setattr(sweep, name, lambda pictures: pictures)
+    monkeypatch.setattr(sweep, "features", lambda pictures: torch.tensor(pictures)[:, None])
+    monkeypatch.setattr(sweep, "frechet_distance", lambda own, truth: (own.flatten().tolist(), truth.flatten().tolist()))
+    truth, sets = sweep.reference_of("folder", 8, 2)
+    assert truth.flatten().tolist() == [0, 1, 2, 3, 4] and sets == [([5, 6], [0, 1, 2, 3, 4]), ([7, 8], [0, 1, 2, 3, 4])]
+    assert len(sweep.reference_of("folder", 8, 4)[1]) == 1
+    with pytest.raises(UserError, match="folder has 9 pictures; --count 5 needs twice as many"):
+        sweep.reference_of("folder", 8, 5)
+    faces = np.arange(99)
+    assert len(sweep.reference_of("folder", 8, 2)[1]) == sweep.SETS
 
 
 def test_arithmetic_is_counted_by_kind_of_layer(unet):

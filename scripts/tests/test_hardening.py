@@ -1,6 +1,7 @@
 """Killed, crowded out, or run in odd places: outputs are whole or not there, and what goes wrong is said in one line."""
 
 import ast
+import contextlib
 import importlib
 import os
 import resource
@@ -164,9 +165,21 @@ def test_two_at_once_do_not_mix_their_files_in_one_folder(tmp_path, monkeypatch,
         monkeypatch.setattr(command, name, lambda *_: {}, raising=False)
     monkeypatch.setattr(command, "gather", lambda *_: ({}, {}, {}), raising=False)
     monkeypatch.setattr(sys, "argv", [module, "--output", str(tmp_path), *arguments])
-    with files.lock(tmp_path, "-another_program"), files.lock(tmp_path, program), \
-         pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
+    with files.lock(tmp_path, program), pytest.raises(SystemExit, match=f"^error: {tmp_path} is in use by process {os.getpid()} "):
         files.run(command.main)
+
+    class Held(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def locked(*asked):
+        with files.lock(*asked):
+            raise Held
+        yield
+
+    monkeypatch.setattr(command, "lock", locked)
+    with files.lock(tmp_path, "-another_program"), pytest.raises(Held):
+        command.main()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
