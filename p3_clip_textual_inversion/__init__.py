@@ -14,7 +14,7 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
     10  evaluate (the grade), sources (what a word is learned from), redraw (a picture again), zero_shot (classification)
     11  train (textual inversion), compare (against untrained words), several (concepts in one picture), both (are two there?), dreambench (the field's)
     12  benchmark (speed), figures (the report's), minimal (the problem on one page)
-    13  miniature (the workshop; a user need not look), world, model, tasks, make_mini, pretrain, mini_scores (the first one, which made today's)
+    13  miniature (the workshop, where a user need not look)
 """
 
 from .guard import begin

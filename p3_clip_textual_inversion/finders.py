@@ -99,12 +99,13 @@ def make_finders(grader, concepts, folder, row, others, ordinary, labels):
     folder: of the concepts' folders of examples; row: the model's `Defaults`; others: ordinary pictures; ordinary: the name of the thing that "ordinary"
     finds, among the names `labels`.
 
-    A concept's last two examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
-    halves of the ordinary pictures. A subject is seen beside another thing. Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there
-    are two finders for these: "0 in 1", told from other things in the style, and "1 on 0", by captions that name styles (CLIP's image score, which looks for
-    subjects, does not tell a style on a subject that is not among its examples)."""
+    A concept's two most typical examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
+    halves of the ordinary pictures. (One that shows it small, in company, says little of how it looks at half size.) A subject is seen beside another thing.
+    Where a folder of the name 0+1 holds real pictures of subject 0 in style 1, there are two finders for these: "0 in 1", told from other things in the
+    style, and "1 on 0", by captions that name styles (CLIP's image score, which looks for subjects, does not tell a style on a subject that is not among its
+    examples)."""
     finders, validation = {}, {}
-    examples = {concept.number: example_pictures(folder / concept.number) for concept in concepts}
+    examples = {concept.number: most_typical_last(grader, example_pictures(folder / concept.number)) for concept in concepts}
     styles = [concept.number for concept in concepts if kind_of(concept) == "style"]
     side = others[0].width
     halves_of_others = others[0::2], others[1::2]
@@ -136,6 +137,12 @@ def make_finders(grader, concepts, folder, row, others, ordinary, labels):
             validate(finders, validation, key, example_pictures(folder / f"{subject.number}+{style.number}"), examples[subject.number])
     finders["ordinary"] = CaptionFinder(grader, [f"a {medium} of a {name}" for name in (ordinary, *(n for n in labels if n != ordinary))])
     return finders, validation
+
+
+def most_typical_last(grader, pictures):
+    """The pictures in the order of their mean cosine to each other."""
+    features = grader.of_pictures(pictures)
+    return [pictures[i] for i in (features @ features.T).sum(1).argsort().tolist()]
 
 
 def add_finder(finders, validation, key, grader, references, sets):

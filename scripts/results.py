@@ -15,9 +15,9 @@ def rows(results):
     p1, p2, back, p3 = (results[name] for name in ("p1_benchmark", "p2_benchmark", "p2_exact", "p3_benchmark"))
     seeds, student = p1["seeds"], p1["student"]
     ways, speed = p2["ways"], p3["rows"]
-    zero_shot, compare = results["p3_zero_shot"], results["p3_compare"]["summary"][0]["image"]
-    known = results["p3_several"]["known"]
-    real = results["p3_mini"]["prompts"]["a drawing of a <new1> on a blue background"]["real"]["image"]
+    zero_shot = results["p3_zero_shot"]
+    word = results["p3_words"]["bundled"]["concepts"]["<new1>"]
+    single, pair = (results["p3_miniature"][name]["clip"] for name in ("one subject", "two subjects"))
 
     there = max(back[kind]["fp32"]["mse"] for kind in ("references", "drawings"))
 
@@ -39,11 +39,12 @@ def rows(results):
          "; ".join(f"{ways[way]['seconds_per_image']:.0f}" for way in ("plain loop, fp32", "this project, fp32", "this project, bf16")), "p2_benchmark.sh"),
         ("P2: picture to noise and back, squared error", f"{there:.2f}", "-m p2_ddim.edit measure"),
         ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
-        ("P3: learned penguin; its initial words; real drawings",
-         f"{compare['learned']:.0f}; {compare['initial']:.0f}; {real:.0f}", "-m p3_clip_textual_inversion.compare"),
+        ("P3: a learned word; its initial words; real drawings", "; ".join(f"{word[way]['image']:.0f}" for way in ("learned", "initial", "real")),
+         "-m p3_clip_textual_inversion.miniature.words"),
+        ("P3: read right over real drawings: one; two in place", f"{single['over_real']:.2f}; {pair['over_real']:.2f}",
+         "-m p3_clip_textual_inversion.miniature.scores"),
         ("P3: pictures a second, ViT-B/32: plain open_clip; here; bf16", "; ".join(f"{speed[f'ViT-B/32, {way}']['pictures_per_second']:.0f}" for way in (
             "plain open_clip, fp32", "this project, fp32", "this project, bf16")), "p3_benchmark.sh"),
-        ("P3: two known things, both found: words; regions", f"{known['words']['both']:.0%}; {known['words, regions']['both']:.0%}", "p3_several.sh"),
         ("P3: learning, times a straightforward loop: fp32; bf16", "; ".join(f"{times:.2f}" for times in faster), "p3_benchmark.sh"),
     ]
 
@@ -56,7 +57,7 @@ def table(results):
 
 def limits(results):
     """{page: the sentence with numbers that its "Limits" begin with}"""
-    p1, p3 = results["p1_benchmark"], results["p3_mini"]
+    p1, single = results["p1_benchmark"], results["p3_miniature"]["one subject"]["clip"]
     zero_shot, several = results["p3_zero_shot"], results["p3_several"]
 
     def span(name, kind="seeds"):
@@ -70,8 +71,9 @@ def limits(results):
             f"Of the digit that is read worst, the share that is read right: {span('worst_digit')}.",
         "hw2_data/mini/README.md":
             f"Measured: CLIP names {zero_shot['top1']:.1%} of {zero_shot['images']} pictures of the unseen style, and is surer of its answers "
-            f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {p3['stable_diffusion']['top1']:.1%} of Stable Diffusion's "
-            f"guided pictures for what they are; with regions two known things are both found in {several['known']['words, regions']['both']:.0%} of pictures, "
+            f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {single['drawn']['share']:.1%} of Stable Diffusion's "
+            f"guided pictures for what they are, {single['real']['share']:.1%} of real drawings of the same things; "
+            f"with regions two known things are both found in {several['known']['words, regions']['both']:.0%} of pictures, "
             f"two learned apart in {several['methods']['words learned apart, regions']['a <new1> next to a <new3>']['both']:.0%}.",
     }
 

@@ -1,6 +1,7 @@
 """What train.py trains: the miniature's autoencoder, CLIP, second judge and UNet: of each the configuration, batches, loss and the files it becomes."""
 
 import copy
+import gzip
 import json
 
 import open_clip
@@ -8,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from .. import diffusion
 from ..clip import BPE_FILE, load_clip, make_clip_tokenizer, read_merges
 from ..files import UserError, atomic_path, first_line, write_json
-from ..model import to_text_encoder, write_merges
 from .painting import compose
 from .world import CLIP_STYLES, SIDE, STYLES, Captioner, Scenes, exchanged, pieces_of, sample
 
@@ -63,12 +64,17 @@ class Clip:
             if read_merges(args.start / BPE_FILE) != read_merges(args.output / BPE_FILE) or shapes(start) != shapes(self.model):
                 raise UserError(f"{args.start} is of another size or has other words than the {type(self).__name__.lower()} to be trained")
             self.model.load_state_dict(start.state_dict())
+        if args.lock_text:
+            self.model.lock_text_tower()
 
     def batch(self, generator, count):
         """(pictures, tokens [B, context], of the untrue captions [hard, B, context], which of those count [hard, B]). Five in eight begin with a subject that
-        no other does, so that no caption fits two pictures; the rest are several everyday things beside each other."""
+        no other does, so that no caption fits two pictures, half of them everyday ones; the rest are several everyday things beside each other."""
         most = min(count * 5 // 8 + 1, len(self.drawings.trained))
-        first = self.drawings.trained[torch.randperm(len(self.drawings.trained), generator=generator)[:most]]
+        everyday = self.drawings.everyday[torch.randperm(len(self.drawings.everyday), generator=generator)[:(most + 1) // 2]]
+        rare = self.drawings.trained[~torch.isin(self.drawings.trained, self.drawings.everyday)]
+        first = torch.cat([everyday, rare[torch.randperm(len(rare), generator=generator)]])[:most]
+        most = len(first)
         common = {"styles": CLIP_STYLES, "tell_ground": 0.4, "tell_style": 0.3}
         groups = [sample(self.drawings, most, generator, first=first, several=(0.7, 0.22, 0.08), **common)]
         if count > most:
@@ -243,8 +249,10 @@ class Unet:
         pipeline = StableDiffusionPipeline(vae=stored(self.vae), text_encoder=stored(self.text_encoder), tokenizer=self.tokenizer, unet=stored(model),
                                            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipeline.save_pretrained(folder / "stable_diffusion", safe_serialization=True)
-        config = folder / "stable_diffusion" / "text_encoder" / "config.json"
-        write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
+        for part, changes in (("text_encoder", {"dtype": "float32"}), ("vae", {}), ("unet", {})):
+            config = folder / "stable_diffusion" / part / "config.json"
+            content = json.loads(config.read_text(encoding="utf-8")) | changes
+            write_json(config, {name: value for name, value in content.items() if name != "_name_or_path"})  # where it lay on this machine
 
 
 def shapes(model):
@@ -271,6 +279,51 @@ def recolour(pictures, generator):
     gain, offset, saturation = (value.to(pictures.device, non_blocking=True) for value in (gain, offset, saturation))
     gray = pictures.mean(dim=1, keepdim=True)
     return ((gray + saturation * (pictures - gray)) * gain + offset).clamp(-1, 1)
+
+
+def write_merges(path, texts, most_frequent=None):
+    """Of open_clip's BPE file, or its `most_frequent` merges, those that the words of `texts` need, in its order, as a file of the same format: a small
+    vocabulary that reads these words just as the larger one does. Returns how many."""
+    merges = read_merges()[:most_frequent]
+    maker, needed = {"".join(merge): merge for merge in merges}, set()
+    tokenizer = make_clip_tokenizer(merges)
+    pending = [token for text in texts for token in tokenizer.tokenize(text)]
+    while pending:
+        merge = maker.get(pending.pop())
+        if merge and merge not in needed:
+            needed.add(merge)
+            pending += merge
+    with atomic_path(path) as temporary, open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        file.write("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges if merge in needed)]).encode())
+    return len(needed)
+
+
+def to_text_encoder(clip, tokenizer):
+    """open_clip's text tower as transformers' `CLIPTextModel`, the text encoder of Stable Diffusion, with the same weights.
+
+    Without the last projection, which a text encoder of Stable Diffusion does not have. For towers of `open_clip.CLIP`, of OpenAI's shape."""
+    state = {name: tensor.float() for name, tensor in clip.state_dict().items() if not name.startswith("visual.")}
+    vocabulary, width = state["token_embedding.weight"].shape
+    block = clip.transformer.resblocks[0]
+    config = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=block.mlp.c_fc.out_features, num_hidden_layers=len(clip.transformer.resblocks),
+        num_attention_heads=block.attn.num_heads, max_position_embeddings=len(state["positional_embedding"]),
+        hidden_act="quick_gelu" if isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU) else "gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    mapped = {"embeddings.token_embedding.weight": state["token_embedding.weight"], "embeddings.position_embedding.weight": state["positional_embedding"],
+              "final_layer_norm.weight": state["ln_final.weight"], "final_layer_norm.bias": state["ln_final.bias"]}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for part in ("weight", "bias"):
+            for name, target in names.items():
+                mapped[f"{theirs}.{target}.{part}"] = state[f"{ours}.{name}.{part}"]
+            for letter, third in zip("qkv", state[f"{ours}.attn.in_proj_{part}"].chunk(3)):
+                mapped[f"{theirs}.self_attn.{letter}_proj.{part}"] = third
+    encoder = CLIPTextModel(config)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in encoder.state_dict()) else ""  # transformers 5 dropped it
+    encoder.load_state_dict({prefix + name: tensor for name, tensor in mapped.items()}, strict=True)
+    return encoder.eval().requires_grad_(False)
 
 
 def load_part(kind, folder):

@@ -48,6 +48,7 @@ def parse_args():
     parser.add_argument("--clip", type=Path, default=None, help="for unet: folder of the trained CLIP")
     parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained autoencoder")
     parser.add_argument("--start", type=Path, default=None, metavar="FOLDER", help="folder of a model of this kind whose weights are the first ones")
+    parser.add_argument("--lock-text", action="store_true", help="for clip, with --start: its text tower, by now Stable Diffusion's text encoder, stays")
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps, at most (default: by part)")
     parser.add_argument("--seconds", type=float, default=None, help="of training, at most (default: no limit); the learning rate falls by the clock then")
     parser.add_argument("--batch-size", type=int, default=None, help="pictures per step (default: by part)")
@@ -70,6 +71,8 @@ def parse_args():
     check_flags(args, ("warmup", "save_every", "validate_every"), lambda value: value >= 0, "a number from 0")
     check_flags(args, ("decay", "ema"), lambda value: 0 <= value <= 1, "between 0 and 1")
     check_flags(args, ("keep",), lambda values: all(0 < value < 1 for value in values), "shares between 0 and 1")
+    if args.lock_text and (args.part != "clip" or not args.start):
+        raise UserError("--lock-text is for clip, and needs --start: the folder of a CLIP whose text tower is to stay")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
     return args

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 
 from ..device import DTYPES, pick_device, pick_dtype
-from ..embedding import add_words, expand, read_embeddings
-from ..files import MINI, UserError, check_flags, run, writable_folder, write_json
+from ..embedding import add_words, expand
+from ..files import MINI, RESULTS, UserError, check_flags, lock, read_json, run, writable_folder, write_json
 from ..inference import DrawConfig
+from ..lora import add_loras, find_loras
 from ..pictures import save_image
+from ..provenance import command_line
 from ..stable_diffusion import MINI_SD, load_stable_diffusion
-from .drawings import CONCEPTS, Look, write_concepts, write_examples
+from ..words import gather
+from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
 from .scores import GUIDANCE, Artist, Eye, grid, halves, share
 from .world import COLOURS, GROUNDS, PATTERNS, STYLES, UNSEEN_STYLE, Drawings, make_scenes, words
 
@@ -135,8 +138,9 @@ def main():
     parser = argparse.ArgumentParser(description="Learns words of concepts drawn by seed; scores them.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for examples, words, scores.json and pictures.png")
-    parser.add_argument("--kind", choices=["instances", "unseen", "styles", "bundled"], default="instances",
-                        help="what to learn: see above; the two styles that nothing was trained on; or the bundled concepts")
+    parser.add_argument("--report", metavar="NAME", default=None, help="keep the scores under this name in report/results/p3_words.json, too")
+    parser.add_argument("--kind", choices=["instances", "unseen", "styles", "bundled", "unknown"], default="instances",
+                        help="what to learn: see above; the two styles that nothing was trained on; the bundled concepts; of which the kind never seen")
     parser.add_argument("--seed", type=int, default=0, help="of the concepts")
     parser.add_argument("--count", type=int, default=5, help="concepts")
     parser.add_argument("--pictures", type=int, default=50, help="of each way and prompt")
@@ -150,14 +154,17 @@ def main():
     check_flags(args, ("count", "pictures", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")
     device, drawings = pick_device(args.device), Drawings(args.drawings)
-    looks = {"bundled": list(CONCEPTS), "styles": styles()}.get(args.kind) or looks_of(args.kind, drawings, args.seed, args.count)
-    vectors = read_embeddings(learn(looks, drawings, args, flags), [look.token for look in looks])
+    looks = {"bundled": list(CONCEPTS), "styles": styles(), "unknown": list(UNKNOWN)}.get(args.kind) or looks_of(args.kind, drawings, args.seed, args.count)
+    vectors, *_, origin = gather([learn(looks, drawings, args, flags)], [look.token for look in looks])
     eye, counts = Eye(args.clip, device), {word: len(rows) for word, rows in vectors.items()}
     config = DrawConfig(num_steps=25, guidance_weight=args.guidance_weight, batch_size=args.batch_size, dtype=pick_dtype(args.dtype, device))
     plain, taught = (load_stable_diffusion(args.sd, device) for _ in range(2))
     add_words(taught, vectors)
+    loras = find_loras((), origin)  # with -- --lora
+    added = add_loras(taught, loras, 1.0)
     results, sheets = {}, []
     for look in looks:
+        added.use({look.token}.intersection(loras))
         scores = (measure if look.name else measure_style)(Artist(drawings, plain, config), eye, look, Artist(drawings, taught, config), counts, args.pictures)
         results[look.token], learned = {"what": told(look), "style": look.style, **scores[0]}, scores[0]["learned"]
         sheets.append(scores[1])
@@ -170,7 +177,14 @@ def main():
         print(line, flush=True)
     ways = [rows["learned"]["share_of_the_way"] for rows in results.values()]
     print(f"of the way: mean {np.mean(ways):.2f}, least {min(ways):.2f}")
-    write_json(args.output / "scores.json", {"flags": flags, "mean": float(np.mean(ways)), "least": min(ways), "concepts": results})
+    command = command_line("python -m p3_clip_textual_inversion.miniature.words", parser, args, ("output", "report", "drawings", "clip", "sd"))
+    scores = {"command": " ".join([command, *(["--", *flags] if flags else [])]),
+              "mean": float(np.mean(ways)), "least": min(ways), "concepts": results}
+    write_json(args.output / "scores.json", scores)
+    if args.report:
+        with lock(writable_folder(RESULTS), "-p3_words"):
+            path = RESULTS / "p3_words.json"
+            write_json(path, (read_json(path) if path.exists() else {}) | {args.report: scores})
     save_image(grid(torch.cat(sheets), 8), args.output / "pictures.png")
     print(f"wrote scores.json and pictures.png to {args.output}")
 

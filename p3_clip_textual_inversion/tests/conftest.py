@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from p3_clip_textual_inversion import objective
 from p3_clip_textual_inversion.clip import load_clip, make_clip_tokenizer, read_merges
-from p3_clip_textual_inversion.model import to_text_encoder, write_merges
+from p3_clip_textual_inversion.miniature.models import to_text_encoder, write_merges
 
 pytest.register_assert_rewrite("p3_clip_textual_inversion.tests.tools")
 from .tools import call, command, one_thread  # noqa: E402, F401

@@ -20,10 +20,10 @@ from p3_clip_textual_inversion.evaluate import judge_of
 from p3_clip_textual_inversion.files import UserError, fingerprint
 from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
 from p3_clip_textual_inversion.identity import identify, weights_fingerprint
+from p3_clip_textual_inversion.miniature.world import STYLES, words
 from p3_clip_textual_inversion.several import METHODS, check_runs
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.train import pull_of_step
-from p3_clip_textual_inversion.world import STYLES, words
 
 PACKAGE = "p3_clip_textual_inversion"
 
@@ -114,7 +114,7 @@ def test_a_copy_of_the_miniature_gets_the_miniatures_settings(call, concepts_jso
     code, out, err = call(f"{PACKAGE}.train", concepts_json, "--checkpoint", moved, "--output", tmp_path / "run", "--concepts", 1, "--steps=1",
                           "--batch-size=1", "--crops=1", "--sample-every=0", "--dtype=fp32")
     assert code == 0, err
-    assert f"the miniature (miniature-{identify(moved)}), 64 pixels: steps 1 (by flag), batch-size 1 (by flag), lr 0.001, vectors 4, min-snr-gamma 0.1" in out
+    assert f"the miniature (miniature-{identify(moved)}), 64 pixels: steps 1 (by flag), batch-size 1 (by flag), lr 0.005, vectors 4, min-snr-gamma 0.5" in out
     _, rows, settings = read_embedding(tmp_path / "run" / "new2.safetensors")
     assert len(rows) == MINIATURE.learning.vectors and float(settings["pull"]) == MINIATURE.learning.style_pull
     assert row_of(identify(MINI_SD).side) is MINIATURE and row_of(512) is row_of(768) is SD_V1

@@ -63,9 +63,8 @@ ARGUMENTS = {
     "zero_shot": ["--data={t}/data", "--model={clip}", "--output={t}/new"],
     "figures": ["--runs={t}/run", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new"],
     "several": ["{t}/concepts/input.json", "--checkpoint={sd}", "--runs={t}/new", "--report={t}/new"],
-    "fullsize": [], "benchmark": [], "mini_scores": ["--drawings={t}/no"], "make_mini": ["pictures", "{t}/no"],
+    "fullsize": [], "benchmark": [], "miniature.scores": ["--drawings={t}/no"], "miniature.drawings": ["concepts", "{t}/no"],
     "compare": ["--learned={t}/words", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--model={clip}", "--output={t}/new", "--num-images=1"],
-    "pretrain": ["--drawings={t}/no", "--output={t}/new"],
     "train": ["{t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new", "--steps=1", "--batch-size=1", "--sample-every=0", "--side=64"],
 }
 
@@ -120,16 +119,9 @@ ARGUMENTS = {
     ("benchmark", ["--device=abacus"], "the device 'abacus' cannot be used"),
     ("compare", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
     ("compare", ["--learned={t}/no"], "{t}/no has no embeddings"),
-    ("mini_scores", ["--per-class=0"], "--per-class must be at least 1, not 0"),
-    ("mini_scores", [], "cannot read the drawings {t}/no"),
-    ("make_mini", ["--seed=-1"], "--seed must be at least 0, not -1"),
-    ("pretrain", ["clip", "--save-every=0"], "--save-every must be a number above 0, not 0"),
-    ("pretrain", ["clip", "--lr=nan"], "--lr must be a number above 0, not nan"),
-    ("pretrain", ["clip", "--sample-every=-1"], "--sample-every must be a number from 0, not -1"),
-    ("pretrain", ["clip", "--ema=-1"], "--ema must be between 0 and 1, not -1.0"),
-    ("pretrain", ["clip", "--seed=-1"], "--seed must be a whole number from 0, of at most 12 digits, not -1"),
-    ("pretrain", ["vae", "--start={t}"], "--start is for clip and unet"),
-    ("pretrain", ["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"),
+    ("miniature.scores", ["--pictures=0"], "--pictures must be at least 1, not 0"),
+    ("miniature.scores", [], "cannot read the drawings {t}/no"),
+    ("miniature.drawings", ["--seed=-1"], "--seed must be at least 0, not -1"),
     ("zero_shot", ["--templates={t}/file"], "the caption 'no folder' must have {{}} once"),
 ])
 def test_bad_calls_end_in_one_line(call, places, tiny_sd, tiny_clip, module, arguments, said):

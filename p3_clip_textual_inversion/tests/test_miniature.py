@@ -105,9 +105,9 @@ def test_shipped_words_draw_their_concept(grader, number):
 
 
 def test_sizes():
-    """Both models together stay below 45 MB, and input.json names pictures and words that are there."""
+    """Both models together stay below 60 MB, and input.json names pictures and words that are there."""
     files = [path for folder in (MINI / "clip", MINI_SD) for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 45e6
+    assert sum(path.stat().st_size for path in files) < 60e6
     content = json.loads(INPUT.read_text())
     assert all(len(example_pictures(INPUT.parent / number)) == 5 for number in content)
     assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(WORDS))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.miniature import models, train
+from p3_clip_textual_inversion.miniature.models import write_merges
 from p3_clip_textual_inversion.miniature.world import CLIP_STYLES, SIDE, SUBJECTS, Drawings
-from p3_clip_textual_inversion.model import write_merges
 
 MODULE = "p3_clip_textual_inversion.miniature.train"
 
@@ -93,7 +93,7 @@ def test_all_parts_become_files_that_stock_libraries_read(call, drawings, tmp_pa
 
 def test_captions_by_their_length_are_the_same_captions(tmp_path, drawings, narrow):
     """Features and gradients of the text tower, of a batch as it comes."""
-    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None), Drawings(drawings), torch.device("cpu"))
+    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None, lock_text=False), Drawings(drawings), torch.device("cpu"))
     _, tokens, untrue, _ = part.batch(torch.Generator().manual_seed(0), 7)
     captions, gradients = torch.cat([tokens, untrue.flatten(0, 1)]), []
     assert len((captions != 0).sum(1).unique()) > 2
@@ -108,7 +108,7 @@ def test_captions_by_their_length_are_the_same_captions(tmp_path, drawings, narr
 
 def test_a_hard_negative_costs_what_its_similarity_says(tmp_path, drawings, narrow):
     """By hand: one picture whose caption and untrue caption it is as near to costs log 2 on the picture's side; an untrue caption that does not count, 0."""
-    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None), Drawings(drawings), torch.device("cpu"))
+    part = models.Clip(types.SimpleNamespace(output=tmp_path, start=None, lock_text=False), Drawings(drawings), torch.device("cpu"))
 
     part.features = lambda model, pictures, tokens: (torch.ones(1, 2), torch.ones(len(tokens), 2), torch.tensor(1.0))
     batch = torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 1, 5, dtype=torch.long)
@@ -120,7 +120,7 @@ def test_a_run_begins_at_the_weights_it_is_given(tmp_path, drawings, narrow):
     """--start; words of other tokens or towers of another size are refused, not half used."""
     def clip(name, start=None, kind=models.Clip):
         (tmp_path / name).mkdir(exist_ok=True)
-        part = kind(types.SimpleNamespace(output=tmp_path / name, start=start), Drawings(drawings), torch.device("cpu"))
+        part = kind(types.SimpleNamespace(output=tmp_path / name, start=start, lock_text=False), Drawings(drawings), torch.device("cpu"))
         part.export(part.model, tmp_path / name)
         return part.model
 
@@ -135,6 +135,16 @@ def test_a_run_begins_at_the_weights_it_is_given(tmp_path, drawings, narrow):
     autoencoder.export(autoencoder.model, tmp_path / "vae")
     begun = models.Autoencoder(types.SimpleNamespace(start=tmp_path / "vae"), Drawings(drawings), torch.device("cpu"))
     assert all(torch.equal(a.half(), b.half()) for a, b in zip(autoencoder.model.state_dict().values(), begun.model.state_dict().values()))
+
+
+def test_the_text_tower_stays_when_clip_is_trained_on(call, drawings, tmp_path, narrow):
+    assert call(MODULE, *arguments("clip", drawings, tmp_path / "first", "--steps=1"))[0] == 0
+    code, _, err = call(MODULE, *arguments("clip", drawings, tmp_path / "on", "--steps=2", "--start", tmp_path / "first", "--lock-text"))
+    assert code == 0, err
+    before, after = (load_file(tmp_path / run / "open_clip_model.safetensors") for run in ("first", "on"))
+    visual = {name for name in before if name.startswith("visual.")}
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - visual - {"logit_scale"})
+    assert any(not torch.equal(before[name], after[name]) for name in visual)
 
 
 def test_the_pool_is_renewed_and_captions_are_dropped(tmp_path, drawings, narrow, call):
@@ -153,6 +163,7 @@ def test_the_pool_is_renewed_and_captions_are_dropped(tmp_path, drawings, narrow
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["clip", "--save-every=-1"], "--save-every must be a number from 0"), (["clip", "--lr=nan"], "--lr must be a number above 0, not nan"),
+    (["clip", "--lock-text"], "--lock-text is for clip, and needs --start"),
     (["clip", "--ema=-1"], "--ema must be between 0 and 1, not -1.0"), (["clip", "--seed=-1"], "--seed must be a whole number from 0"),
     (["autoencoder", "--start=x"], "cannot load x"), (["clip", "--keep", "2"], "--keep must be shares"),
     (["clip", "--device=cpu", "--dtype=fp16"], "--dtype fp16 trains on a GPU only"), (["unet", "--seconds=0"], "--seconds must be a number above 0")])

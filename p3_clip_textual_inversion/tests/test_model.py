@@ -8,7 +8,7 @@ import torch
 
 from p3_clip_textual_inversion.clip import load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.model import to_text_encoder, write_merges
+from p3_clip_textual_inversion.miniature.models import to_text_encoder, write_merges
 
 TEXTS = ["a drawing of a four leaf clover on a green background", "a dog", "it's 42 degrees, ünder the sun!", ""]
 

@@ -15,7 +15,7 @@ from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save
 from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embeddings, save_embedding
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.finders import half_crops, paste_side_by_side
+from p3_clip_textual_inversion.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.measures import drift, wilson
 from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
@@ -125,3 +125,10 @@ def test_missing_pictures_are_drawn_in_the_batches_that_they_belong_to(concepts_
     after = drawn()
     assert asked == [["a cat", "a dog", *(f"{prompts[0][0]}/{i}" for i in range(3))], [f"{prompts[0][0]}/{i}" for i in (1, 2)]]
     assert after.pop(missing)[0] == before.pop(missing)[0] and after == before
+
+
+def test_the_examples_kept_to_set_and_to_try_are_the_most_typical():
+    """By hand: of four directions in a plane the two in the middle have the largest mean cosine to all."""
+    angles = dict(zip("abcd", (0.0, 0.5, 0.7, 2.0)))
+    grader = types.SimpleNamespace(of_pictures=lambda names: torch.tensor([[np.cos(angles[name]), np.sin(angles[name])] for name in names]))
+    assert most_typical_last(grader, list("bdca")) == ["d", "a", "b", "c"]

@@ -193,7 +193,7 @@ def test_nothing_that_is_not_this_runs_is_overwritten(call, places, tmp_path, ti
     (P2, "train", "--data={t}/references --output={t}/run --image-size=16 --widths=32 --attention=0 --steps=1 --batch-size=1"),
     (P3, "inference", "{t}/concepts/input.json {t}/run {sd} --embeddings={t}/words --num-images=1 --steps=1"),
     (P3, "train", "{t}/concepts/input.json --checkpoint={sd} --output={t}/run --steps=1 --batch-size=1"),
-    (P3, "pretrain", "clip --drawings={t}/no --output={t}/run"), (P3, "miniature.train", "clip --drawings={t}/no --output={t}/run"),
+    (P3, "miniature.train", "clip --drawings={t}/no --output={t}/run"),
 ])
 def test_a_second_run_into_a_folder_says_who_has_it(call, places, tmp_path, tiny_sd, package, module, arguments):  # noqa: F811
     (tmp_path / "run").mkdir()
