@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,6 +42,7 @@ def places(tiny_sd, tmp_path_factory):
     def learn(output):
         flags = ["--lora=2", "--lr-lora=1e-2", "--steps=4", "--pivot=0.5", "--save-every=2", "--batch-size=2", "--crops=1", "--vectors=1", "--prior=1",
                  "--sample-every=0", "--validate-every=2", "--dtype=fp32", "--concepts=0"]
+        AcceleratorState._reset_state(True)  # of another test file's training, perhaps with another number format
         patch.setattr(sys, "argv", ["train", *map(str, [folder / "input.json", "--checkpoint", tiny_sd, "--output", output, *flags])])
         train.main()
 

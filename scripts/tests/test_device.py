@@ -63,6 +63,7 @@ def seen(*_, **__):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_command_computes_fp32_exactly_and_a_training_need_not(tf32_on, tmp_path, package):
     common, training = (importlib.import_module(f"{package}.{name}") for name in ("device", "training"))
+    AcceleratorState._reset_state(True)  # of another test file's training, perhaps with another number format
     common.pick_device("cpu")
     assert tf32() == (False, False)
     training.prepare(settings(), tmp_path)
