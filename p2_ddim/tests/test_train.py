@@ -69,6 +69,19 @@ def test_training_learns_and_its_result_draws(call, pictures, tmp_path):
     assert load_unet(tmp_path / "run" / "UNet.pt").config == UNetConfig((32, 32), (1,), 1)
 
 
+def test_a_training_goes_on_from_given_weights_of_the_same_network(call, pictures, tmp_path):
+    torch.manual_seed(1)
+    begun = UNet(UNetConfig((32, 32), (1,), 1))
+    torch.save(begun.state_dict(), tmp_path / "begun.pt")
+    settings = [*SETTINGS, "--data", pictures, "--init", tmp_path / "begun.pt", "--lr", 0]
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "run", "--steps", 2)
+    assert code == 0, err
+    ended = torch.load(tmp_path / "run" / "UNet.pt", weights_only=True)
+    assert all(torch.equal(tensor, ended[name]) for name, tensor in begun.state_dict().items())
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "other", "--steps", 2, "--widths", 32, 64)
+    assert code != 0 and "another network: --widths 32 32 --attention 1 --blocks 1" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_every_parameter_moves(layout):
     """Also the kernels, which Muon sees as matrices that share their memory, in either layout."""
