@@ -37,7 +37,7 @@ from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 from .pictures import to_model
 from .samplers import SAMPLERS, ddim, finish, steps_at
-from .tensors import is_plain, read_tensors
+from .tensors import fill, is_plain, load_weights, read_tensors
 from .train import Clock, PowerEMA, compile_blocks, learning_rate
 from .training import (
     WATCHING,
@@ -181,6 +181,7 @@ def parse_args():
     parser.add_argument("--paths", type=int, default=16_000, help="paths that the teacher draws; 24 kB each on the disk")
     parser.add_argument("--leaps", type=int, choices=list(LEAPS), default=2, help="evaluations per image")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="the student's network")
+    parser.add_argument("--init", type=Path, default=None, help="begin with a student's weights, of the same --size, to go on with a result")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER.num_steps, help="steps of the teacher's sampler")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
@@ -233,6 +234,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["teacher_weights"] = fingerprint(args.teacher, *([args.guide] if args.guide else []))
+    settings["init"] = args.init and fingerprint(args.init)
     data = load_digits(args.data, "train") if args.tuning > 0 else None
     settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
     state_file = folder / "state.pt"
@@ -244,7 +246,10 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
 
     torch.manual_seed(args.seed)
-    net = UNet(replace(SIZES[args.size], times=tuple(times))).to(device=device, memory_format=torch.channels_last)
+    net = UNet(replace(SIZES[args.size], times=tuple(times)))
+    if args.init:
+        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
+    net.to(device=device, memory_format=torch.channels_last)
     ema = PowerEMA(net, [args.ema])
     student, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
     step, history, recent, stage = 0, [], [], {"name": "supervised", "began": 0}
@@ -253,6 +258,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             net.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
             step, history, recent, stage = state["step"], state["history"], [torch.tensor(x, device=device) for x in state["recent"]], state["stage"]
     if args.compile:
         compile_blocks(net)
@@ -328,8 +335,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             last = last or is_flat(history, args.stop_when_flat)
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*net.parameters(), *ema.averages[0].values()], state_file)
-            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,
-                       "recent": [x.item() for x in recent], "stage": stage, "settings": settings}
+            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history, "stage": stage,
+                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [x.item() for x in recent], "settings": settings}
             with atomic_path(state_file) as temporary:
                 torch.save(content, temporary)
             facts = {**settings, "teacher": args.teacher.name, "steps": step, "stage": stage["name"]}

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .. import diffusion
 from ..clip import BPE_FILE, load_clip, make_clip_tokenizer, read_merges
+from ..device import autocast, pick_dtype
 from ..files import UserError, atomic_path, first_line, write_json
 from .painting import compose
 from .world import CLIP_STYLES, SIDE, STYLES, Captioner, Scenes, exchanged, pieces_of, sample
@@ -176,6 +177,7 @@ class Unet:
 
     def __init__(self, args, drawings, device):
         self.drawings, self.device = drawings, device
+        self.dtype = pick_dtype(args.dtype, device) if device.type == "cuda" else torch.float32  # of the frozen parts
         if args.clip is None or args.vae is None:
             raise UserError("unet needs --clip and --vae, the folders of the runs of clip and autoencoder")
         clip = load_clip(str(args.clip))[0]
@@ -198,7 +200,7 @@ class Unet:
 
     @torch.no_grad()
     def encode_text(self, tokens):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with autocast(self.device, self.dtype):
             return self.text_encoder(tokens).last_hidden_state.float()
 
     @torch.no_grad()
@@ -208,7 +210,7 @@ class Unet:
         scenes = sample(self.drawings, count, generator, styles=STYLES, rendered=0.25)
         pictures, parts = compose(self.drawings, scenes, generator), []
         for part in pictures.split(1024):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with autocast(self.device, self.dtype):
                 posterior = self.vae.encode(part).latent_dist
             parts.append((posterior.mean.to(dtype), posterior.std.to(dtype)))
         return *(torch.cat(column) for column in zip(*parts)), self.encode_text(self.captioner(scenes, self.tokenizer.eos_token_id)).to(dtype)

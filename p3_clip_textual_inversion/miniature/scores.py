@@ -192,10 +192,10 @@ def retrieval(eye, drawings, device, count=1000):
     return share(drawings.trained[found] == first) | {"names": len(drawings.trained)}
 
 
-def grid(pictures, columns=10):
-    """[N, 3, H, W] in -1..1 -> one picture."""
-    rows = [np.concatenate(list(row), axis=1) for row in (to_uint8(part) for part in pictures.split(columns)) if len(row) == columns]
-    return Image.fromarray(np.concatenate(rows))
+def grid(blocks, columns=10):
+    """[[N, 3, H, W] in -1..1, ...] -> one picture. A block begins with a row of its own, and white fills up its last."""
+    rows = [list(to_uint8(part)) for block in blocks for part in block.split(columns)]
+    return Image.fromarray(np.concatenate([np.concatenate(row + [np.full_like(row[0], 255)] * (columns - len(row)), axis=1) for row in rows]))
 
 
 def over(drawn, real):
@@ -236,7 +236,7 @@ def main():
             ways["over_real"] = over(ways["drawn"], ways["real"])
             print(f"{name}, by {judge}: drawn {ways['drawn']['share']:.3f}, real {ways['real']['share']:.3f}")
     scores["seconds_per_picture"], scores["steps"], scores["guidance_weight"] = artist.seconds / artist.count, args.steps, args.guidance_weight
-    save_image(grid(torch.cat(shown)), args.output / "figures" / "p3_miniature.png")
+    save_image(grid(shown), args.output / "figures" / "p3_miniature.png")
     write_json(args.output / "results" / "p3_miniature.json", scores)
     print(f"autoencoder {scores['autoencoder']['psnr']:.2f} dB; retrieval "
           + ", ".join(f"{judge} {row['share']:.3f}" for judge, row in scores["retrieval"].items())

@@ -86,6 +86,8 @@ def main():
 
 def train(args, folder):
     accelerator, dtype = prepare(args, folder)
+    if accelerator.num_processes > 1:
+        raise UserError("the miniature's models are trained by one process")
     device = accelerator.device
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["made_of"] = fingerprint(args.drawings, *(path for path in (args.clip, args.vae) if path))
@@ -97,13 +99,15 @@ def train(args, folder):
         torch.backends.cuda.enable_flash_sdp(False)  # a CPU's, too, in spite of its name
     part = PARTS[args.part](args, Drawings(args.drawings, device), device)
     net = part.model.to(device).train()
-    averaged, optimizer = averaged_copy(net), make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98))
+    averaged, optimizer = averaged_copy(net), accelerator.prepare(make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98)))
     step, history, gone = 0, [], 0.0  # gone: seconds of training before
     if state:
         with fitting(state_file):
             net.load_state_dict(state["model"])
             averaged.load_state_dict(state["averaged"])
             optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
             step, history, gone = state["step"], state["history"], state["gone"]
     model, part.through = (torch.compile(net), torch.compile(through)) if args.compile else (net, through)
     first_line_of(accelerator, dtype, f"{args.part}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters,"
@@ -122,10 +126,10 @@ def train(args, folder):
             batch = part.batch(generator, args.batch_size)
             with accelerator.autocast():
                 loss = part.loss(model, batch, generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            net.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             ema_update(averaged, net, step, args.ema)
             average_buffers(averaged, net)
             step += 1
@@ -149,7 +153,8 @@ def train(args, folder):
                 refuse_nonfinite(step, list(net.parameters()), state_file)
                 with atomic_path(state_file) as temporary:
                     torch.save({"model": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                "history": history, "recent": [], "gone": gone + now - started, "settings": settings}, temporary)
+                                "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "history": history, "recent": [],
+                                "gone": gone + now - started, "settings": settings}, temporary)
                 part.export(averaged, folder)
                 saved = time.perf_counter()
             if flat:

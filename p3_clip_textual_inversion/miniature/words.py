@@ -18,6 +18,7 @@ import torch
 from ..device import DTYPES, pick_device, pick_dtype
 from ..embedding import add_words, expand
 from ..files import MINI, RESULTS, UserError, check_flags, lock, read_json, run, writable_folder, write_json
+from ..guard import command as command_of
 from ..inference import DrawConfig
 from ..lora import add_loras, find_loras
 from ..pictures import save_image
@@ -70,7 +71,7 @@ def told(look):
 
 
 def measure(artist, eye, look, learned, counts, count):
-    """Scores of one concept, {way: {...}}, and its pictures alone, a row a way. learned: an `Artist` with the word."""
+    """Scores of one concept, {way: {...}}, and the first of its pictures alone, [pictures of a way, ...]. learned: an `Artist` with the word."""
     drawings = artist.drawings
 
     def real(entries, seed):
@@ -97,7 +98,7 @@ def measure(artist, eye, look, learned, counts, count):
     gap = rows["real"]["image"] - rows["initial"]["image"]
     for way in ("best words", "learned"):
         rows[way]["share_of_the_way"] = (rows[way]["image"] - rows["initial"]["image"]) / gap
-    return rows, torch.cat([alone[way][:8] for way in alone])
+    return rows, [pictures[:8] for pictures in alone.values()]
 
 
 def measure_style(artist, eye, look, learned, counts, count):
@@ -118,7 +119,7 @@ def measure_style(artist, eye, look, learned, counts, count):
     image = {way: np.mean([score for score, _ in scores]) for way, scores in rows.items()}
     results = {way: {"image": image[way], "subject": float(np.mean([score for _, score in scores])), "by_prompt": scores} for way, scores in rows.items()}
     results["learned"]["share_of_the_way"] = (image["learned"] - image["initial"]) / (image["real"] - image["initial"])
-    return results, torch.cat(shown)
+    return results, shown
 
 
 def learn(looks, drawings, args, flags):
@@ -126,7 +127,7 @@ def learn(looks, drawings, args, flags):
     folder = writable_folder(args.output / "examples")
     write_examples(drawings, looks, folder, args.seed)
     write_concepts(looks, folder / "input.json")
-    command = [sys.executable, "-m", "p3_clip_textual_inversion.train", folder / "input.json", "--checkpoint", args.sd, "--output", args.output / "words",
+    command = [*command_of("p3_clip_textual_inversion.train"), folder / "input.json", "--checkpoint", args.sd, "--output", args.output / "words",
                "--sample-every", 0, "--device", args.device, "--dtype", args.dtype, *flags]
     if subprocess.run(list(map(str, command)), check=False).returncode:
         raise UserError("the learning failed")
@@ -167,7 +168,7 @@ def main():
         added.use({look.token}.intersection(loras))
         scores = (measure if look.name else measure_style)(Artist(drawings, plain, config), eye, look, Artist(drawings, taught, config), counts, args.pictures)
         results[look.token], learned = {"what": told(look), "style": look.style, **scores[0]}, scores[0]["learned"]
-        sheets.append(scores[1])
+        sheets += scores[1]
         line = f"{look.token} {told(look)}: image " + ", ".join(f"{way} {row['image']:.1f}" for way, row in scores[0].items())
         line += f"; of the way {learned['share_of_the_way']:.2f}"
         if look.name:
@@ -185,7 +186,7 @@ def main():
         with lock(writable_folder(RESULTS), "-p3_words"):
             path = RESULTS / "p3_words.json"
             write_json(path, (read_json(path) if path.exists() else {}) | {args.report: scores})
-    save_image(grid(torch.cat(sheets), 8), args.output / "pictures.png")
+    save_image(grid(sheets, 8), args.output / "pictures.png")
     print(f"wrote scores.json and pictures.png to {args.output}")
 
 

@@ -64,13 +64,17 @@ def make_inputs(folder):
                      "prompt_4_clip_eval": "A cat on the left in a watercolor style."}}
     (folder / "challenge" / "prompts.json").write_text(json.dumps(content))
 
+    styles = ("twemoji", "openmoji", "fluent-emoji-flat", "emojione", "noto-v1", "fluent-emoji-high-contrast", "noto")
+    jobs = [(name, style) for name in ("red-apple", "dog-face", "bus", "tulip", "banana", "key", "star", "penguin", "panda", "unicorn") for style in styles]
+    pixels = np.random.default_rng(0).integers(0, 256, (len(jobs), 64, 64, 4), np.uint8)
+    np.savez(folder / "drawings.npz", pixels=pixels, names=np.array([name for name, _ in jobs]), styles=np.array([style for _, style in jobs]))
     for name in ("cat", "bus"):
         write_pictures(folder / "bench" / name, ["0.png", "1.png"], 70)
     listed = "prompt_list = [\n'a {0} {1} on a hill'.format(unique_token, class_token)\n]\n"
     (folder / "bench" / "prompts_and_classes.txt").write_text(f"cat,cat\nbus,toy\nObject Prompts\n{listed}Live Subject Prompts\n{listed}")
 
     torch.manual_seed(0)
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 64, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
     (folder / "clip").mkdir()
     save_file({name: tensor.contiguous() for name, tensor in open_clip.CLIP(**config).state_dict().items()}, folder / "clip" / "open_clip_model.safetensors")
@@ -87,7 +91,29 @@ def make_inputs(folder):
                             feature_extractor=None, requires_safety_checker=False).save_pretrained(folder / "sd")
 
 
-LONGEST = ("P1 benchmark", "P3 dreambench", "P3 several")  # which are made of the others; once is enough
+def make_narrow():
+    """The miniature's own networks, which are trained here for a step, become a few channels wide."""
+    from p3_clip_textual_inversion.miniature import models
+
+    models.CLIP_CONFIG["text_cfg"] |= {"width": 32, "heads": 2, "layers": 1}
+    models.VAE_CONFIG |= {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
+    models.UNET_CONFIG |= {"block_out_channels": (16, 16, 16), "cross_attention_dim": 32, "norm_num_groups": 4}
+    models.Unet.valid = 16
+
+
+ONCE = {"P1 benchmark": "ampere", "P3 dreambench": "ampere", "P3 several": "ampere", "P3 miniature.words": "ampere",  # which are made of the others
+        "P3 minimal learn": "turing", "P2 sweep": "turing", "P2 edit measure": "turing"}  # which compute in fp32 on every card
+ELSEWHERE = {  # entry points that are not tried here, and why
+    "p1_cfg_ddpm.make_mini": "uses no GPU", "p1_cfg_ddpm.quality": "uses no GPU",
+    "p1_cfg_ddpm.pareto": "what P1's benchmark does, more often", "p1_cfg_ddpm.minimal": "knows one size of network, which is long",
+    "p2_ddim.make_mini": "uses no GPU", "p2_ddim.minimal": "knows two sizes of network, which are long",
+    "p3_clip_textual_inversion.benchmark": "networks of the real size", "p3_clip_textual_inversion.fullsize": "train and inference, of the real size",
+    "p3_clip_textual_inversion.miniature.bench": "uses no GPU", "p3_clip_textual_inversion.miniature.challenge": "uses no GPU",
+    "p3_clip_textual_inversion.miniature.drawings": "uses no GPU"}
+
+
+def left_out(name, card):
+    return ONCE.get(name, card) != card
 
 
 def commands(folder):
@@ -99,6 +125,7 @@ def commands(folder):
     faces = ["--image-size", 16, "--widths", 32, 32, "--attention", 1, "--batch-size", 8, "--data", folder / "faces"]
     words = [concepts, "--checkpoint", sd, "--batch-size", 64, "--crops", 1, "--vectors", 2]
     one_word = [*words, "--concepts", 0, "--sample-every", 0, "--validate-every", 100]
+    drawings = ["--drawings", folder / "drawings.npz", "--batch-size", 4]
     draw = ["--num-images", 1, "--steps", 2, "--batch-size", 4]
     return {
         "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),
@@ -111,6 +138,11 @@ def commands(folder):
         "P1 figures": (f"{p1}.figures", ["--steps", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
         "P1 benchmark": (f"{p1}.benchmark", ["--images-per-digit", 1, "--seeds", 1, "--sweep-images-per-digit", 1, "--classic-images-per-digit", 0,
                                              "--checkpoint", out / "p1/model.safetensors", "--output", out / "p1.json"]),
+        "P1 embedding": (f"{p1}.embedding", ["--epochs", 1, "--batch-size", 10, "--data", digits, "--output", out / "embedding.safetensors"]),
+        "P1 distill": (f"{p1}.distill", [*tiny, "--teacher", out / "p1/model.safetensors", "--output", out / "student", "--paths", 8, "--teacher-steps", 3,
+                                         "--steps", 2, "--tuning", 0.5, "--leaps", 2, "--validate-every", 2]),
+        "P1 inference, student": (f"{p1}.inference", [out / "digits2", "--images-per-digit", 1, "--checkpoint", out / "student/model.safetensors"]),
+        "P1 redraw": (f"{p1}.redraw", [out / "digits2/svhn/3_001.png", "--output", out / "redrawn.png"]),
         "P2 train": (f"{p2}.train", [*faces, "--batch-size", 16, "--steps", 2, "--sample-every", 2, "--dropout", 0.1, "--flip", "--output", out / "p2"]),
         "P2 train, six": (f"{p2}.train", [*faces, "--steps", 6, "--sample-every", 0, "--validate-every", 0, "--output", out / "p2six"]),
         "P2 train, two": (f"{p2}.train", [*faces, "--steps", 2, "--sample-every", 0, "--validate-every", 0, "--output", out / "p2two"]),
@@ -120,6 +152,17 @@ def commands(folder):
         "P2 figures": (f"{p2}.figures", ["--noise", folder / "noise", "--checkpoint", out / "p2/UNet.pt", "--steps", 2, "--iterations", 1,
                                          "--round-trips", 2, "--pairs", 1, "--seeds", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
         "P2 benchmark": (f"{p2}.benchmark", ["--way", "this project, bf16", "--side", 32, "--batch-size", 1, "--repeats", 1]),
+        "P2 edit invert": (f"{p2}.edit", ["invert", folder / "faces", out / "inverted", out / "p2/UNet.pt", "--steps", 2]),
+        "P2 edit morph": (f"{p2}.edit", ["morph", *(folder / "faces" / f"{i}.png" for i in range(3)), out / "morph", "--checkpoint", out / "p2/UNet.pt",
+                                         "--steps", 2, "--frames", 2, "--dtype", "auto"]),
+        "P2 edit measure": (f"{p2}.edit", ["measure", "--references", out / "faces", "--drawings", folder / "faces", "--checkpoint", out / "p2/UNet.pt",
+                                           "--steps", 2, "--count", 2, "--output", out / "exact.json"]),
+        "P2 inference, a pair": (f"{p2}.inference", [out / "inverted", out / "faces3", out / "p2/UNet.pt", "--sampler", "belm", "--steps", 2]),
+        "P2 redraw": (f"{p2}.redraw", [out / "faces2/01.png", "--output", out / "redrawn2.png"]),
+        "P2 sweep": (f"{p2}.sweep", ["--measure", "distance", "--checkpoint", out / "p2/UNet.pt", "--near", 1, "--truth", 2, "--evaluations", 2,
+                                     "--side", 32, "--output", out / "sweep.json"]),
+        "P2 quality": (f"{p2}.quality", [out / "p2/UNet.pt", "--faces", folder / "faces", "--count", 2, "--steps", 2, "--side", 32, "--dtype", "auto",
+                                         "--output", out / "quality.json"]),
         "P3 zero_shot": (f"{p3}.zero_shot", ["--data", folder / "classes", "--model", clip, "--dtype", "auto", "--output", out / "zero"]),
         "P3 train": (f"{p3}.train", [*words, "--steps", 2, "--sample-every", 2, "--output", out / "words"]),
         "P3 train, six": (f"{p3}.train", [*one_word, "--steps", 6, "--output", out / "wordsix"]),
@@ -144,6 +187,19 @@ def commands(folder):
                                          "--report", out / "report", *draw]),
         "P3 inference, regions": (f"{p3}.inference", [concepts, out / "pictures5", sd, "--embeddings", out / "words", *draw, "--regions", "<new1>=0,0,0.5,1",
                                                       "--negative-prompt", "a cat", "--guidance-interval", 0.1, 0.9]),
+        "P3 redraw": (f"{p3}.redraw", [out / "pictures5/0/0/source0_prompt0_0.png", "--output", out / "redrawn3.png"]),
+        "P3 redraw, low rank": (f"{p3}.redraw", [out / "pictures3/0/0/source0_prompt0_0.png", "--output", out / "redrawn4.png"]),
+        "P3 miniature.train autoencoder": (f"{p3}.miniature.train", ["autoencoder", *drawings, "--output", out / "vae", "--steps", 2]),
+        "P3 miniature.train clip": (f"{p3}.miniature.train", ["clip", *drawings, "--output", out / "clip", "--steps", 1]),
+        "P3 miniature.train judge": (f"{p3}.miniature.train", ["judge", *drawings, "--output", out / "second", "--steps", 1, "--seed", 1]),
+        "P3 miniature.train unet": (f"{p3}.miniature.train", ["unet", *drawings, "--output", out / "unet", "--steps", 2, "--pool", 8,
+                                                              "--clip", out / "clip", "--vae", out / "vae"]),
+        "P3 miniature.scores": (f"{p3}.miniature.scores", [*drawings[:2], "--clip", clip, "--judge", clip, "--sd", sd, "--steps", 1, "--pictures", 3,
+                                                           "--singles", 3, "--output", out / "scores"]),
+        "P3 miniature.words": (f"{p3}.miniature.words", [*drawings[:2], "--clip", clip, "--sd", sd, "--count", 1, "--pictures", 1, "--output", out / "mini",
+                                                         "--", "--steps", 1, "--batch-size", 16, "--crops", 1, "--vectors", 2, "--validate-every", 100]),
+        "P3 minimal learn": (f"{p3}.minimal", ["learn", folder / "concepts/0", "--model", sd, "--steps", 2, "--output", out / "minimal3"]),
+        "P3 minimal classify": (f"{p3}.minimal", ["classify", folder / "classes", "--clip", clip]),
         "P3 dreambench": (f"{p3}.dreambench", [folder / "bench", out / "bench", sd, "--model", clip, "--dino", "none", *draw, "--learn",
                                                "--steps 1 --batch-size 64 --crops 1 --vectors 2 --validate-every 100"]),
     }
@@ -170,13 +226,14 @@ def call(module, arguments):
 
 
 def run_here(command, *args, plain=subprocess.run, **options):
-    """subprocess.run, but that a process which would run a module of the project's (a training) is no process, whose GPU nobody would simulate."""
-    if list(command[:2]) != [sys.executable, "-m"]:
+    """subprocess.run, but that a process which would run a module of the project's is no process, whose GPU nobody would simulate."""
+    if command[0] != sys.executable or (command[1] != "-m" and Path(command[1]).name != "guard.py"):
         return plain(command, *args, **options)
-    argv, result = sys.argv, call(command[2], [*command[3:], "--prior", 2])
+    argv, module = sys.argv, command[2]
+    result = call(module, [*command[3:], *(["--prior", 2] if module == "p3_clip_textual_inversion.train" else [])])
     sys.argv = argv
     print(result["said"])
-    return subprocess.CompletedProcess(command, result["code"])
+    return subprocess.CompletedProcess(command, result["code"], result["said"], result["said"])
 
 
 def main():
@@ -188,6 +245,7 @@ def main():
     if not real:
         torch.inference_mode = torch.no_grad  # before anything is imported that asks for it
     make_inputs(folder)
+    make_narrow()
     mode = contextlib.nullcontext()
     if not real:
         torch.set_num_threads(1)
@@ -199,7 +257,7 @@ def main():
     with mode:
         results = {}
         for name, (module, arguments) in commands(folder).items():
-            if re.search(only, name) and not (card == "turing" and name in LONGEST):
+            if re.search(only, name) and not left_out(name, card):
                 results[name] = call(module, arguments)
                 print(f"{name}: {results[name]['code']} in {results[name]['seconds']} s", flush=True)
                 (folder / "results.json").write_text(json.dumps({"real": real, "commands": results}))

@@ -16,6 +16,7 @@ import tempfile
 import types
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,6 +242,8 @@ def install(bf16):
 
     plain_generator, plain_as_tensor, plain_sdpa = torch.Generator, torch.as_tensor, torch.nn.functional.scaled_dot_product_attention
     torch.nn.Module._apply, torch.Generator, torch.as_tensor = apply, Generator, as_tensor
+    plain_save_file = safetensors.torch.save_file  # which looks for the memory of a tensor; a real GPU's it copies itself
+    safetensors.torch.save_file = lambda tensors, *args, **options: plain_save_file({name: part.cpu() for name, part in tensors.items()}, *args, **options)
     torch.nn.functional.scaled_dot_product_attention = sdpa
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "_lazy_init": None, "set_device": None, "empty_cache": None, "synchronize": None,
                "get_device_name": "simulated", "get_device_capability": (8, 6) if bf16 else (7, 5), "max_memory_allocated": 0, "is_initialized": False,

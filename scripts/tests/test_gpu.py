@@ -13,14 +13,20 @@ import torch
 
 CARDS = ("ampere", "turing")  # with native bf16, and without
 NAMES = list(gpu_commands.commands(Path()))
+PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
+TRAININGS = ("p1", "student", "p2", "words/0", "custom/0+1", "lora/0", "vae", "clip", "second", "unet")  # their folders
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="session")
+def results(folder):
     """{card: {name: {"code", "said", "waits"}}}; one process a card, side by side."""
     if not torch.cuda.is_available() and simulated_gpu.compiled() is None:
         pytest.skip("no GPU, and no C++ compiler to simulate one")
-    folder = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, gpu_commands.__file__]
     running = {card: subprocess.Popen([*command, folder / card, card], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                       stderr=subprocess.STDOUT, text=True) for card in CARDS}
@@ -32,8 +38,23 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("card", CARDS)
 def test_every_command_runs_on_a_gpu(results, card, name):
-    if card == "ampere" or name not in gpu_commands.LONGEST:
+    if not gpu_commands.left_out(name, card):
         assert results[card][name]["code"] == 0, results[card][name]["said"]
+
+
+def test_no_entry_point_is_forgotten():
+    """Every module that can be run, but for the tests', is tried on the simulated GPU, or is told with the reason why not."""
+    files = [path for package in PACKAGES for path in (gpu_commands.ROOT / package).rglob("*.py") if not {"tests", "guard.py"} & set(path.parts)]
+    found = {".".join(path.relative_to(gpu_commands.ROOT).with_suffix("").parts) for path in files if "__main__" in path.read_text(encoding="utf-8")}
+    tried = {module for module, _ in gpu_commands.commands(Path()).values()}
+    assert found == tried | gpu_commands.ELSEWHERE.keys() and not tried & gpu_commands.ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("run", TRAININGS)
+def test_a_training_in_fp16_scales_its_loss(results, folder, run):
+    """Gradients of fp16 vanish otherwise. The scale is in the state, for a run that goes on; in bf16 there is none."""
+    scales = {card: torch.load(folder / card / "out" / run / "state.pt", weights_only=True)["scaler"] for card in CARDS}
+    assert scales["turing"]["scale"] > 1 and scales["ampere"] is None
 
 
 @pytest.mark.parametrize("card, allowed", [("ampere", 0), ("turing", 1)])  # fp16's scaler has to know whether a gradient overflowed
