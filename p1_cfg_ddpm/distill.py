@@ -113,12 +113,12 @@ def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_
     w = torch.rand(count, generator=generator) * max_weight
     w[: count // 2] = config.guidance_weight
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
-    guided, kept = Guided(teacher, diffusion, digit, domain, w, config.guidance_interval, guide), [x]
-    states = SAMPLERS[config.sampler](guided, x, steps_at(diffusion.alpha_bar, timesteps))
-    for state, after in zip(states, [*timesteps[1:], CLEAN]):
-        if after in points or after == CLEAN:
-            kept.append(state.x)
-    return {"x": torch.stack(kept).half(), "digit": digit, "domain": domain, "w": w}
+    kept = []
+    for some in torch.arange(count, device=device).split(100 if device.type == "cpu" else count):  # whose cache holds few: half as long again otherwise
+        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide)
+        states = SAMPLERS[config.sampler](guided, x[some], steps_at(diffusion.alpha_bar, timesteps))
+        kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]).half())
+    return {"x": torch.cat(kept, dim=1), "digit": digit, "domain": domain, "w": w}
 
 
 def all_paths(folder, draw, count, seed, points, times, device, teacher=""):
