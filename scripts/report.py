@@ -1,4 +1,4 @@
-"""Renders report/text.md, a Jinja template in Markdown with the numbers of report/results/*.json, as report/report.md and, by report/template.html, as one
+"""Renders report/text/, Jinja templates in Markdown with the numbers of report/results/*.json, as report/report.md and, by report/template.html, as one
 self-contained page, report/index.html.
 
 Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data is in hw2_data/, its face
@@ -26,7 +26,8 @@ from common import ROOT, UserError, atomic_path, fail, module, read_json, run, w
 REPORT = ROOT / "report"
 COURSE_DATA = ROOT / "hw2_data"
 COURSE_MODELS = {"ViT-B-32": "b32", "ViT-L-14": "l14"}  # that the assignment asks for, and their names in report/results
-RESULTS = {  # what text.md may take numbers from, and the command that measures it
+TEXTS = ("intro", "p1", "p2", "p3")  # in report/text/
+RESULTS = {  # what they may take numbers from, and the command that measures it
     "p1_benchmark": "bash scripts/p1_benchmark.sh",
     "p1_pareto": "python -m p1_cfg_ddpm.pareto",
     "p2_benchmark": "bash scripts/p2_benchmark.sh",
@@ -115,7 +116,12 @@ def source(name, results, flags=""):
     return Markup(f"`{command}`" + (f" ({on})" if on else ""))
 
 
-def fill_in(text, results):
+def prose(results, folder=REPORT / "text"):
+    """The report's words with the results' numbers in place, Markdown."""
+    return "".join(fill_in((folder / f"{name}.md").read_text(encoding="utf-8"), results, f"report/text/{name}.md") for name in TEXTS)
+
+
+def fill_in(text, results, name="the text"):
     """The text, a Jinja template, with the results' numbers in place. One line tells what it asks for and the results do not have."""
     environment = jinja2.Environment(finalize=put, keep_trailing_newline=True, **JINJA)
     environment.filters |= {"fixed": fixed, "percent": percent, "small": small, "mean": lambda values: reduced(values, lambda v: sum(v) / len(v)),
@@ -126,7 +132,7 @@ def fill_in(text, results):
     except (jinja2.TemplateError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
-        fail(f"report/text.md, line {line}, asks for what report/results has not: {type(error).__name__}: {error}")
+        fail(f"{name}, line {line}, asks for what report/results has not: {type(error).__name__}: {error}")
 
 
 def reduced(values, by):
@@ -257,7 +263,7 @@ def main():
     elif not args.render:
         draw_everything(args.words)
     try:
-        render(fill_in((REPORT / "text.md").read_text(encoding="utf-8"), read_results(REPORT / "results")))
+        render(prose(read_results(REPORT / "results")))
     except (OSError, jinja2.TemplateError, LookupError, ValueError, TypeError) as error:
         fail(f"cannot put the report's parts together: {type(error).__name__}: {error}")
     print(f"wrote {REPORT / 'report.md'} and {REPORT / 'index.html'}")

@@ -56,8 +56,8 @@ def test_numbers_come_from_the_results(report, tmp_path):
     ("\n\n{% for %}", "line 3")])
 def test_what_the_results_have_not_is_one_line(report, tmp_path, text, told):
     results = results_of(report, tmp_path, p1_benchmark={"list": [{"x": 2}], "share": 0.5, "name": "a"})
-    with pytest.raises(SystemExit, match=f"^error: report/text.md, .*{re.escape(told)}"):
-        report.fill_in(text, results)
+    with pytest.raises(SystemExit, match=f"^error: report/text/p1.md, .*{re.escape(told)}"):
+        report.fill_in(text, results, "report/text/p1.md")
     (tmp_path / "results" / "p2_course.json").write_text("{")
     with pytest.raises(SystemExit, match=r"p2_course\.json: it is not JSON"):
         report.read_results(tmp_path / "results")
@@ -161,20 +161,19 @@ def test_the_committed_report_is_what_its_results_say(report, tmp_path):
     for name in ("figures", "results"):
         (tmp_path / name).rmdir()
         (tmp_path / name).symlink_to(folder / name)
-    page = page_of(report, tmp_path, report.fill_in((folder / "text.md").read_text(), report.read_results(folder / "results")))
+    page = page_of(report, tmp_path, report.prose(report.read_results(folder / "results")))
     assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text(), "report/report.md is older than its text or numbers"
     assert page == (folder / "index.html").read_text(), "report/index.html is older than its text, numbers, figures or template"
 
 
 def test_the_text_says_so_where_nothing_was_measured(report, tmp_path):
-    text = (SCRIPTS.parent / "report" / "text.md").read_text()
-    filled = report.fill_in(text, report.read_results(tmp_path / "results"))
+    filled = report.prose(report.read_results(tmp_path / "results"))
     assert filled.count("not measured here") > 40 and "{" not in filled.replace("{digit}", "") and "Undefined" not in filled
 
 
 def test_one_source_of_words_a_sentence_a_line(report):
     """Lines that a person can read and a diff can show; and in each section, beside the numbers of a file of results, the command that measures it."""
-    text = (SCRIPTS.parent / "report" / "text.md").read_text()
+    text = "".join((SCRIPTS.parent / "report" / "text" / f"{name}.md").read_text() for name in report.TEXTS)
     assert max(map(len, text.splitlines())) <= 400
     for line in text.splitlines():
         words = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|`[^`]*`|\*\*[^*]*\*\*|!\[.*", "", line)
