@@ -8,6 +8,7 @@
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from .training import (
     Log,
     Validation,
     add_arguments,
+    add_settings,
+    configured,
     data_fingerprint,
     first_line_of,
     fitting,
@@ -39,6 +42,7 @@ from .training import (
     refuse_nonfinite,
     refuse_others,
     seed_dropout,
+    setting,
     share,
 )
 
@@ -47,58 +51,70 @@ FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_ev
 ADVICE = "lower --batch-size, or choose a smaller --size"
 
 
+@dataclass(frozen=True)
+class TrainConfig:
+    """What decides a training's result, beside its digits. `UserError` for what no training can be."""
+
+    size: str = setting("small", "the network: small (the bundled one) for a CPU, medium or base for a GPU", choices=list(SIZES))
+    steps: int = setting(3800, "optimiser steps in all")
+    batch_size: int = setting(128, "images per step, over all processes together")
+    lr: float = setting(2e-3, "peak learning rate, of Muon (in AdamW's step size) and AdamW alike")
+    warmup: int = setting(100, "steps over which the learning rate rises")
+    decay: float = setting(0.5, "last share of the steps, over which it falls to zero")
+    weight_decay: float = setting(0.01, "not applied to embeddings, norms and biases")
+    ema: tuple = setting((0.1,), "lengths of the averages of the weights, as shares of the training; the first is the result, the others are kept beside it",
+                         metavar="LENGTH")
+    drop_condition: float = setting(0.1, "share of images trained without their condition")
+    schedule: str = setting("cosine", "noise schedule", choices=["cosine", "linear"])
+    prediction: str = setting("v", "what the network predicts", choices=["v", "eps"])
+    log_sigma: tuple = setting((-0.5, 1.3), "which noise levels are trained on: the normal distribution of ln(sigma / alpha); STD 0: t uniform",
+                               nargs=2, metavar=("MEAN", "STD"))
+    min_snr_gamma: float | None = setting(None, "min-SNR loss weighting (5 is usual); none if not given", type=float)
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self):
+        check_flags(self, ("steps", "batch_size"), lambda value: value >= 1, "at least 1")
+        check_flags(self, ("lr", "weight_decay", "warmup"), lambda value: 0 <= value < math.inf, "a number from 0")
+        check_flags(self, ("seed",), lambda value: -10**12 < value < 10**12, "a whole number of at most 12 digits")
+        check_flags(self, ("min_snr_gamma",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
+        check_flags(self, ("drop_condition", "decay"), lambda value: 0 <= value <= 1, "between 0 and 1")
+        check_flags(self, ("ema",), lambda lengths: all(0.001 <= length <= 0.25 for length in lengths), "between 0.001 and 0.25")
+        check_flags(self, ("log_sigma",), lambda pair: all(map(math.isfinite, pair)) and pair[1] >= 0, "two finite numbers, the second from 0")
+
+
 def parse_args():
+    """(`TrainConfig`, all arguments)"""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/p1"), help="folder of the run: its state, sample grids and model.safetensors")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="the network: small (the bundled one) for a CPU, medium or base for a GPU")
     parser.add_argument("--init", type=Path, default=None, help="begin with these weights, of the same --size, to go on with a result")
-    parser.add_argument("--steps", type=int, default=3800, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps; the learning rate falls to zero by then")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step, over all processes together")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of Muon (in AdamW's step size) and AdamW alike")
-    parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
-    parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which it falls to zero")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="not applied to embeddings, norms and biases")
-    parser.add_argument("--ema", type=float, nargs="+", default=[0.1], metavar="LENGTH",
-                        help="lengths of the averages of the weights, as shares of the training; the first is the result, the others are kept beside it")
-    parser.add_argument("--drop-condition", type=float, default=0.1, help="share of images trained without their condition")
-    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="noise schedule")
-    parser.add_argument("--prediction", choices=["v", "eps"], default="v", help="what the network predicts")
-    parser.add_argument("--log-sigma", type=float, nargs=2, metavar=("MEAN", "STD"), default=[-0.5, 1.3],
-                        help="which noise levels are trained on: the normal distribution of ln(sigma / alpha); STD 0: t uniform")
-    parser.add_argument("--min-snr-gamma", type=float, default=None, help="min-SNR loss weighting (5 is usual); none if not given")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    add_settings(parser, TrainConfig)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: a minute at the start, then faster on a GPU")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=1000, help="steps between two sample grids; 0 for none")
     add_arguments(parser)
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
-    check_flags(args, ("steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
-    from_zero = ("lr", "weight_decay", "warmup", "sample_every", "validate_every", "stop_when_flat")
-    check_flags(args, from_zero, lambda value: 0 <= value < math.inf, "a number from 0")
-    if not -10**12 < args.seed < 10**12:
-        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
-    check_flags(args, ("min_snr_gamma", "minutes"), lambda value: value is None or 0 < value < math.inf, "a number above 0")
-    check_flags(args, ("drop_condition", "decay"), lambda value: 0 <= value <= 1, "between 0 and 1")
-    check_flags(args, ("ema",), lambda lengths: all(0.001 <= length <= 0.25 for length in lengths), "between 0.001 and 0.25")
-    check_flags(args, ("log_sigma",), lambda pair: all(map(math.isfinite, pair)) and pair[1] >= 0, "two finite numbers, the second from 0")
-    return args
+    check_flags(args, ("save_every",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("sample_every", "validate_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("minutes",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
+    return configured(TrainConfig, args), args
 
 
 def main():
-    args = parse_args()
+    config, args = parse_args()
     clock = Clock(args.minutes)
     folder = writable_folder(args.output)
     accelerator, dtype = prepare(args, folder)
     if args.minutes and accelerator.num_processes > 1:
         raise UserError("--minutes is for one process: several would not stop at the same step; give --steps")
     with held(accelerator, folder), guarded(ADVICE):
-        train(args, clock, folder, accelerator, dtype)
+        train(config, args, clock, folder, accelerator, dtype)
 
 
-def train(args, clock, folder, accelerator, dtype):
+def train(config, args, clock, folder, accelerator, dtype):
+    """config: `TrainConfig`; args: where its digits and its results are, and what is seen on the way."""
     device = accelerator.device
     state_file = folder / "state.pt"
     refuse_others(state_file, [folder / "model.safetensors"])
@@ -106,18 +122,18 @@ def train(args, clock, folder, accelerator, dtype):
         data, held_out = (load_digits(args.data, split) for split in ("train", "val"))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["pictures"] = data_fingerprint(data.images, data.digit, data.domain)
-    last = None if args.minutes else args.steps
+    last = None if args.minutes else config.steps
     state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), last, args.defaults) if state_file.exists() else None
     (images, digits, domains), kept = ([torch.from_numpy(a).to(device) for a in (part.images, part.digit, part.domain)] for part in (data, held_out))
 
-    torch.manual_seed(args.seed)
-    net = UNet(SIZES[args.size]).to(device=device, memory_format=torch.channels_last)
+    torch.manual_seed(config.seed)
+    net = UNet(SIZES[config.size]).to(device=device, memory_format=torch.channels_last)
     if args.init:
         fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
         net.to(device=device, memory_format=torch.channels_last)
-    diffusion = Diffusion(DiffusionConfig(args.schedule, args.prediction))
-    ema = PowerEMA(net, args.ema)
-    model, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
+    diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))
+    ema = PowerEMA(net, config.ema)
+    model, optimizer = accelerator.prepare(net, make_optimizer(net, config.lr, config.weight_decay, (0.9, 0.99), edges=("stem", "head")))
     step, history, recent = 0, [], []
     if state:
         with fitting(state_file):
@@ -130,16 +146,16 @@ def train(args, clock, folder, accelerator, dtype):
     if args.compile:
         compile_blocks(net)
 
-    first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {args.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
+    first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {step}," if step else ""))
     log = Log(accelerator, folder, "training P1", args, step, history)
     if args.minutes:
         log.bar.total = None
     validate = Validation(len(held_out), (3, IMAGE_SIZE, IMAGE_SIZE), num_timesteps=diffusion.config.num_timesteps)
-    steps_until = cumulative_density(diffusion, args, device)
+    steps_until = cumulative_density(diffusion, config, device)
 
     def came():  # what share of the training is done
-        return clock.share() if args.minutes else step / args.steps
+        return clock.share() if args.minutes else step / config.steps
 
     averaged, all_told = None, torch.zeros(1, dtype=torch.bool, device=device)
 
@@ -149,12 +165,12 @@ def train(args, clock, folder, accelerator, dtype):
 
     last = came() >= 1
     while not last:
-        index, t, eps, drop = share(accelerator, *draw_batch(step, args, len(data), steps_until, device))
-        seed_dropout(args.seed, step, accelerator.process_index)
-        rate = args.lr * learning_rate(step, came(), args)
+        index, t, eps, drop = share(accelerator, *draw_batch(step, config, len(data), steps_until, device))
+        seed_dropout(config.seed, step, accelerator.process_index)
+        rate = config.lr * learning_rate(step, came(), config)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = diffusion.loss(model, to_model(images[index]), digits[index], domains[index], t, eps, drop, args.min_snr_gamma).mean()
+        loss = diffusion.loss(model, to_model(images[index]), digits[index], domains[index], t, eps, drop, config.min_snr_gamma).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -171,19 +187,19 @@ def train(args, clock, folder, accelerator, dtype):
             numbers = {"loss": torch.stack(recent).mean().item(), "lr": rate}
             if validating:
                 averaged = ema.network(net.config, device)
-                numbers |= validate(validation_loss, accelerator, args.batch_size)
+                numbers |= validate(validation_loss, accelerator, config.batch_size)
             log.add(step, **numbers)
             recent = []
         last = done or is_flat(history, args.stop_when_flat)
         if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            save_image(sample_grid(ema.network(net.config, device), diffusion, device, args.seed), folder / f"samples_{step:06d}.png")
+            save_image(sample_grid(ema.network(net.config, device), diffusion, device, config.seed), folder / f"samples_{step:06d}.png")
         if accelerator.is_main_process and (step % args.save_every == 0 or last):
             refuse_nonfinite(step, [*recent, *net.parameters(), *ema.averages[0].values()], state_file)
             content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,
                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
             with atomic_path(state_file) as temporary:
                 torch.save(content, temporary)
-            for number, length in enumerate(args.ema):  # half precision: half the size, no measurable difference
+            for number, length in enumerate(config.ema):  # half precision: half the size, no measurable difference
                 name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
                 facts = {**settings, "init": args.init and args.init.name, "ema": length, "steps": step, "images": len(data)}
                 save_model(folder / name, ema.network(net.config, device, number).half(), diffusion, facts)
@@ -211,22 +227,22 @@ class Clock:
         return (time.perf_counter() - self.started) / self.seconds
 
 
-def draw_batch(step, args, num_images, steps_until, device):
+def draw_batch(step, config, num_images, steps_until, device):
     """Everything random about one step, for the global batch: (image index, t, eps, drop), each of length batch_size.
 
     A function of (seed, step) alone, so that a resumed run, or one on several processes, draws the same numbers. t is stratified: the batch is
     spread evenly over the distribution whose cumulative sum is `steps_until`, [T], so that losses of different batches can be compared."""
-    eps = torch.empty(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)  # first: too large a batch ends here
-    index, position, end = [], step * args.batch_size, (step + 1) * args.batch_size
+    eps = torch.empty(config.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)  # first: too large a batch ends here
+    index, position, end = [], step * config.batch_size, (step + 1) * config.batch_size
     while position < end:
         epoch, place = divmod(position, num_images)
-        index.append(permutation(args.seed, epoch, num_images, device)[place:place + end - position])
+        index.append(permutation(config.seed, epoch, num_images, device)[place:place + end - position])
         position += len(index[-1])
-    options = {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
-    spread = (torch.arange(args.batch_size, device=device) + torch.rand(args.batch_size, **options)) / args.batch_size
+    options = {"generator": torch.Generator(device).manual_seed(config.seed * 1_000_003 + step), "device": device}
+    spread = (torch.arange(config.batch_size, device=device) + torch.rand(config.batch_size, **options)) / config.batch_size
     t = torch.searchsorted(steps_until, spread).clamp(max=len(steps_until) - 1)
     eps.normal_(generator=options["generator"])
-    drop = torch.rand(args.batch_size, **options) < args.drop_condition
+    drop = torch.rand(config.batch_size, **options) < config.drop_condition
     return torch.cat(index), t, eps, drop
 
 
@@ -236,16 +252,16 @@ def permutation(seed, epoch, length, device):
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
 
 
-def cumulative_density(diffusion, args, device):
+def cumulative_density(diffusion, config, device):
     """How much of the training falls on the steps up to t, float32 [T]."""
-    mean, std = args.log_sigma
+    mean, std = config.log_sigma
     density = moment_density(diffusion.alpha_bar, mean, std) if std > 0 else torch.full_like(diffusion.alpha_bar, 1 / len(diffusion.alpha_bar))
     return density.cumsum(0).float().to(device)
 
 
-def learning_rate(step, share, args):
+def learning_rate(step, share, config):
     """The share of the peak: linear warm-up, then constant, then linear to zero over the last `--decay` of the training."""
-    return min((step + 1) / max(args.warmup, 1), 1, (1 - share) / max(args.decay, 1e-9))
+    return min((step + 1) / max(config.warmup, 1), 1, (1 - share) / max(config.decay, 1e-9))
 
 
 class PowerEMA:

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import field, fields
 
 import numpy as np
 import torch
@@ -22,6 +23,29 @@ from .tensors import read_tensors
 WATCHING = ("device", "validate_every", "stop_when_flat", "report_to", "defaults")  # flags that a run may change and still be the same run
 MOST_ITEMS = 1_000_000  # of a batch: more would end in the system's killing the process, not in an error
 LEAST_GAIN = 1e-3  # of the validation loss: less is flat
+
+
+# --- settings, each told once: name, default, help ---
+
+def setting(default, help, **options):
+    """A field of a configuration, a dataclass, which is a flag of the command as well. options: more of argparse's."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+def add_settings(parser, config_class):
+    """A flag for each `setting` of a configuration: `--batch-size` for batch_size, a switch for what is False."""
+    for one in fields(config_class):
+        options = {"type": type(one.default), "default": one.default}
+        if one.default is False:
+            options = {"action": "store_true"}
+        elif isinstance(one.default, tuple):
+            options = {"type": type(one.default[0]), "nargs": "+", "default": list(one.default)}
+        parser.add_argument(f"--{one.name.replace('_', '-')}", **options | one.metadata)
+
+
+def configured(config_class, args):
+    """The configuration that parsed arguments tell."""
+    return config_class(**{one.name: getattr(args, one.name) for one in fields(config_class)})
 
 
 # --- machine and processes ---
@@ -93,9 +117,9 @@ def guarded(advice):
 
 # --- optimiser and averaged weights ---
 
-def learning_rate(step, args):
-    """Linear warm-up (where args has one), then constant, then linear to zero over the last share `decay` of the steps."""
-    return args.lr * min((step + 1) / max(getattr(args, "warmup", 1), 1), 1, (args.steps - step) / max(args.decay * args.steps, 1))
+def learning_rate(step, config):
+    """Linear warm-up (where the configuration has one), then constant, then linear to zero over the last share `decay` of the steps."""
+    return config.lr * min((step + 1) / max(getattr(config, "warmup", 1), 1), 1, (config.steps - step) / max(config.decay * config.steps, 1))
 
 
 def make_optimizer(net, lr, weight_decay, betas, edges=()):
