@@ -4,9 +4,9 @@
     python -m p3_clip_textual_inversion.both --data hw2_data/clip_zeroshot --model ViT-B-32 --pretrained openai
 
 A real composition is one labelled picture beside, or above, another; wrong ones lack one thing or both, or blend the two. One half of the classes sets the
-threshold at which as many real compositions are refused as wrong ones are taken, and the other half, with other pictures, tries it.
-Measured on the miniature, in a minute: 96 % of real compositions are taken, 4.7 % of wrong ones; most of these lack one (7 %), or are half of each (11 %).
-Of other pairs (--seed 1), 99.5 % and 6.3 %: the threshold of one half of the classes does not fit the other quite.
+threshold, at which 4 % of wrong ones are taken, and the other half, with other pictures, tries it.
+Measured on the miniature, in two minutes: 96.1 % of real compositions are taken, 3.1 % of wrong ones; most of these lack one (6.5 %).
+A threshold at which both mistakes are as frequent among what sets it did not fit the other classes: 92.8 % and 2.1 %.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from .finders import BothFinder, beside, blend, chimera
 from .measures import wilson
 from .pictures import read_picture
 
+WRONG = 0.04  # of wrong compositions the threshold lets in, among those that set it: less than the 5 % that are wanted, since other classes differ
 REFERENCES = 5  # pictures of a class that stand for it; the rest compose
 PICTURES = {"both": 20, "lacks one": 20, "lacks both": 4, "one alone": 4, "one twice": 4, "blended": 4, "blended, twice": 4, "half of each, in one": 4,
             "one beside a blend of both": 4}  # of each pair
@@ -77,10 +78,9 @@ def wrong_of(scores):
     return torch.cat([part for kind, part in scores.items() if kind != "both"])
 
 
-def balanced(right, wrong):
-    """The threshold at which as large a share of the right is refused as of the wrong is taken."""
-    levels = torch.quantile(right, torch.linspace(0, 0.5, 201))
-    return min(levels.tolist(), key=lambda level: abs((right <= level).float().mean() - (wrong > level).float().mean()))
+def level_of(wrong):
+    """The threshold above which the share WRONG of wrong compositions' scores lies."""
+    return torch.quantile(wrong, 1 - WRONG).item()
 
 
 def share(found):
@@ -115,7 +115,7 @@ def main():
         pairs = [rng.choice(half, 2, replace=False).tolist() for _ in range(args.pairs)]
         scores.append(measure(grader, {name: [read_picture(path) for path in by_class[name]] for name in half}, pairs, rng))
     setting, trying = scores
-    threshold = balanced(setting["both"], wrong_of(setting))
+    threshold = level_of(wrong_of(setting))
     taken = {kind: share(part > threshold) for kind, part in trying.items()}
     accepted, wrongly = taken["both"], share(wrong_of(trying) > threshold)
     write_json(args.output, {"threshold": threshold, "accepted": accepted, "wrongly_accepted": wrongly, "kinds": taken, "pairs": args.pairs, "seed": args.seed,

@@ -59,34 +59,65 @@ def places(picture):
     return [picture.crop((left, top, left + side, top + side)) for left, top in corners]
 
 
+def in_company(pairs):
+    """(views of the first ones, views of the second ones) of pairs of pictures: beside and above each other in both orders, cut out of their `places`."""
+    views = [], []
+    for pair in pairs:
+        for upright, (near, far) in ((False, (0, 1)), (True, (2, 3))):
+            for order in ((0, 1), (1, 0)):
+                crops = places(beside(*(pair[i] for i in order), upright=upright))
+                for i, place in zip(order, (near, far)):
+                    views[i].append(crops[place])
+    return views
+
+
 class BothFinder:
     """Whether two concepts are both in a picture, each in a place of its own.
 
-    Of a crop, z(A) is CLIP's mean cosine to A's examples, in deviations above its cosines to other things. In two opposite places stand A and B where
-    in each z is large, larger than the other concept's, less `NEAR`, and than that of mixtures of both: see-through ones, or of half of each. The score is
-    the least of these, in the best of the places: unlike two scores of one concept each, a thing between A and B does not get it.
+    What a crop is compared with are views, each cut out of a composition, as what is judged will be: of A's and B's examples together, of see-through
+    mixtures of both and of chimeras, half of each, beside whole ones. Features f are centred on other things' mean and whitened by how views of one thing
+    differ (as in linear discriminant analysis), so that ground, neighbour and place count for less:
+
+        W (f - mean of other things),   W' W = (S + tr(S)/dim I)^-1,   S the covariance of A's and of B's views around their means
+
+    Of a crop, z(A) is the mean cosine to the `NEAREST` of A's views, in deviations above its cosines to other things. In two opposite places stand A and B
+    where in each z is large, larger than the other concept's, less `NEAR`, and than that of mixtures. The score is the least of these, in the best of the
+    places: unlike two scores of one concept each, a thing between A and B does not get it.
 
     first, second: example pictures; others: features [K, dim] of other things, each of length up to 1."""
 
-    NEAR, BLENDED, HALVED = 1.0, 2.0, 1.0  # deviations; chosen on the miniature's labelled pictures, and tried on other classes of theirs by both.py
+    NEAREST = 5  # views; it and the next are chosen on half the classes of the miniature's labelled pictures, and tried on the others by both.py
+    NEAR, BLENDED, HALVED = 1.5, 2.0, 1.75  # deviations
 
     def __init__(self, grader, first, second, others):
-        self.grader, self.others = grader, others
-        pairs = list(zip(first, second))
-        mixed = [view for a, b in pairs for view in (blend(a, b), places(beside(blend(a, b), blend(a, b)))[0])]
-        halved = [view for a, b in pairs for half in (chimera(a, b), chimera(b, a)) for view in places(half)[:2]]
-        seen = [[*examples, *(places(beside(picture, picture))[0] for picture in examples)] for examples in (first, second)]
-        self.references = torch.stack([self.features(group).mean(0) for group in (*seen, mixed, halved)])
+        self.grader = grader
+        pairs = [(a, b) for part in (second, [*second[1:], *second[:1]]) for a, b in zip(first, part)]
+        see_through = [blend(a, b) for a, b in zip(first, second)]
+        half_of_each = [half for a, b in zip(first, second) for half in (chimera(a, b), chimera(b, a))]
+        whole = [picture for pair in zip(first, second) for picture in pair]
+        mixed = in_company([*zip(see_through, first), *zip(see_through, second)])[0]
+        halved = [*in_company(zip(half_of_each, whole))[0], *(view for half in half_of_each for view in places(half)[:2])]
+        views = [self.features(group) for group in (*in_company(pairs), mixed, halved)]
+        around = torch.cat([own - own.mean(0) for own in views[:2]])
+        spread = around.T @ around / len(around)
+        spread += spread.diagonal().mean() * torch.eye(len(spread))
+        self.middle, self.whiten = others.mean(0), torch.linalg.inv(torch.linalg.cholesky(spread)).T
+        self.views, self.others = [self.whitened(group) for group in views], self.whitened(others)
 
     def features(self, pictures):
         """[N, dim]: of a picture and its mirror image together, which halves what is chance."""
         return (self.grader.of_pictures(pictures) + self.grader.of_pictures([ImageOps.mirror(picture) for picture in pictures])) / 2
 
+    def whitened(self, features):
+        """[N, dim], of length 1"""
+        return torch.nn.functional.normalize((features - self.middle) @ self.whiten, dim=-1)
+
     def scores(self, pictures):
         """[N]"""
-        features = self.features([crop for picture in pictures for crop in places(picture)])
+        features = self.whitened(self.features([crop for picture in pictures for crop in places(picture)]))
+        own = torch.stack([(features @ views.T).topk(min(self.NEAREST, len(views)), 1).values.mean(1) for views in self.views], 1)
         others = features @ self.others.T
-        z = (features @ self.references.T - others.mean(1, keepdim=True)) / others.std(1, keepdim=True)
+        z = (own - others.mean(1, keepdim=True)) / others.std(1, keepdim=True)
         a, b, mixed, halved = z.reshape(len(pictures), len(PLACES), 4).unbind(-1)
         between = torch.maximum(mixed - self.BLENDED, halved - self.HALVED)
         found = [torch.stack([own, own - other + self.NEAR, own - between]).amin(0) for own, other in ((a, b), (b, a))]
