@@ -96,7 +96,8 @@ MINIATURE = Defaults(
             "apart": (300, ()),  # as p3_train.sh does by itself
             "together": (300, ("--joint",)),
             "custom": (300, ("--joint", "--custom-diffusion", "--lr=3e-3", "--lr-projections=3e-4", "--batch-size=8", "--min-snr-gamma=5", "--pull=0")),
-            "custom_apart": (500, ("--custom-diffusion", "--lr=3e-3", "--batch-size=8", "--min-snr-gamma=5", "--pull=0"))}),
+            "custom_apart": (500, ("--custom-diffusion", "--lr=3e-3", "--batch-size=8", "--min-snr-gamma=5", "--pull=0")),
+            "lora_apart": (400, ("--lora",))}),
     judge=str(DATA / "mini" / "clip"))
 
 SD_V1 = Defaults(
@@ -127,7 +128,8 @@ SD_V1 = Defaults(
         other_styles=("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art"),
         runs={  # words as above; Kumari et al. 2023: 250 steps of eight pictures a concept, words and projections at 1e-5 for each picture of the batch
             "apart": (3000, ()), "together": (3000, ("--joint",)),
-            "custom": (500, ("--joint", "--custom-diffusion", "--lr=4e-5")), "custom_apart": (500, ("--custom-diffusion", "--lr=4e-5"))}),
+            "custom": (500, ("--joint", "--custom-diffusion", "--lr=4e-5")), "custom_apart": (500, ("--custom-diffusion", "--lr=4e-5")),
+            "lora_apart": (2000, ("--lora",))}),
     judge="ViT-B-32-quickgelu", judge_weights="openai")  # the course's grader
 
 ROWS = (MINIATURE, SD_V1)

@@ -3,8 +3,8 @@
     bash scripts/p3_several.sh                                                               # on the miniature
     bash scripts/p3_several.sh hw2_data/textual_inversion/input.json --checkpoint sd-v1-4.ckpt --runs runs/p3_several_sd
 
-A method needs a training, in RUNS/apart, together, custom or custom_apart: where one is missing, the line that makes it is told, and its methods are left out.
-Pictures lie in RUNS/pictures/{method}/{prompt}; what is there already, made alike, is only measured.
+A method needs a training, in RUNS/apart, together, custom, custom_apart or lora_apart: where one is missing, the line that makes it is told, and its methods
+are left out. Pictures lie in RUNS/pictures/{method}/{prompt}; what is there already, made alike, is only measured.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_data
 from .defaults import HelpFormatter, add_argument, fill_in, input_of
 from .device import describe, progress
-from .embedding import add_words, expand, read_embeddings
+from .embedding import add_words, expand
 from .evaluate import add_judge_arguments, judge_of
 from .files import ROOT, UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
 from .finders import half_crops, make_finders
 from .identity import weights_fingerprint
 from .inference import add_arguments, draw, load, settings_of
+from .lora import add_loras, find_loras
 from .measures import drift, wilson
 from .pictures import read_picture, save_image
 from .places import AUTO
@@ -35,9 +36,10 @@ from .provenance import Made, batches_with, claim
 from .regions import plans_of
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
+from .words import gather
 
 NEXT = " next to "
-METHODS = {  # name: (run whose words it uses, where its projections come from, regions)
+METHODS = {  # name: (run whose words it uses, where its other weights come from, regions)
     "words learned apart": ("apart", None, ()),
     "words learned apart, regions": ("apart", None, AUTO),
     "words learned together": ("together", None, ()),
@@ -46,6 +48,8 @@ METHODS = {  # name: (run whose words it uses, where its projections come from, 
     "Custom Diffusion, together, regions": ("custom", "run", AUTO),
     "Custom Diffusion, apart, merged": ("custom_apart", "merged", ()),
     "Custom Diffusion, apart, merged, regions": ("custom_apart", "merged", AUTO),
+    "LoRA, apart, summed": ("lora_apart", "summed", ()),
+    "LoRA, apart, summed, regions": ("lora_apart", "summed", AUTO),
 }
 
 
@@ -54,11 +58,11 @@ def slug(name):
 
 
 def prepare(method, args, concepts, device, config):
-    """(model with the method's words and projections, {word: rows}, fingerprints of what was learned)"""
+    """(model with the method's words and other weights, {word: rows}, fingerprints of what was learned)"""
     source, weights, _ = METHODS[method]
     folder = args.runs / source
     parts = load(args.checkpoint, device, config)
-    words = read_embeddings(folder, [concept.token for concept in concepts])
+    words, _, origin = gather([folder], [concept.token for concept in concepts])
     words = {concept.token: words[concept.token] for concept in concepts}
     counts = {word: len(rows) for word, rows in words.items()}
     add_words(parts, words)
@@ -69,6 +73,10 @@ def prepare(method, args, concepts, device, config):
     elif weights == "merged":
         files = [folder / concept.number / "projections.safetensors" for concept in concepts]
         set_weights(parts.unet, merged(parts, concepts, counts, [read_weights(file, parts.unet) for file in files], args.row))
+    elif weights == "summed":  # they stay in the model for every prompt, also where a prompt has not their word
+        loras = find_loras((), origin)
+        add_loras(parts, loras, 1.0).use(loras)
+        files = list(loras.values())
     made_of = {"words": {word: tensor_fingerprint(rows) for word, rows in words.items()}, "projections": [fingerprint(file) for file in files]}
     return parts, counts, made_of
 
@@ -161,7 +169,7 @@ def parse_args():
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON", help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--runs", type=Path, default=Path("runs/p3_several"),
-                        help="folder of the trainings apart, together, custom, custom_apart, and for the pictures")
+                        help="folder of the trainings apart, together, custom, custom_apart, lora_apart, and for the pictures")
     parser.add_argument("--report", type=Path, default=ROOT / "report", help="folder for results/p3_several.json")
     add_argument(parser, "several", "--ordinary", "ordinary thing that stands beside the first subject")
     add_argument(parser, "several", "--ordinary-pictures", "pictures of ordinary things, to set the score's thresholds by", type=Path)

@@ -14,9 +14,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import compare, inference, train, training
+from p3_clip_textual_inversion import compare, inference, several, train, training
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding
+from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding, save_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.lora import TARGETS, Added, fit, free_directions, keep_free, lora_file, read_lora
@@ -110,6 +110,24 @@ def test_weights_come_off_again_bit_for_bit_and_several_add_up(places, tiny_sd):
         assert torch.allclose(module.weight, plain[name] + times * product, atol=1e-6)
     added.use([])
     assert all(torch.equal(tensor, plain[name]) for name, tensor in parts.unet.state_dict().items())
+
+
+def test_several_sums_what_learned_apart_and_leaves_it_in_the_model(places, tiny_sd, tmp_path):
+    """As other programs have it: also for prompts without a word."""
+    folder, concepts = tmp_path / "lora_apart", [types.SimpleNamespace(token=f"<new{i}>", number=str(i)) for i in (1, 3)]
+    folder.mkdir()
+    rows, metadata = read_embedding(file_of(places.folder / "whole", "<new1>"))[1:]
+    for concept in concepts:
+        save_embedding(file_of(folder, concept.token), concept.token, rows, metadata)
+        shutil.copy(lora_file(file_of(places.folder / "whole", "<new1>")), lora_file(file_of(folder, concept.token)))
+    args = types.SimpleNamespace(runs=tmp_path, checkpoint=str(tiny_sd))
+    parts, counts, made_of = several.prepare("LoRA, apart, summed", args, concepts, torch.device("cpu"), DrawConfig(num_steps=1))
+    assert counts == {"<new1>": 1, "<new3>": 1} and len(made_of["projections"]) == 2
+    name, content = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", load_file(lora_file(file_of(folder, "<new3>")))
+    product = content[f"unet.{name}.lora_B.weight"] @ content[f"unet.{name}.lora_A.weight"]
+    assert product.abs().max() > 1e-4
+    before = load_stable_diffusion(tiny_sd).unet.get_submodule(name).weight
+    assert torch.allclose(parts.unet.get_submodule(name).weight, before + 2 * product, atol=1e-6)
 
 
 def test_pictures_know_their_weights_and_only_prompts_with_the_word_get_them(call, places, tiny_sd, tmp_path, monkeypatch):

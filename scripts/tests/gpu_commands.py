@@ -109,7 +109,7 @@ ELSEWHERE = {  # entry points that are not tried here, and why
     "p2_ddim.make_mini": "uses no GPU", "p2_ddim.minimal": "knows two sizes of network, which are long",
     "p3_clip_textual_inversion.benchmark": "networks of the real size", "p3_clip_textual_inversion.fullsize": "train and inference, of the real size",
     "p3_clip_textual_inversion.miniature.bench": "uses no GPU", "p3_clip_textual_inversion.miniature.challenge": "uses no GPU",
-    "p3_clip_textual_inversion.miniature.drawings": "uses no GPU"}
+    "p3_clip_textual_inversion.miniature.drawings": "uses no GPU", "p3_clip_textual_inversion.miniature.together": "draws and judges, as several"}
 
 
 def left_out(name, card):
