@@ -58,7 +58,7 @@ from .training import (
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
 CLEAN = -1  # the time after the last
-CHUNK = 2000  # paths per file
+CHUNK, AT_ONCE = 2000, 100  # paths per file; at a time on a CPU, whose cache holds few: half as long again otherwise
 TUNED_BY = 0.2  # of the learning rate, in the tuning
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "paths_in", "teacher", "guide", "data", "steps", "minutes", "save_every", "compile", *WATCHING)
@@ -114,8 +114,8 @@ def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_
     w[: count // 2] = config.guidance_weight
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
     kept = []
-    for some in torch.arange(count, device=device).split(100 if device.type == "cpu" else count):  # whose cache holds few: half as long again otherwise
-        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide)
+    for some in torch.arange(count, device=device).split(AT_ONCE if device.type == "cpu" else count):
+        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide, contrast=config.guidance_contrast)
         states = SAMPLERS[config.sampler](guided, x[some], steps_at(diffusion.alpha_bar, timesteps))
         kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]).half())
     return {"x": torch.cat(kept, dim=1), "digit": digit, "domain": domain, "w": w}
@@ -123,7 +123,7 @@ def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_
 
 def all_paths(folder, draw, count, seed, points, times, device, teacher=""):
     """`count` paths, from the files of `folder` or drawn by `draw(count, generator)` into it, with a generator for each file. Of the times `points`, at
-    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`. teacher: its fingerprint."""
+    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`. teacher: what tells it."""
     rows, chunks = [points.index(t) for t in times] + [len(points)], []
     for number in progress(range(-(-count // CHUNK)), desc="the teacher draws", unit="file"):
         path, size = folder / f"paths_{seed}_{number:04d}.pt", min(CHUNK, count - number * CHUNK)
@@ -186,6 +186,7 @@ def parse_args():
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
+    parser.add_argument("--guidance-contrast", type=float, nargs=2, metavar=DOMAINS, default=TEACHER.guidance_contrast, help="likewise, by domain")
     parser.add_argument("--max-weight", type=float, default=6.0, help="the other half have weights from 0 to this")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
@@ -215,12 +216,11 @@ def parse_args():
 def main():
     args = parse_args()
     clock = Clock(args.minutes)
-    folder = writable_folder(args.output)
-    accelerator, dtype = prepare(args, folder)
+    accelerator, dtype = prepare(args, folder := writable_folder(args.output))
     if accelerator.num_processes > 1:
         raise UserError("distilling is for one process")
     config = replace(TEACHER, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
-                       guidance_interval=tuple(args.guidance_interval))
+                     guidance_interval=tuple(args.guidance_interval), guidance_contrast=tuple(args.guidance_contrast))
     config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
     if teacher.config.times:
@@ -273,13 +273,14 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
 
     def teacher_step(x, t, r, digit, domain, w):
         low, high = (edge * diffusion.config.num_timesteps for edge in config.guidance_interval)
-        inside = ((low <= t) & (t <= high))[:, None, None, None]
-        output = Guided(teacher, diffusion, digit, domain, w, guide=guide).extrapolated(x, t, w[:, None, None, None] * inside)
+        weight = (w * ((low <= t) & (t <= high)))[:, None, None, None]
+        output = Guided(teacher, diffusion, digit, domain, w, guide=guide, contrast=config.guidance_contrast).extrapolated(x, t, weight)
         return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
 
-    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device, settings["teacher_weights"])
-    unseen = min(args.paths // 10, 500)
-    held_out = {name: part[:, args.paths - unseen:] if name == "x" else part[args.paths - unseen:] for name, part in paths.items()}
+    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device,
+                      f"{settings['teacher_weights']}, w up to {args.max_weight:g}, {config}")
+    seen = args.paths - (unseen := min(args.paths // 10, 500))
+    held_out = {name: part[:, seen:] if name == "x" else part[seen:] for name, part in paths.items()}
     real = [torch.from_numpy(a).to(device) for a in (data.images, data.digit, data.domain)] if data else None
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, step, history)
@@ -312,7 +313,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             with accelerator.autocast():
                 loss = consistency_loss(student, teacher_step, diffusion, starts, ends, to_model(x0), digit, domain, w, t, eps, within).mean()
         else:
-            index, leg = torch.randint(args.paths - unseen, (n,), **options), torch.randint(len(times), (n,), **options)
+            index, leg = torch.randint(seen, (n,), **options), torch.randint(len(times), (n,), **options)
             loss = supervised_loss(student, diffusion, paths, starts, ends, index, leg).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(student.parameters(), 1.0)
@@ -342,8 +343,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             facts = {**settings, "teacher": args.teacher.name, "steps": step, "stage": stage["name"]}
             save_model(folder / "model.safetensors", ema.network(net.config, device).half(), diffusion, facts)
     log.close()
-    path = folder / "model.safetensors"
-    print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+    print(f"wrote {(path := folder / 'model.safetensors')} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
 
 
 if __name__ == "__main__":

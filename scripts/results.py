@@ -1,4 +1,5 @@
-"""README's table of results, and the limits that the bundled weights' pages tell, from the JSON that the benchmarks and the report wrote.
+"""README's table of results, P1's tables of what helped, and the limits that the bundled weights' pages tell, from the JSON that the benchmarks, the report
+and the trials wrote.
 
     python scripts/results.py        # prints them
 """
@@ -78,9 +79,49 @@ def limits(results):
     }
 
 
+def scores(row):
+    """The cells of a row of P1's tables: accuracy, the second judges', distance and coverage, MNIST-M then SVHN."""
+    def both(name, form):
+        return ", ".join(form.format(row[domain][name]) for domain in ("mnistm", "svhn"))
+
+    return [*(both(name, "{:.2%}").replace("%,", ",").replace("%", " %") for name in ("accuracy", "second_accuracy")), both("frechet", "{:.2f}"),
+            both("coverage", "{:.2f}")]
+
+
+def flags(row):
+    """Those of p1_infer.sh that draw as a row of pareto's, which has those settings that are not the plain ones."""
+    plain = {"guidance_interval": [0.0, 1.0], "guidance_contrast": [1.0, 1.0], "num_steps": 6}
+    told = {name: " ".join(f"{part:g}" for part in (value if isinstance(value, list) else [value])) for name, value in row.items()
+            if name == "guidance_weight" or (name in plain and value != plain[name])}
+    return " ".join(f"--{name.removeprefix('num_').replace('_', '-')} {value}" for name, value in told.items())
+
+
+def p1_tables(results):
+    """{page: [tables]} of P1's trials: the settings of the bundled network, and all other trials."""
+    pareto, trials = results["p1_pareto"], results["p1_trials"]
+    head = ["accuracy, %", "second judges, %", "Fréchet", "coverage"]
+    settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
+    for row in pareto["rows"]:
+        if row["seed"] == pareto["seeds"][0]:
+            settings.append([f"autoguidance, w {row['guidance_weight']:g}" if row["guide"] else f"`{flags(row)}`", str(row["evaluations"]), *scores(row)])
+    for name, many in (("all_seeds", pareto["seeds"]), ("fresh", pareto["fresh_seeds"])):
+        settings += [[f"`{flags(row)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
+    others = [["trial", "flags", *head, ""]]
+    others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]]
+    return {"p1_cfg_ddpm/README.md": [lines_of(rows) for rows in (settings, others)]}
+
+
+def lines_of(rows):
+    """Rows of cells, the first of which is the head, as a table in Markdown."""
+    head, *rest = (f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *rest])
+
+
 def main():
     results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
     print(table(results))
+    for page, tables in p1_tables(results).items():
+        print(f"\n{page}:\n", *tables, sep="\n\n")
     for page, text in limits(results).items():
         print(f"\n{page}: {text}")
 

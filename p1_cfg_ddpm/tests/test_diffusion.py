@@ -264,3 +264,22 @@ def test_trailing_steps():
     with pytest.raises(ValueError):
         trailing(alpha_bar, 1001)
     assert math.isclose(float(make_alpha_bar("linear", 1000)[0]), 0.9999)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_guidance_does_to_contrast_alone_is_left_out_by_domain(config):
+    """Of the first domain half is kept, of the second nothing: what is left changes no image along its own deviation from its mean."""
+    x, t, w = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), 600, 3.0
+
+    def x0_of(w, **options):
+        predict, diffusion = guided(config, w, **options)
+        return diffusion.x0_and_eps(predict.output(x, t), x, torch.full((2,), t))[0]
+
+    with torch.inference_mode():
+        plain, whole, told = x0_of(w), x0_of(w, contrast=(1.0, 1.0)), x0_of(0.0)
+        some = x0_of(w, contrast=(0.5, 0.0))
+    assert torch.equal(whole, plain)
+    deviation = told - told.mean(dim=(1, 2, 3), keepdim=True)
+    along = [((changed - told) * deviation).sum(dim=(1, 2, 3)) for changed in (plain, some)]
+    assert torch.allclose(along[1], torch.tensor([0.5, 0.0]) * along[0], atol=1e-3) and along[0].abs().min() > 1
+    assert ((plain - some)[1] / deviation[1]).std() < 1e-3 * (plain - some)[1].abs().max()  # and nothing else is

@@ -57,8 +57,9 @@ def test_the_target_lands_where_the_path_is():
     assert torch.allclose(a_s * x0[:2] + sigma_s * (x[:2] - a * x0[:2]) / sigma, landing[:2], atol=1e-4)
 
 
-def test_paths_are_what_the_sampler_draws(tiny_model):
-    """One call draws with many weights what `Guided` draws with each."""
+def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
+    """One call draws with many weights, some paths at a time, what `Guided` draws with each."""
+    monkeypatch.setattr(distill, "AT_ONCE", 4)
     diffusion, config = Diffusion(), replace(TEACHER, num_steps=3)
     ts = steps_of(config, diffusion)
     paths = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
@@ -98,8 +99,9 @@ def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoi
     assert len(list((tmp_path / "out").rglob("3_001.png"))) == 2
     with pytest.raises(UserError, match="is a student itself; give its teacher"):
         call(monkeypatch, distill, "--teacher", tmp_path / "whole" / "model.safetensors", *SETTINGS, "--output", tmp_path / "again")
-    with pytest.raises(UserError, match="has paths of another teacher or other settings"):
-        call(monkeypatch, distill, *settings, "--teacher-steps", 5, "--output", tmp_path / "other")
+    for flags in (["--teacher-steps", 5], ["--guidance-weight", 2], ["--guidance-contrast", 1, 0.5], ["--max-weight", 3]):
+        with pytest.raises(UserError, match="has paths of another teacher or other settings"):
+            call(monkeypatch, distill, *settings, *flags, "--output", tmp_path / "other")
 
 
 def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_path):
@@ -108,6 +110,16 @@ def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_p
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         apart = [float(row["validation"]) for row in csv.DictReader(file) if row["validation"]]  # in grey levels, on paths that it never saw
     assert apart[-1] < 0.985 * apart[0]  # the teacher, which is untrained, draws what is hard to learn
+
+
+def test_a_student_goes_on_from_another_ones_weights(monkeypatch, student, tiny_checkpoint, tmp_path):
+    """A step of a rate of next to nothing leaves them as they were."""
+    settings = ["--teacher", tiny_checkpoint, *SETTINGS, "--init", student, "--steps", 1, "--tuning", 0, "--lr", 1e-12]
+    call(monkeypatch, distill, *settings, "--output", tmp_path / "run")
+    ours, theirs = (load_model(path)[0].state_dict() for path in (tmp_path / "run" / "model.safetensors", student))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    with pytest.raises(UserError, match="does not fit the network"):
+        call(monkeypatch, distill, *settings, "--init", tiny_checkpoint, "--output", tmp_path / "other")
 
 
 @pytest.mark.parametrize("flags, said", [
