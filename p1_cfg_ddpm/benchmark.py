@@ -22,6 +22,7 @@ from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
+from .provenance import HelpFormatter
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
@@ -82,7 +83,7 @@ def formats(checkpoint, device, batch_size=100, repeats=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain, for the default settings: 50 are the grader's files")

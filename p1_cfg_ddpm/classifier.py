@@ -18,7 +18,7 @@ from .device import DTYPES, describe, name_of, pick_device, pick_dtype, progress
 from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
-from .provenance import differences
+from .provenance import HelpFormatter, differences
 from .tensors import fill, find_state_dict, load_weights, read_safetensors, read_tensors, save_weights, what_is
 from .training import data_fingerprint
 
@@ -268,7 +268,7 @@ def check_training_arguments(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=HelpFormatter)
     parser.add_argument("--domain", choices=DOMAINS, required=True)
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="residual", help="plain: the second judge")
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")

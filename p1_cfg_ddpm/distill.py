@@ -36,6 +36,7 @@ from .files import UserError, atomic_path, check_flags, fingerprint, run, writab
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
 from .pictures import to_model
+from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
 from .tensors import fill, is_plain, load_weights, read_tensors
 from .train import Clock, PowerEMA, compile_blocks, learning_rate
@@ -59,8 +60,7 @@ from .training import (
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
 CLEAN = -1  # the time after the last
 CHUNK, AT_ONCE = 2000, 100  # paths per file; at a time on a CPU, whose cache holds few: half as long again otherwise
-TUNED_BY = 0.2  # of the learning rate, in the tuning
-LOG_EVERY = 50
+TUNED_BY, LOG_EVERY = 0.2, 50  # of the learning rate, in the tuning; steps
 FREE_TO_CHANGE = ("output", "paths_in", "teacher", "guide", "data", "steps", "minutes", "save_every", "compile", *WATCHING)
 
 
@@ -172,7 +172,7 @@ def grey_levels_apart(student, diffusion, paths, times):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--teacher", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--guide", type=Path, default=None, help="a weaker one, for autoguidance in place of the unconditional half")
     parser.add_argument("--data", type=Path, default=default_data(), help="real digits, for the tuning: a folder in the course's layout, or a .npz of it")
@@ -186,7 +186,7 @@ def parse_args():
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
-    parser.add_argument("--guidance-contrast", type=float, nargs=2, metavar=DOMAINS, default=TEACHER.guidance_contrast, help="likewise, by domain")
+    parser.add_argument("--guidance-contrast", type=float, nargs=2, metavar=("MNISTM", "SVHN"), default=TEACHER.guidance_contrast, help="likewise, by domain")
     parser.add_argument("--max-weight", type=float, default=6.0, help="the other half have weights from 0 to this")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")

@@ -21,6 +21,7 @@ from .device import describe, name_of
 from .files import run, writable_file
 from .model import BUNDLED
 from .pictures import to_model
+from .provenance import HelpFormatter
 from .tensors import fill, load_weights, save_weights
 from .training import data_fingerprint
 
@@ -91,7 +92,7 @@ def contrastive_loss(a, b, temperature=0.2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the embedding.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Trains the embedding.", formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/embedding.safetensors"), help="the file to write")
     add_training_arguments(parser, epochs=25, batch_size=1024, lr=2e-3)  # each image gives two views, and the others of the batch are what it is told from

@@ -20,7 +20,7 @@ from .device import describe, pick_device
 from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
 from .pictures import left_out, note_left_out, save_image
-from .provenance import check_made, digest, told
+from .provenance import HelpFormatter, check_made, digest, told
 from .quality import Judges
 
 
@@ -137,7 +137,7 @@ def print_table(scores):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Grades generated digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Grades generated digits.", formatter_class=HelpFormatter)
     parser.add_argument("images", type=Path, metavar="OUT", help="folder with {mnistm,svhn}/{digit}_*.png")
     for domain in DOMAINS:
         parser.add_argument(f"--classifier-{domain}", type=Path, default=None,

@@ -23,6 +23,7 @@ from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pareto import RESULTS as PARETO
 from .pareto import panels as pareto_panels
 from .pictures import chart, save_image, sheet, to_uint8
+from .provenance import HelpFormatter
 from .samplers import ImageNoise
 
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "ddpm": "DDPM", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++",
@@ -97,7 +98,7 @@ def pareto_chart(results, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws the report's figures of P1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws the report's figures of P1.", formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p1_*.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
     parser.add_argument("--pareto", type=Path, default=PARETO, help="what p1_cfg_ddpm.pareto wrote; its chart is left out without it")

@@ -163,7 +163,7 @@ def add_arguments(parser):
                         f"for few, or even in t (default: {TEACHER.spacing})")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
                         help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
-    parser.add_argument("--guidance-contrast", type=float, nargs=len(DOMAINS), metavar=tuple(DOMAINS), default=None,
+    parser.add_argument("--guidance-contrast", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
                         help="of what guidance does to the contrast alone, the share that is kept, by domain: 1 is plain guidance, 0 draws more various "
                         "digits with less contrast (default: {:g} {:g})".format(*TEACHER.guidance_contrast))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")

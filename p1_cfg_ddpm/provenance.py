@@ -193,10 +193,18 @@ def digest(paths):
     return sha.hexdigest()[:16]
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells each default once: not where the help tells it itself, nor that there is none, or that a switch is off."""
+
+    def _get_help_string(self, action):
+        untold = action.default is None or action.default is False or "(default:" in action.help
+        return action.help if untold else super()._get_help_string(action)
+
+
 def redraw(program, draw, description):
     """The command that draws a picture again: `draw(made, names, record, args)` gives its pixels, uint8 [H, W, 3], and those of the others drawn with it,
     {name: pixels}."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG that this problem's inference drew")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/redrawn/ and its name)")
     parser.add_argument("--checkpoint", default=None, help="the model, where it no longer lies where it was (default: as recorded)")

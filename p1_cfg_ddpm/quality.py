@@ -17,6 +17,7 @@ from .data import load_digits
 from .embedding import bundled_embedding, embed, load_embedding
 from .files import UserError, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
+from .provenance import HelpFormatter
 from .tensors import load_weights, save_weights
 
 REFERENCE = BUNDLED / "reference.safetensors"
@@ -157,7 +158,7 @@ def pixel_diversity(images, digit):
 
 def main():
     parser = argparse.ArgumentParser(description="Computes the features of the real validation images, with the bundled judges.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/reference.safetensors"), help="the file to write")
     args = parser.parse_args()

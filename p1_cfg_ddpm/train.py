@@ -21,6 +21,7 @@ from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
+from .provenance import HelpFormatter
 from .samplers import ImageNoise, dpmpp_2m, finish, trailing
 from .tensors import fill, load_weights
 from .training import (
@@ -84,7 +85,7 @@ class TrainConfig:
 
 def parse_args():
     """(`TrainConfig`, all arguments)"""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with mnistm/ and svhn/ in the course's layout, or a .npz of it")
     parser.add_argument("--output", type=Path, default=Path("runs/p1"), help="folder of the run: its state, sample grids and model.safetensors")
     parser.add_argument("--init", type=Path, default=None, help="begin with these weights, of the same --size, to go on with a result")

@@ -27,6 +27,7 @@ from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .guard import command as command_of
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import SelfAttention, UNet, UNetConfig, load_unet
+from .provenance import HelpFormatter
 from .samplers import ddim
 
 RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
@@ -155,7 +156,7 @@ def miniature_mse(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times the full-size face network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Times the full-size face network.", formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     parser.add_argument("--batch-size", type=int, default=2, help="of this project's ways")
     parser.add_argument("--side", type=int, default=256, help="of the images")

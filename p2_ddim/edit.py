@@ -26,6 +26,7 @@ from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
+from .provenance import HelpFormatter
 from .tensors import read_tensors
 
 
@@ -117,21 +118,21 @@ def measure(unet, args, config, batch_size):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Pictures to noises and back.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Pictures to noises and back.", formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    invert = commands.add_parser("invert", help="a noise file for each picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    invert = commands.add_parser("invert", help="a noise file for each picture", formatter_class=HelpFormatter,
                                  description="Writes OUT/{name}.pt for each picture, from which p2_infer.sh OUT AGAIN CKPT --sampler belm draws it again.")
     invert.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of pictures, all of one size (or give --side)")
     invert.add_argument("output", type=Path, metavar="OUT", help="folder to write {name}.pt into")
     invert.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
-    way = commands.add_parser("morph", help="from picture to picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    way = commands.add_parser("morph", help="from picture to picture", formatter_class=HelpFormatter,
                               description="From each picture to the next, through the noises that they come from: OUT/strip.png, OUT/morph.webp.")
     way.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="two pictures or more, of one size (or give --side)")
     way.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
     way.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
     way.add_argument("--frames", type=int, default=8, help="from one picture to the next")
     way.add_argument("--milliseconds", type=int, default=120, help="a frame of the animation")
-    check = commands.add_parser("measure", help="how exactly pictures come back", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    check = commands.add_parser("measure", help="how exactly pictures come back", formatter_class=HelpFormatter,
                                 description="Measures round trips in float64, float32 and bfloat16.")
     check.add_argument("--references", type=Path, default=MINI / "GT", help="folder of pictures that the network drew")
     check.add_argument("--drawings", type=Path, default=ROOT / "hw2_data" / "mini" / "clip_zeroshot" / "val", help="folder of others, of the same size")

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import UserError, existing_folder, note, run, writable_folder, write_json
 from .pictures import left_out, note_left_out, read_picture, save_image
-from .provenance import check_made, digest, told
+from .provenance import HelpFormatter, check_made, digest, told
 
 LIMIT = 20.0  # the course's: an image passes below this
 GAIN = 8  # of the differences that are shown
@@ -75,7 +75,7 @@ def comparison(pairs, scores):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Grades generated faces against references.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Grades generated faces against references.", formatter_class=HelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the results")
     parser.add_argument("truth", type=Path, metavar="GT", help="folder of the reference images")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and comparison.png (default: OUT_grade beside OUT)")

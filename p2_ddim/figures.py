@@ -26,7 +26,7 @@ from .interpolation import lerp, mix, slerp
 from .inversion import invert
 from .model import load_unet
 from .pictures import chart, save_image, sheet
-from .provenance import command_line
+from .provenance import HelpFormatter, command_line
 from .quality import high_frequency
 from .samplers import ImageNoise, ddim, finish
 
@@ -158,7 +158,7 @@ def round_trips(unet, noise, config, iterations, numbers_of_steps, dtype=torch.f
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws the report's figures of P2.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws the report's figures of P2.", formatter_class=HelpFormatter)
     parser.add_argument("--noise", type=Path, default=MINI / "noise", help="folder with 00.pt .. 03.pt")
     parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")

@@ -25,7 +25,7 @@ from .files import ROOT, UserError, fingerprint, lock, run, writable_file
 from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
-from .provenance import Made, claim
+from .provenance import HelpFormatter, Made, claim
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name
 
 MINI = ROOT / "hw2_data" / "mini" / "face"
@@ -157,7 +157,7 @@ def settings_of(args, eta=0.0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws one face per noise file.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draws one face per noise file.", formatter_class=HelpFormatter)
     parser.add_argument("noise", type=Path, metavar="NOISE_DIR", help="folder with *.pt noise tensors, or with the files of p2_invert.sh")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {noise name}.png into")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")

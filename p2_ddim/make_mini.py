@@ -24,6 +24,7 @@ from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import MINI, to_pictures
 from .model import load_unet
 from .pictures import save_image
+from .provenance import HelpFormatter
 from .samplers import ImageNoise
 
 PACKAGES = ["@dicebear/core@9.4.3", "@dicebear/personas@9.4.3"]
@@ -86,13 +87,13 @@ def make_miniature(checkpoint, output, count, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the miniature of P2.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Makes the miniature of P2.", formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    faces = commands.add_parser("faces", help="draw faces to train on", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    faces = commands.add_parser("faces", help="draw faces to train on", formatter_class=HelpFormatter)
     faces.add_argument("output", type=Path)
     faces.add_argument("--count", type=int, default=12000)
     faces.add_argument("--seed", type=int, default=0)
-    miniature = commands.add_parser("miniature", help="make hw2_data/mini/face", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    miniature = commands.add_parser("miniature", help="make hw2_data/mini/face", formatter_class=HelpFormatter)
     miniature.add_argument("checkpoint", type=Path, metavar="CKPT", help="UNet.pt of p2_ddim.train")
     miniature.add_argument("--output", type=Path, default=MINI)
     miniature.add_argument("--count", type=int, default=10, help="noises and reference images")

@@ -18,6 +18,7 @@ from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import MINI, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
+from .provenance import HelpFormatter
 from .samplers import ImageNoise
 
 CLIP = ROOT / "hw2_data" / "mini" / "clip"
@@ -73,7 +74,7 @@ def compare(generated, drawn, reference):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI / "UNet.pt", help="the network's state dict")
     parser.add_argument("--faces", type=Path, required=True, help="folder of pictures that the network was not trained on")
     parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")

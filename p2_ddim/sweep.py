@@ -25,7 +25,7 @@ from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json
 from .inference import MINI, QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
-from .provenance import command_line
+from .provenance import HelpFormatter, command_line
 from .quality import features, frechet_distance
 from .samplers import SAMPLERS, ImageNoise
 
@@ -43,7 +43,7 @@ def configs(evaluations):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Measures every sampler by its number of evaluations.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measures every sampler by its number of evaluations.", formatter_class=HelpFormatter)
     parser.add_argument("--measure", choices=MEASURES, nargs="+", default=MEASURES, help="what is measured")
     parser.add_argument("--faces", type=Path, default=None, help="folder of drawn faces that the network was not trained on; frechet needs it")
     parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")

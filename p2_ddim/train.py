@@ -18,6 +18,7 @@ from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import DrawConfig, to_pictures
 from .model import Block, UNet, UNetConfig, load_unet
 from .pictures import save_image
+from .provenance import HelpFormatter
 from .samplers import ImageNoise, finish
 from .training import (
     WATCHING,
@@ -90,7 +91,7 @@ class TrainConfig:
 
 def parse_args():
     """(`TrainConfig`, all arguments)"""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures; p2_ddim.make_mini faces draws some")
     parser.add_argument("--init", type=Path, default=None, help="begin with these weights, of a network of the same shape, to go on with a result")
     parser.add_argument("--output", type=Path, default=Path("runs/p2"), help="folder of the run: its state, sample grids and UNet.pt")

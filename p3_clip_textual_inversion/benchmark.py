@@ -30,13 +30,14 @@ from . import diffusion
 from .clip import compute_in, image_features, load_clip, load_pictures
 from .concepts import read_concepts
 from .data import example_pictures, varied
-from .defaults import MINIATURE, HelpFormatter
+from .defaults import MINIATURE
 from .device import DTYPES, autocast, describe, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
 from .guard import command as command_of
 from .inference import DrawConfig, draw
 from .objective import Loss
+from .provenance import HelpFormatter
 from .sources import draw_batch, draw_noise, encode, pick
 from .stable_diffusion import load_stable_diffusion
 

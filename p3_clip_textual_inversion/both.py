@@ -17,13 +17,14 @@ import torch
 from PIL import ImageOps
 
 from .data import read_data
-from .defaults import HelpFormatter, row_of
+from .defaults import row_of
 from .device import pick_device
 from .evaluate import add_judge_arguments, judge_of
 from .files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
 from .finders import BothFinder, beside, blend, chimera
 from .measures import wilson
 from .pictures import read_picture
+from .provenance import HelpFormatter
 
 WRONG = 0.04  # of wrong compositions the threshold lets in, among those that set it: less than the 5 % that are wanted, since other classes differ
 REFERENCES = 5  # pictures of a class that stand for it; the rest compose

@@ -22,7 +22,7 @@ from PIL import Image
 
 from .concepts import read_concepts
 from .data import example_pictures
-from .defaults import HelpFormatter, input_of
+from .defaults import input_of
 from .device import progress
 from .embedding import add_words, expand, initial_rows
 from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of
@@ -31,6 +31,7 @@ from .inference import add_arguments, draw, load, settings_of
 from .lora import add_loras, find_loras
 from .measures import drift
 from .pictures import save_image, sheet
+from .provenance import HelpFormatter
 from .stable_diffusion import MINI_SD
 from .words import gather
 

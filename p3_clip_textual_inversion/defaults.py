@@ -147,14 +147,6 @@ def input_of(path, own):
     return path or own
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells each default once: not where the help tells it itself, nor that there is none, or that a switch is off."""
-
-    def _get_help_string(self, action):
-        untold = action.default is None or action.default is False or "(default:" in action.help
-        return action.help if untold else super()._get_help_string(action)
-
-
 def add_argument(parser, group, flag, help, **options):
     """Adds a flag whose default is the model's: what each row of the table has in a group is told by --help, and put in by `fill_in`."""
     name = flag.strip("-").replace("-", "_")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from .concepts import CHALLENGE_IMAGES, picture_path
-from .defaults import MINIATURE, HelpFormatter
+from .defaults import MINIATURE
 from .device import free_memory, progress
 from .dino import read_dino, stand_in
 from .embedding import file_of
@@ -35,7 +35,7 @@ from .identity import weights_fingerprint
 from .inference import add_arguments, draw, load, settings_of, work_of
 from .measures import DRAWS, percentiles
 from .pictures import picture_files, read_picture, save_image, sheet
-from .provenance import Made, batches_with, claim
+from .provenance import HelpFormatter, Made, batches_with, claim
 from .stable_diffusion import MINI_SD
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 

@@ -19,11 +19,11 @@ import torch
 from .clip import Grader
 from .concepts import read_entries
 from .data import example_pictures, labelled_pictures
-from .defaults import ROWS, SD_V1, WEIGHTS, HelpFormatter, row_of
+from .defaults import ROWS, SD_V1, WEIGHTS, row_of
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import UserError, check_flags, run, writable_folder, write_json
 from .pictures import left_out, note_left_out, picture_files, read_picture, save_image, sheet
-from .provenance import check_made, digest, told
+from .provenance import HelpFormatter, check_made, digest, told
 
 
 class Rule(NamedTuple):

@@ -16,12 +16,13 @@ from PIL import Image
 
 from .concepts import read_concepts
 from .data import example_pictures
-from .defaults import HelpFormatter, input_of
+from .defaults import input_of
 from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
 from .inference import add_arguments, draw, load, settings_of
 from .pictures import chart, read_picture, save_image, sheet
+from .provenance import HelpFormatter
 from .stable_diffusion import MINI_SD
 from .tensors import read_tensors
 

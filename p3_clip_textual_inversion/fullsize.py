@@ -20,9 +20,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .defaults import HelpFormatter
 from .files import MINI, UserError, atomic_path, run, writable_folder
 from .guard import command as command_of
+from .provenance import HelpFormatter
 from .stable_diffusion import CONFIGS, TEXT_PREFIX
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",

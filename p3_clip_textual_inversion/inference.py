@@ -17,7 +17,7 @@ import torch
 
 from .concepts import read_entries, refuse_examples
 from .custom_diffusion import read_weights, set_weights
-from .defaults import SD_V1, HelpFormatter, add_argument, fill_in, row_of
+from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
@@ -27,7 +27,7 @@ from .identity import identify, weights_fingerprint
 from .lora import add_loras, find_loras, loras_of
 from .pictures import save_image, to_uint8
 from .places import AUTO, check_regions, read_regions, regions_of
-from .provenance import Made, batches_with, claim
+from .provenance import HelpFormatter, Made, batches_with, claim
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .stable_diffusion import MINI_SD, load_stable_diffusion

@@ -20,7 +20,7 @@ from PIL import Image
 from .concepts import kind_of, read_concepts
 from .custom_diffusion import merge, read_weights, set_weights, weights_of
 from .data import example_pictures, read_data
-from .defaults import HelpFormatter, add_argument, fill_in, input_of
+from .defaults import add_argument, fill_in, input_of
 from .device import describe, progress
 from .embedding import add_words, expand
 from .evaluate import add_judge_arguments, judge_of
@@ -32,7 +32,7 @@ from .lora import add_loras, find_loras
 from .measures import drift, wilson
 from .pictures import read_picture, save_image
 from .places import AUTO
-from .provenance import Made, batches_with, claim
+from .provenance import HelpFormatter, Made, batches_with, claim
 from .regions import plans_of
 from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from .concepts import concepts_of, kind_of, refuse_examples
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions
-from .defaults import ROWS, HelpFormatter, add_argument, fill_in, input_of, row_of
+from .defaults import ROWS, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .identity import identify, weights_fingerprint
@@ -31,6 +31,7 @@ from .inference import DrawConfig, draw
 from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
 from .objective import Best, Loss
 from .pictures import read_pictures, save_image
+from .provenance import HelpFormatter
 from .sources import draw_batch, make_held, make_sources
 from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .training import (

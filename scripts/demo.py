@@ -25,6 +25,7 @@ from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.device import describe
 from p3_clip_textual_inversion.files import MINI, first_line
 from p3_clip_textual_inversion.places import arranged
+from p3_clip_textual_inversion.provenance import HelpFormatter
 from p3_clip_textual_inversion.stable_diffusion import MINI_SD
 
 CANVAS = 240  # pixels of the side of the square that is clicked at
@@ -246,7 +247,7 @@ def build(gr, digits, faces, words, classes, told):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--model", type=Path, default=None, help="P1: a model.safetensors of p1_train.sh (default: the installed one, or the bundled one)")
     parser.add_argument("--unet", type=Path, default=FACES / "UNet.pt", help="P2: the network's state dict")
     parser.add_argument("--noises", type=Path, default=FACES / "noise", help="P2: folder of noises")

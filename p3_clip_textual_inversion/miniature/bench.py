@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..files import MINI, run, writable_folder, write_json, write_whole
 from ..pictures import save_image, to_uint8
+from ..provenance import HelpFormatter
 from .drawings import Look
 from .painting import compose
 from .world import GROUNDS, Drawings, make_scenes, words
@@ -62,7 +63,7 @@ def write_lists(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the miniature's benchmark of subjects.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Makes the miniature's benchmark of subjects.", formatter_class=HelpFormatter)
     parser.add_argument("path", type=Path, metavar="NPZ", help="file that `drawings render` wrote")
     parser.add_argument("--output", type=Path, default=MINI / "dreambench", help="folder to write into")
     args = parser.parse_args()

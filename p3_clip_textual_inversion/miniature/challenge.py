@@ -14,6 +14,7 @@ from PIL import Image
 from ..concepts import CHALLENGE_IMAGES
 from ..files import MINI, UserError, run, writable_folder, write_json
 from ..pictures import save_image
+from ..provenance import HelpFormatter
 from .world import GROUNDS, SIDE, SILHOUETTES, Drawings, words
 
 SUBJECTS = {"cat2": ("cat-face", "twemoji", (2, 0, 1)), "dog6": ("dog-face", "fluent-emoji-flat", (1, 2, 0))}  # which channel red, green and blue become
@@ -58,7 +59,7 @@ def make(drawings, output, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("path", type=Path, metavar="NPZ", help="file of drawings")
     parser.add_argument("--output", type=Path, default=MINI / "challenge", help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="of the examples")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..data import CAPTIONS
 from ..files import MINI, UserError, atomic_path, run, writable_folder, write_json
 from ..pictures import save_image, to_uint8
+from ..provenance import HelpFormatter
 from .painting import compose
 from .world import GROUNDS, KEPT_OUT, SIDE, SILHOUETTES, Drawings, captions, make_scenes, words
 
@@ -152,11 +153,11 @@ def save_pictures(pictures, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the drawings and concepts of P3's miniature.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Makes the drawings and concepts of P3's miniature.", formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    rendering = commands.add_parser("render", help="render the emoji sets", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    rendering = commands.add_parser("render", help="render the emoji sets", formatter_class=HelpFormatter)
     rendering.add_argument("path", type=Path, metavar="NPZ", help="file to write")
-    concepts = commands.add_parser("concepts", help="make hw2_data/mini/textual_inversion", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    concepts = commands.add_parser("concepts", help="make hw2_data/mini/textual_inversion", formatter_class=HelpFormatter)
     concepts.add_argument("path", type=Path, metavar="NPZ", help="file that `render` wrote")
     concepts.add_argument("--output", type=Path, default=MINI / "textual_inversion", help="folder to write into")
     concepts.add_argument("--seed", type=int, default=0, help="of the examples")

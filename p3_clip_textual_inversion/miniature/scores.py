@@ -22,6 +22,7 @@ from ..files import MINI, ROOT, check_flags, run, writable_folder, write_json
 from ..inference import DrawConfig, draw
 from ..measures import wilson
 from ..pictures import save_image, to_uint8
+from ..provenance import HelpFormatter
 from ..stable_diffusion import MINI_SD, load_stable_diffusion
 from .painting import compose
 from .world import CLIP_STYLES, COLOURS, GROUNDS, KEPT_OUT, SIDE, UNSEEN_STYLE, Drawings, captions, make_scenes, sample, words
@@ -204,7 +205,7 @@ def over(drawn, real):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Scores the miniature's models of P3.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Scores the miniature's models of P3.", formatter_class=HelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--clip", type=Path, default=MINI / "clip", help="folder of CLIP, the judge")
     parser.add_argument("--judge", type=Path, default=None, help="folder of a second judge")

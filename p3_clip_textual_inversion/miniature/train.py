@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
+from ..provenance import HelpFormatter
 from ..training import (
     Log,
     add_arguments,
@@ -41,7 +42,7 @@ FREE_TO_CHANGE = ("output", "drawings", "steps", "seconds", "save_every", "keep"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("part", choices=list(PARTS), help="what to train")
     parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, its log and the result")

@@ -22,7 +22,7 @@ from ..guard import command as command_of
 from ..inference import DrawConfig
 from ..lora import add_loras, find_loras
 from ..pictures import save_image
-from ..provenance import command_line
+from ..provenance import HelpFormatter, command_line
 from ..stable_diffusion import MINI_SD, load_stable_diffusion
 from ..words import gather
 from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
@@ -136,7 +136,7 @@ def learn(looks, drawings, args, flags):
 
 def main():
     own, flags = (sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]) if "--" in sys.argv else (sys.argv[1:], [])
-    parser = argparse.ArgumentParser(description="Learns words of concepts drawn by seed; scores them.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Learns words of concepts drawn by seed; scores them.", formatter_class=HelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for examples, words, scores.json and pictures.png")
     parser.add_argument("--report", metavar="NAME", default=None, help="keep the scores under this name in report/results/p3_words.json, too")

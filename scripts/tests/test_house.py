@@ -1,5 +1,6 @@
 """The map in each folder's __init__.py: every file is on it, and imports only from the floors below its own."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -9,6 +10,7 @@ import subprocess
 import pytest
 
 from common import ROOT
+from p1_cfg_ddpm.provenance import HelpFormatter
 
 PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
 
@@ -65,3 +67,14 @@ def test_nothing_else_lies_at_the_top():
     kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     top = {name.split("/")[0] for name in kept if name and not name.startswith(".")}
     assert top == {"README.md", "LICENSE", "requirements.txt", *PACKAGES, "hw2_data", "scripts", "report"}
+
+
+def test_help_tells_each_default_once():
+    """By the one formatter of the three folders; argparse's own says "(default: None)", also behind a default that is told in words."""
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    for flag, options in (("--a", {"default": None, "help": "first (default: by size)"}), ("--b", {"default": None, "help": "second"}),
+                          ("--c", {"action": "store_true", "help": "third"}), ("--d", {"default": 4, "help": "fourth"})):
+        parser.add_argument(flag, **options)
+    assert re.findall(r"\(default.*?\)", parser.format_help()) == ["(default: by size)", "(default: 4)"]
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if not {"tests", "provenance.py"} & set(path.parts)]
+    assert not [path for path in files if "ArgumentDefaultsHelpFormatter" in path.read_text()]
