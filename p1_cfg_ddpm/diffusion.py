@@ -113,14 +113,14 @@ class Guided:
     digit, domain: int [B]. w: the guidance weight, a number or float [B]. `interval` (low, high): guide only where low <= t/T <= high
     (Kynkaanniemi et al. 2024); outside, the unconditional half is not computed. `guide`: a weaker network, told the same condition, in place of the
     unconditional half (autoguidance, Karras et al. 2024): away from its mistakes, not from what other digits look like. `clip`: clamp x0 to [-1, 1]
-    and take the eps that belongs to it: with strong guidance the network's own no longer fits, and DDIM, which uses both, goes astray. `contrast`: of
-    the part of the guidance that only makes the predicted image's contrast larger, the share that is kept, by domain (projected guidance, after Sadat
-    et al. 2024, who measure from zero and not from the image's mean); 1 is classifier-free guidance as it is."""
+    and take the eps that belongs to it: with strong guidance the network's own no longer fits, and DDIM, which uses both, goes astray. `parallel`: of
+    the part of the guidance that is parallel to the predicted image, and makes all of it stronger, the share that is kept, by domain (projected
+    guidance, Sadat et al. 2024, eq. 7, eta); 1 is classifier-free guidance as it is."""
 
-    def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), guide=None, clip=True, contrast=(1.0, 1.0)):
+    def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), guide=None, clip=True, parallel=(1.0, 1.0)):
         self.model, self.diffusion, self.w, self.interval, self.guide, self.clip = model, diffusion, w, interval, guide, clip
         self.digit, self.domain = digit, domain
-        self.dropped = None if all(share == 1 for share in contrast) else 1 - torch.tensor(contrast, device=domain.device)[domain][:, None, None, None]
+        self.dropped = None if all(share == 1 for share in parallel) else 1 - torch.tensor(parallel, device=domain.device)[domain][:, None, None, None]
         if torch.is_tensor(w):
             self.w = w[:, None, None, None]
 
@@ -145,9 +145,8 @@ class Guided:
         return guided if self.dropped is None else guided - w * self.dropped * self.along(cond - uncond, cond, x.float(), steps)
 
     def along(self, change, cond, x, steps):
-        """The part of a change of the output that changes the contrast of the x0 of `cond` and nothing else; x0 is linear in the output."""
+        """The part of a change of the output that is parallel to the x0 of the output `cond`. (x0 is linear in it, by a factor: so is the part.)"""
         x0 = self.diffusion.x0_and_eps(cond, x, steps)[0]
-        x0 = x0 - x0.mean(dim=(1, 2, 3), keepdim=True)
         return (change * x0).sum(dim=(1, 2, 3), keepdim=True) / x0.square().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12) * x0
 
     def __call__(self, x, t):

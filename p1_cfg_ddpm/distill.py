@@ -115,7 +115,7 @@ def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
     kept = []
     for some in torch.arange(count, device=device).split(AT_ONCE if device.type == "cpu" else count):
-        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide, contrast=config.guidance_contrast)
+        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide, parallel=config.guidance_parallel)
         states = SAMPLERS[config.sampler](guided, x[some], steps_at(diffusion.alpha_bar, timesteps))
         kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]).half())
     return {"x": torch.cat(kept, dim=1), "digit": digit, "domain": domain, "w": w}
@@ -186,7 +186,7 @@ def parse_args():
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
     parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
-    parser.add_argument("--guidance-contrast", type=float, nargs=2, metavar=("MNISTM", "SVHN"), default=TEACHER.guidance_contrast, help="likewise, by domain")
+    parser.add_argument("--guidance-parallel", type=float, nargs=2, metavar=("MNISTM", "SVHN"), default=TEACHER.guidance_parallel, help="likewise, by domain")
     parser.add_argument("--max-weight", type=float, default=6.0, help="the other half have weights from 0 to this")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
@@ -220,7 +220,7 @@ def main():
     if accelerator.num_processes > 1:
         raise UserError("distilling is for one process")
     config = replace(TEACHER, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
-                     guidance_interval=tuple(args.guidance_interval), guidance_contrast=tuple(args.guidance_contrast))
+                     guidance_interval=tuple(args.guidance_interval), guidance_parallel=tuple(args.guidance_parallel))
     config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
     if teacher.config.times:
@@ -274,7 +274,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     def teacher_step(x, t, r, digit, domain, w):
         low, high = (edge * diffusion.config.num_timesteps for edge in config.guidance_interval)
         weight = (w * ((low <= t) & (t <= high)))[:, None, None, None]
-        output = Guided(teacher, diffusion, digit, domain, w, guide=guide, contrast=config.guidance_contrast).extrapolated(x, t, weight)
+        output = Guided(teacher, diffusion, digit, domain, w, guide=guide, parallel=config.guidance_parallel).extrapolated(x, t, weight)
         return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
 
     paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device,

@@ -30,7 +30,7 @@ CHECKPOINT = BUNDLED / "small.safetensors"
 STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolated eps leaves coloured spots in the long last leap of few guided steps
-OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_contrast", "eta")  # what a student has no choice of
+OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta")  # what a student has no choice of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DrawConfig:
     spacing: str = "logsnr"  # of the steps: even in the log of the signal-to-noise ratio, or "trailing", even in t
     guidance_weight: float = 4.0  # w of eps = (1+w) eps_cond - w eps_uncond; 0 is no guidance
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
-    guidance_contrast: tuple = (1.0, 1.0)  # by domain: the share that is kept of what guidance does to contrast alone
+    guidance_parallel: tuple = (1.0, 1.0)  # by domain: the share that is kept of what is parallel to the predicted image
     eta: float = 0.0  # of ddim; 0 is deterministic
     seed: int = 2
 
@@ -50,9 +50,9 @@ class DrawConfig:
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"--guidance-interval must be two numbers with 0 <= low <= high <= 1, not {low} {high}")
-        if len(self.guidance_contrast) != len(DOMAINS) or not all(0 <= share <= 1 for share in self.guidance_contrast):
-            raise UserError(f"--guidance-contrast must be {len(DOMAINS)} numbers from 0 to 1, for {' and '.join(DOMAINS)}, not "
-                            + " ".join(map(str, self.guidance_contrast)))
+        if len(self.guidance_parallel) != len(DOMAINS) or not all(0 <= share <= 1 for share in self.guidance_parallel):
+            raise UserError(f"--guidance-parallel must be {len(DOMAINS)} numbers from 0 to 1, for {' and '.join(DOMAINS)}, not "
+                            + " ".join(map(str, self.guidance_parallel)))
         if not 1 <= self.num_steps <= 1000:
             raise UserError(f"--steps must be between 1 and 1000, not {self.num_steps}")
         if self.spacing == "logsnr" and self.num_steps > 500:
@@ -128,7 +128,7 @@ def states(model, diffusion, jobs, config, guide=None):
         student = Distilled(model, diffusion, digit, domain, config.guidance_weight)
         yield from ddim(student, noise(), steps_at(diffusion.alpha_bar, model.config.times))
         return
-    guided = Guided(model, diffusion, digit, domain, config.guidance_weight, config.guidance_interval, guide, contrast=config.guidance_contrast)
+    guided = Guided(model, diffusion, digit, domain, config.guidance_weight, config.guidance_interval, guide, parallel=config.guidance_parallel)
     yield from by_name(config.sampler, config.eta)(guided, noise(), steps_of(config, diffusion), noise=noise)
 
 
@@ -163,9 +163,9 @@ def add_arguments(parser):
                         f"for few, or even in t (default: {TEACHER.spacing})")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
                         help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
-    parser.add_argument("--guidance-contrast", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
-                        help="of what guidance does to the contrast alone, the share that is kept, by domain: 1 is plain guidance, 0 draws more various "
-                        "digits with less contrast (default: {:g} {:g})".format(*TEACHER.guidance_contrast))
+    parser.add_argument("--guidance-parallel", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
+                        help="of the guidance that is parallel to the predicted image, the share that is kept, by domain: 1 is plain guidance, 0 draws "
+                        "digits that vary more and have less contrast (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 100 on a CPU, 1000 on a GPU)")

@@ -1,4 +1,4 @@
-"""Which settings draw best: accuracy and Fréchet distance over evaluations, of guidance weights, intervals, contrast, steps and autoguidance.
+"""Which settings draw best: accuracy and Fréchet distance over evaluations, of guidance weights, intervals, projection, steps and autoguidance.
 
     python -m p1_cfg_ddpm.pareto                                       # writes report/results/p1_pareto.json; p1_figures.sh draws it
     python -m p1_cfg_ddpm.pareto --guide runs/guide/model.safetensors  # with a weaker network's autoguidance (Karras et al. 2024) beside the others
@@ -32,7 +32,7 @@ SLACK = 0.004  # below WANTED on one seed, 500 images, a point may still reach i
 GRID = [(6, 2.0, (0.0, 1.0)), *((6, w, interval) for w in (3.0, 4.0, 6.0) for interval in ((0.0, 1.0), (0.1, 0.8), (0.3, 1.0))),
         *((8, w, interval) for w in (4.0, 6.0) for interval in ((0.0, 1.0), (0.1, 0.8))), (12, 4.0, (0.1, 0.8)), (12, 6.0, (0.1, 0.8)),
         (5, 4.0, (0.0, 1.0)), (10, 4.0, (0.0, 1.0))]  # (steps, weight, interval)
-CONTRASTS = [(6, w, (1.0, share)) for w, share in ((4.0, 0.0), (4.0, 0.5), (5.0, 0.0), (6.0, 0.0))]  # (steps, weight, contrast by domain)
+PARALLELS = [(6, w, (1.0, share)) for w, share in ((3.0, 0.0), (4.0, 0.0), (4.0, 0.5), (5.0, 0.0))]  # (steps, weight, share by domain)
 AUTOGUIDED = [(6, w, (0.0, 1.0)) for w in (1.0, 2.0)]
 
 
@@ -74,7 +74,7 @@ def panels(results):
     kinds = {}
     for row in rows:
         kind = "autoguidance" if row["guide"] else "guided at {:g} to {:g}".format(*row["guidance_interval"])
-        kinds.setdefault(kind if set(row["guidance_contrast"]) == {1} else "less contrast on SVHN", []).append(row)
+        kinds.setdefault(kind if set(row["guidance_parallel"]) == {1} else "projected for SVHN", []).append(row)
 
     def panel(axis, domain, x, y, title):
         def value(row, name):
@@ -149,12 +149,12 @@ def compare(args):
     def config_of(told):
         return replace(TEACHER, **{name: tuple(value) if isinstance(value := told[name], list) else value for name in asdict(TEACHER) if name != "seed"})
 
-    plain = replace(TEACHER, guidance_contrast=(1.0,) * len(DOMAINS))
+    plain = replace(TEACHER, guidance_parallel=(1.0,) * len(DOMAINS))
     for guided_by, grid in ((False, GRID), (True, AUTOGUIDED if guide is not None else [])):
         for steps, w, interval in grid:
             ensure(replace(plain, num_steps=steps, guidance_weight=w, guidance_interval=interval), guided_by, args.seeds[:1])
-    for steps, w, contrast in CONTRASTS:
-        ensure(replace(TEACHER, num_steps=steps, guidance_weight=w, guidance_contrast=contrast), False, args.seeds[:1])
+    for steps, w, shares in PARALLELS:
+        ensure(replace(TEACHER, num_steps=steps, guidance_weight=w, guidance_parallel=shares), False, args.seeds[:1])
     ensure(TEACHER, False, args.seeds)
     near = [told for told in summaries(rows, args.seeds[:1]) if all(told[d]["accuracy"] >= WANTED[d] - SLACK for d in DOMAINS)]
     for told in near[:args.finalists]:

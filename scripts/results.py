@@ -80,26 +80,31 @@ def limits(results):
 
 
 def scores(row):
-    """The cells of a row of P1's tables: accuracy, the second judges', distance and coverage, MNIST-M then SVHN."""
-    def both(name, form):
-        return ", ".join(form.format(row[domain][name]) for domain in ("mnistm", "svhn"))
+    """The cells of a row of P1's tables: accuracy, the second judges', distance and coverage, MNIST-M then SVHN. row: one, or several whose mean is told."""
+    several = row if isinstance(row, list) else [row]
 
-    return [*(both(name, "{:.2%}").replace("%,", ",").replace("%", " %") for name in ("accuracy", "second_accuracy")), both("frechet", "{:.2f}"),
-            both("coverage", "{:.2f}")]
+    def both(name, factor=1):
+        return ", ".join(f"{factor * fmean(one[domain][name] for one in several):.2f}" for domain in ("mnistm", "svhn"))
+
+    return [both("accuracy", 100), both("second_accuracy", 100), both("frechet"), both("coverage")]
 
 
 def flags(row):
     """Those of p1_infer.sh that draw as a row of pareto's, which has those settings that are not the plain ones."""
-    plain = {"guidance_interval": [0.0, 1.0], "guidance_contrast": [1.0, 1.0], "num_steps": 6}
+    plain = {"guidance_interval": [0.0, 1.0], "guidance_parallel": [1.0, 1.0], "num_steps": 6}
     told = {name: " ".join(f"{part:g}" for part in (value if isinstance(value, list) else [value])) for name, value in row.items()
             if name == "guidance_weight" or (name in plain and value != plain[name])}
     return " ".join(f"--{name.removeprefix('num_').replace('_', '-')} {value}" for name, value in told.items())
 
 
 def p1_tables(results):
-    """{page: [tables]} of P1's trials: the settings of the bundled network, and all other trials."""
-    pareto, trials = results["p1_pareto"], results["p1_trials"]
+    """{page: [tables]} of P1: default and student, the settings of the bundled network, all other trials."""
+    p1, pareto, trials = (results[name] for name in ("p1_benchmark", "p1_pareto", "p1_trials"))
     head = ["accuracy, %", "second judges, %", "Fréchet", "coverage"]
+    seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
+    default = [[seeds, "evaluations", *head], ["the default", str(pareto_evaluations(pareto)), *scores(p1["seeds"])],
+               [f"`--student`, w {p1['student'][0]['guidance_weight']:g} (its default)", str(p1["student"][0]["num_steps"]), *scores(p1["student"])],
+               *([f"`{row['flags']}`", "1", *scores(row)] for row in trials["rows"] if "seeds" in row)]
     settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
     for row in pareto["rows"]:
         if row["seed"] == pareto["seeds"][0]:
@@ -107,8 +112,13 @@ def p1_tables(results):
     for name, many in (("all_seeds", pareto["seeds"]), ("fresh", pareto["fresh_seeds"])):
         settings += [[f"`{flags(row)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
     others = [["trial", "flags", *head, ""]]
-    others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]]
-    return {"p1_cfg_ddpm/README.md": [lines_of(rows) for rows in (settings, others)]}
+    others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"] if "seed" in row]
+    return {"p1_cfg_ddpm/README.md": [lines_of(rows) for rows in (default, settings, others)]}
+
+
+def pareto_evaluations(pareto):
+    """Of the default, an image."""
+    return next(row["evaluations"] for row in pareto["rows"] if all(row[name] == value for name, value in pareto["default"].items() if name != "seed"))
 
 
 def lines_of(rows):

@@ -99,7 +99,7 @@ def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoi
     assert len(list((tmp_path / "out").rglob("3_001.png"))) == 2
     with pytest.raises(UserError, match="is a student itself; give its teacher"):
         call(monkeypatch, distill, "--teacher", tmp_path / "whole" / "model.safetensors", *SETTINGS, "--output", tmp_path / "again")
-    for flags in (["--teacher-steps", 5], ["--guidance-weight", 2], ["--guidance-contrast", 1, 0.5], ["--max-weight", 3]):
+    for flags in (["--teacher-steps", 5], ["--guidance-weight", 2], ["--guidance-parallel", 1, 0.5], ["--max-weight", 3]):
         with pytest.raises(UserError, match="has paths of another teacher or other settings"):
             call(monkeypatch, distill, *settings, *flags, "--output", tmp_path / "other")
 

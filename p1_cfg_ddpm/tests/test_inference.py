@@ -78,7 +78,7 @@ def test_a_record_is_drawn_again(tiny_checkpoint, settings):
     (["--steps", "0"], "--steps must be between 1 and 1000"),
     (["--eta", "2"], "--eta must be between 0 and 1"),
     (["--eta", "0.5"], "--eta is for --sampler ddim, and dpmpp_2m does without; leave it out"),
-    (["--guidance-contrast", "1", "1.5"], "--guidance-contrast must be 2 numbers from 0 to 1, for mnistm and svhn, not 1.0 1.5"),
+    (["--guidance-parallel", "1", "1.5"], "--guidance-parallel must be 2 numbers from 0 to 1, for mnistm and svhn, not 1.0 1.5"),
     (["--guidance-interval", "0.9", "0.1"], "--guidance-interval must be two numbers"),
     (["--images-per-digit", "0"], "--images-per-digit must be between 1 and 999"),
     (["--batch-size", "-1"], "--batch-size must be at least 1"),

@@ -34,7 +34,7 @@ def drawn(monkeypatch, tmp_path, tiny_checkpoint):
     monkeypatch.setattr(pareto, "show", lambda row: None)
     monkeypatch.setattr(pareto, "Judges", lambda device: None)
     monkeypatch.setattr(pareto, "GRID", [(6, w, (0.0, 1.0)) for w in (4.0, 6.0, 8.0)])
-    monkeypatch.setattr(pareto, "CONTRASTS", [(6, 9.0, (1.0, 0.0))])
+    monkeypatch.setattr(pareto, "PARALLELS", [(6, 9.0, (1.0, 0.0))])
     monkeypatch.setattr(sys, "argv", ["pareto", "--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "p.json"), "--finalists", "2"])
     return calls
 

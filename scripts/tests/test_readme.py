@@ -4,7 +4,7 @@ import re
 
 from check import broken_links
 from common import ROOT, read_json
-from results import RESULTS, limits, table
+from results import RESULTS, limits, p1_tables, table
 
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +19,8 @@ def test_its_results_are_the_measured_ones():
     assert table(results) in README
     for page, text in limits(results).items():
         assert text in " ".join((ROOT / page).read_text().split()), page
+    for page, tables in p1_tables(results).items():
+        assert all(rows in (ROOT / page).read_text() for rows in tables), f"{page}: python scripts/results.py prints its tables"
 
 
 def test_each_script_that_it_names_is_there_and_each_that_is_there_is_named():
