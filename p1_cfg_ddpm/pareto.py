@@ -133,8 +133,8 @@ def compare(args):
              "seeds": args.seeds, "fresh_seeds": args.fresh, "finalists": args.finalists, "images_per_digit": args.images_per_digit, "wanted": WANTED}
     results = read_json(args.output) if args.output.is_file() else {}
     if {name: results.get(name) for name in start} != start:  # otherwise the run goes on
-        results = {**start, "machine": machine(device), "default": asdict(TEACHER) | {"guide": False}, "rows": []}
-    rows = results["rows"]
+        results = {**start, "machine": machine(device), "rows": []}
+    results["default"], rows = asdict(TEACHER) | {"guide": False}, results["rows"]
 
     def ensure(config, guided_by, seeds):
         for seed in seeds:
