@@ -66,7 +66,8 @@ class DrawConfig:
 
 
 TEACHER = DrawConfig()
-STUDENT = DrawConfig(sampler="ddim", guidance_weight=5.0, guidance_parallel=(1.0, 1.0))  # its steps are its own, its weight an input, at most the one that it has learned
+# its steps are its own, its weight an input, at most the one that it has learned
+STUDENT = DrawConfig(sampler="ddim", guidance_weight=5.0, guidance_parallel=(1.0, 1.0))
 
 
 @dataclass(frozen=True)
