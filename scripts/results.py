@@ -84,7 +84,7 @@ def scores(row):
     several = row if isinstance(row, list) else [row]
 
     def both(name, factor=1):
-        return ", ".join(f"{factor * fmean(one[domain][name] for one in several):.2f}" for domain in ("mnistm", "svhn"))
+        return ", ".join(f"{factor * fmean(one[domain][name] for one in several):.2f}" for domain in ("mnistm", "svhn") if domain in several[0])
 
     return [both("accuracy", 100), both("second_accuracy", 100), both("frechet"), both("coverage")]
 
@@ -104,7 +104,7 @@ def p1_tables(results):
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
     default = [[seeds, "evaluations", *head], ["the default", str(pareto_evaluations(pareto)), *scores(p1["seeds"])],
                [f"`--student`, w {p1['student'][0]['guidance_weight']:g} (its default)", str(p1["student"][0]["num_steps"]), *scores(p1["student"])],
-               *([f"`{row['flags']}`", "1", *scores(row)] for row in trials["rows"] if "seeds" in row)]
+               *([f"`{row['flags']}`", "1", *scores(row)] for row in trials["rows"] if "--student" in row["flags"])]
     settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
     for row in pareto["rows"]:
         if row["seed"] == pareto["seeds"][0]:
@@ -112,7 +112,8 @@ def p1_tables(results):
     for name, many in (("all_seeds", pareto["seeds"]), ("fresh", pareto["fresh_seeds"])):
         settings += [[f"`{flags(row)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
     others = [["trial", "flags", *head, ""]]
-    others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"] if "seed" in row]
+    others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]
+               if "--student" not in row["flags"]]
     return {"p1_cfg_ddpm/README.md": [lines_of(rows) for rows in (default, settings, others)]}
 
 
