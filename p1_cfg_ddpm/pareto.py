@@ -166,7 +166,8 @@ def compare(args):
         ensure(config_of(told), told["guide"], args.fresh)
     results |= {"all_seeds": finalists, "chosen": chosen, "fresh": summaries(rows, args.fresh)}
     write_json(args.output, results)
-    print(f"{'chosen' if chosen else 'none reaches what is wanted; nearest'}: {point_of(best)}\nwrote {args.output}\nnext: bash scripts/p1_figures.sh")
+    settings = ", ".join(f"{name} {best[name]}" for name in asdict(TEACHER) if name != "seed") + (", autoguided" if best["guide"] else "")
+    print(f"{'chosen' if chosen else 'none reaches what is wanted; nearest'}: {settings}\nwrote {args.output}\nnext: bash scripts/p1_figures.sh")
 
 
 if __name__ == "__main__":
