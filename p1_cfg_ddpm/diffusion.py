@@ -114,8 +114,8 @@ class Guided:
     (Kynkaanniemi et al. 2024); outside, the unconditional half is not computed. `guide`: a weaker network, told the same condition, in place of the
     unconditional half (autoguidance, Karras et al. 2024): away from its mistakes, not from what other digits look like. `clip`: clamp x0 to [-1, 1]
     and take the eps that belongs to it: with strong guidance the network's own no longer fits, and DDIM, which uses both, goes astray. `parallel`: of
-    the part of the guidance that is parallel to the predicted image, and makes all of it stronger, the share that is kept, by domain (projected
-    guidance, Sadat et al. 2024, eq. 7, eta); 1 is classifier-free guidance as it is."""
+    the part of the guidance that is parallel to the predicted image, and only makes its contrast stronger, the share that is kept, by domain (projected
+    guidance, Sadat et al. 2024, eta; here from the image's mean, so that brightness is guided as before); 1 is classifier-free guidance as it is."""
 
     def __init__(self, model, diffusion, digit, domain, w, interval=(0.0, 1.0), guide=None, clip=True, parallel=(1.0, 1.0)):
         self.model, self.diffusion, self.w, self.interval, self.guide, self.clip = model, diffusion, w, interval, guide, clip
@@ -145,8 +145,9 @@ class Guided:
         return guided if self.dropped is None else guided - w * self.dropped * self.along(cond - uncond, cond, x.float(), steps)
 
     def along(self, change, cond, x, steps):
-        """The part of a change of the output that is parallel to the x0 of the output `cond`. (x0 is linear in it, by a factor: so is the part.)"""
+        """The part of a change of the output that is parallel to the x0 of the output `cond`, its mean taken off. (x0 is linear in the output.)"""
         x0 = self.diffusion.x0_and_eps(cond, x, steps)[0]
+        x0 = x0 - x0.mean(dim=(1, 2, 3), keepdim=True)
         return (change * x0).sum(dim=(1, 2, 3), keepdim=True) / x0.square().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12) * x0
 
     def __call__(self, x, t):

@@ -42,7 +42,7 @@ class DrawConfig:
     spacing: str = "logsnr"  # of the steps: even in the log of the signal-to-noise ratio, or "trailing", even in t
     guidance_weight: float = 4.0  # w of eps = (1+w) eps_cond - w eps_uncond; 0 is no guidance
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
-    guidance_parallel: tuple = (1.0, 1.0)  # by domain: the share that is kept of what is parallel to the predicted image
+    guidance_parallel: tuple = (1.0, 1.0)  # by domain: the share that is kept of what is parallel to the predicted image's deviation from its mean
     eta: float = 0.0  # of ddim; 0 is deterministic
     seed: int = 2
 
@@ -165,8 +165,8 @@ def add_arguments(parser):
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
                         help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
     parser.add_argument("--guidance-parallel", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
-                        help="of the guidance that is parallel to the predicted image, the share that is kept, by domain: 1 is plain guidance, 0 draws "
-                        "digits that vary more and have less contrast (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
+                        help="of the guidance that only makes the predicted image's contrast stronger, the share that is kept, by domain: 1 is plain "
+                        "guidance (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 100 on a CPU, 1000 on a GPU)")

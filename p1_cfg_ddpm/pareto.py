@@ -32,7 +32,7 @@ SLACK = 0.004  # below WANTED on one seed, 500 images, a point may still reach i
 GRID = [(6, 2.0, (0.0, 1.0)), *((6, w, interval) for w in (3.0, 4.0, 6.0) for interval in ((0.0, 1.0), (0.1, 0.8), (0.3, 1.0))),
         *((8, w, interval) for w in (4.0, 6.0) for interval in ((0.0, 1.0), (0.1, 0.8))), (12, 4.0, (0.1, 0.8)), (12, 6.0, (0.1, 0.8)),
         (5, 4.0, (0.0, 1.0)), (10, 4.0, (0.0, 1.0))]  # (steps, weight, interval)
-PARALLELS = [(6, w, (1.0, share)) for w, share in ((3.0, 0.0), (4.0, 0.0), (4.0, 0.5), (5.0, 0.0))]  # (steps, weight, share by domain)
+PARALLELS = [(6, w, (1.0, share)) for w, share in ((4.0, 0.0), (4.0, 0.25), (4.0, 0.5), (5.0, 0.25))]  # (steps, weight, share by domain)
 AUTOGUIDED = [(6, w, (0.0, 1.0)) for w in (1.0, 2.0)]
 
 
