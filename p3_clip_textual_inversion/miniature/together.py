@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..defaults import HelpFormatter
 from ..device import progress
 from ..embedding import add_words, expand
 from ..evaluate import add_judge_arguments, judge_of
@@ -27,6 +26,7 @@ from ..inference import add_arguments, draw, load, settings_of
 from ..measures import wilson
 from ..pictures import read_pictures, save_image, sheet
 from ..places import AUTO, strips
+from ..provenance import HelpFormatter
 from ..regions import plans_of
 from ..stable_diffusion import MINI_SD
 from ..subjects import read_benchmark
