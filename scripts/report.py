@@ -40,6 +40,7 @@ RESULTS = {  # what they may take numbers from, and the command that measures it
     "p3_dreambench": "bash scripts/p3_dreambench.sh",
     "p3_miniature": "python -m p3_clip_textual_inversion.miniature.scores --drawings runs/emoji.npz --judge runs/judge",
     "p3_several": "bash scripts/p3_several.sh",
+    "p3_together": "python -m p3_clip_textual_inversion.miniature.together",
     "p3_words": "python -m p3_clip_textual_inversion.miniature.words",
     "p3_zero_shot": "bash scripts/report.sh --only zero-shot",
     "p3_zero_shot_b32": "bash scripts/report.sh --only zero-shot",

@@ -3,10 +3,9 @@
     bash scripts/p3_dreambench.sh                                        # learns the ten subjects of the miniature's benchmark, runs/dreambench/words
     python -m p3_clip_textual_inversion.miniature.together               # report/results/p3_together.json, report/figures/p3_together.png
 
-Sets of subjects are drawn by seed. In each picture the place of each subject is cut out, and CLIP names the kind (`kinds`: of all the subjects' kinds) and,
-of learned ones, tells whose looks these are (`looks`: the nearest examples, of all the subjects'). Where the places are told, each has to be in its own; else
-they may stand in any order beside each other or above. Real pictures pasted together in the same places, and some in which one is another subject, are
-judged alike.
+Sets of subjects are drawn by seed. In each picture the place of each subject is cut out, and CLIP tells of learned words whose looks these are (`looks`: the
+nearest examples, of all the subjects'), of known words which kind it is (`kinds`: of all their kinds). Where boxes are given, each has to be in its own; else
+they may stand in any order in a row, in a column or in corners. Real pictures pasted together, and some in which one is another subject, are judged alike.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from ..device import progress
 from ..embedding import add_words, expand
 from ..evaluate import add_judge_arguments, judge_of
 from ..files import MINI, ROOT, check_flags, lock, run, writable_folder, write_json
+from ..finders import in_company
 from ..inference import add_arguments, draw, load, settings_of
 from ..measures import wilson
 from ..pictures import read_pictures, save_image, sheet
@@ -32,13 +32,14 @@ from ..stable_diffusion import MINI_SD
 from ..subjects import read_benchmark
 from ..words import gather
 
+ATTENTION = "attention"
 CORNERS = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))
-WAYS = {  # name: (prompts of two, of three, whether there are regions; boxes of two, of three: given, or None where the prompt or its attention tells)
-    "words": ("a {} next to a {}", "a {} next to a {} above a {}", False, None, None),
-    "boxes by the prompt": ("a {} next to a {}", "a {} next to a {} next to a {}", True, None, None),
-    "boxes by attention": ("a {} and a {}", "a {}, a {} and a {}", True, None, None),
-    "boxes given": ("a {} and a {}", "a {} next to a {} above a {}", True, (strips(2, 0)[::-1], strips(2, 0)[::-1]), CORNERS),
-}
+NATURAL = "a {} next to a {}", "a {} next to a {} above a {}"  # as the miniature's captions tell two, and three in the CORNERS
+WAYS = {  # name: (prompt of two, of three, boxes of two, of three); boxes: None without regions, places.AUTO, ATTENTION, or given
+    "words": (*NATURAL, None, None),
+    "boxes by the prompt": (NATURAL[0], "a {} next to a {} next to a {}", AUTO, AUTO),
+    "boxes by attention": (*NATURAL, ATTENTION, ATTENTION),
+    "boxes given": (*NATURAL, strips(2, 0)[::-1], CORNERS)}  # of two against the words: the first one on the right
 
 
 def cut_out(pictures, boxes):
@@ -69,7 +70,15 @@ class Judge:
         self.grader, self.kinds = grader, list(dict.fromkeys(subject.noun for subject in subjects))
         self.kind_of = torch.tensor([self.kinds.index(subject.noun) for subject in subjects])
         self.texts = grader.of_texts([f"a {medium} of a {kind}" for kind in self.kinds])
-        self.examples = torch.stack([grader.of_pictures(pictures).mean(0) for pictures in examples])
+        views = [in_company((own, other) for own in pictures for others in examples if others is not pictures for other in others[:2])[0]
+                 for pictures in examples]  # at the size that is judged, beside whatever else
+        features = [grader.of_pictures(pictures) for pictures in views]
+        self.middle = torch.stack([own.mean(0) for own in features]).mean(0)
+        self.examples = torch.stack([self.centred(own).mean(0) for own in features])
+
+    def centred(self, features):
+        """Without what all subjects have in common, which is most of what small pictures show."""
+        return torch.nn.functional.normalize(features - self.middle, dim=1)
 
     def both(self, pictures, sets, boxes):
         """{"kinds", "looks": bool [N]}: whether all subjects of its set (numbers [N, n]) are in each picture, each in its box, or, where boxes are None,
@@ -80,8 +89,9 @@ class Judge:
         found = {"kinds": torch.zeros(len(pictures), dtype=torch.bool), "looks": torch.zeros(len(pictures), dtype=torch.bool)}
         for place in places:
             features = self.grader.of_pictures(cut_out(pictures, place))
-            for what, directions, wanted in (("kinds", self.texts, self.kind_of[sets]), ("looks", self.examples, sets)):
-                named = (features @ directions.T).argmax(1).view(-1, count)
+            sides = ("kinds", features @ self.texts.T, self.kind_of[sets]), ("looks", self.centred(features) @ self.examples.T, sets)
+            for what, cosines, wanted in sides:
+                named = cosines.argmax(1).view(-1, count)
                 for order in orders:
                     found[what] |= (named == wanted[:, list(order)]).all(1)
         return found
@@ -104,15 +114,15 @@ def make_sets(subjects, count, size, seed):
 
 def drawn(parts, way, names, counts, config, label):
     """PIL pictures of sets of things by their names. label: of the noises, which are the same for every way."""
-    template, boxes = (WAYS[way][i + len(names[0]) - 2] for i in (0, 3))
-    prompts, plans = [], {}
-    for own in names:
-        text = template.format(*own)
-        prompts.append(expand(text, counts))
-        if WAYS[way][2]:
-            plans |= plans_of(prompts[-1:], replace(config, regions=tuple(zip(own, boxes)) if boxes else AUTO), counts)
+    size = len(names[0])
+    template, boxes = WAYS[way][size - 2], WAYS[way][size]
+    prompts, plans = [expand(template.format(*own), counts) for own in names], {}
+    for prompt, own in zip(prompts, names):
+        given = AUTO if boxes == AUTO else tuple(zip(own, CORNERS if boxes == ATTENTION else boxes or ()))
+        found = plans_of([prompt], replace(config, regions=given), counts) if boxes else {}
+        plans |= {text: [region._replace(box=None) for region in regions] if boxes == ATTENTION else regions for text, regions in found.items()}
     with progress(total=len(prompts), unit="picture", desc=f"{label}, {way}") as bar:
-        return [Image.fromarray(p) for p in draw(parts, prompts, [f"{len(names[0])}/{i}" for i in range(len(prompts))], config, plans, bar)]
+        return [Image.fromarray(p) for p in draw(parts, prompts, [f"{size}/{i}" for i in range(len(prompts))], config, plans, bar)]
 
 
 def compositions(examples, sets, boxes, rng):
@@ -158,16 +168,17 @@ def main():
         for size, name in ((2, "two"), (3, "three")):
             sets = make_sets(subjects, args.count, size, args.seed)
             right, wrong = compositions(examples, sets, strips(2, 0) if size == 2 else CORNERS, np.random.default_rng([args.seed, size]))
-            results[name] = {"real": {what: share(found) for what, found in judge.both(right, sets, None).items()},
-                             "real, one another subject": {what: share(found) for what, found in judge.both(wrong, sets, None).items()}, "ways": {}}
+            results[name] = {"real": share(judge.both(right, sets, None)["looks"]),
+                             "one another subject": share(judge.both(wrong, sets, None)["looks"]), "ways": {}}
             rows.append((f"{name}: real pictures", right[:8]))
             for way in WAYS:
                 results[name]["ways"][way] = {"prompt": WAYS[way][size - 2]}
                 for whose, (parts, called, counts) in painters.items():
                     pictures = drawn(parts, way, [[called[i] for i in own] for own in sets.tolist()], counts, config, whose)
-                    found = judge.both(pictures, sets, WAYS[way][size + 1])
-                    results[name]["ways"][way][whose] = {what: share(found[what]) for what in (("kinds", "looks") if whose == "learned" else ("kinds",))}
-                    rows.append((f"{name}: {way}, {whose} words, all kinds in {found['kinds'].float().mean():.0%}", pictures[:8]))
+                    boxes = WAYS[way][size]
+                    found = judge.both(pictures, sets, None if boxes in (AUTO, ATTENTION) else boxes)["looks" if whose == "learned" else "kinds"]
+                    results[name]["ways"][way][whose] = share(found)
+                    rows.append((f"{name}: {way}, {whose} words, all in {found.float().mean():.0%}", pictures[:8]))
                     print(rows[-1][0], flush=True)
         write_json(args.report / "results" / "p3_together.json", results | {"seed": args.seed, "pictures": args.count})
         save_image(sheet([shown for _, shown in rows], titles=[title for title, _ in rows], side=96), args.report / "figures" / "p3_together.png")
