@@ -74,7 +74,7 @@ def panels(results):
     kinds = {}
     for row in rows:
         kind = "autoguidance" if row["guide"] else "guided at {:g} to {:g}".format(*row["guidance_interval"])
-        kinds.setdefault(kind if set(row["guidance_parallel"]) == {1} else "projected for SVHN", []).append(row)
+        kinds.setdefault(kind if set(row["guidance_parallel"]) == {1} else "projected", []).append(row)
 
     def panel(axis, domain, x, y, title):
         def value(row, name):
