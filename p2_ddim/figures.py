@@ -2,8 +2,8 @@
 
     python -m p2_ddim.figures        # writes report/figures/p2_*.png and report/results/p2_figures.json
 
-The eta grid (noise 00-03 by eta) and how far apart the fresh noise's seeds draw; slerp and lerp in two rows; and those that explain: norm and spectrum
-(why lerp loses detail), mixtures of four noises as a map, the predicted x0 along the steps, inversion round trips with their errors, and, from what
+The eta grid (noise 00-03 by eta) and how far apart the fresh noise's seeds draw; slerp and lerp in two rows; and those that explain: norm, spectrum and
+faces halfway (what lerp loses), mixtures of four noises as a map, the predicted x0 along the steps, inversion round trips with their errors, and, from what
 p2_ddim.sweep wrote, the samplers by their number of evaluations.
 """
 
@@ -34,6 +34,7 @@ ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHAS = tuple(i / 10 for i in range(11))
 ROUND_TRIP_STEPS = (20, 50, 100)
 MOMENTS = 6  # of the way from noise to face
+SHOWN_HALFWAY = 10  # pairs
 
 
 def drawn(unet, noises, config, batch_size, seed, dtype):
@@ -61,6 +62,11 @@ def halfway(unet, config, shape, count, batch_size, seed, dtype):
     starts = {"ends": noises, **{function.__name__: [function(*pair, 0.5) for pair in pairs] for function in (slerp, lerp)}}
     return {name: torch.stack([x for _, x in generate(unet, dict(enumerate(some)), config, batch_size, seed, dtype)]).permute(0, 2, 3, 1).numpy() * 127.5
             for name, some in starts.items()}
+
+
+def variety(pictures):
+    """The standard deviation of a pixel over pictures [N, H, W, 3], as a mean over pixels: 0 where all are one."""
+    return float(pictures.std(axis=0, ddof=1).mean())
 
 
 def spectrum(pictures):
@@ -167,13 +173,13 @@ def main():
     parser.add_argument("--iterations", type=int, default=3, help="fixed-point iterations per step of the inversion; 1 is the usual inversion")
     parser.add_argument("--round-trips", type=int, nargs="+", default=ROUND_TRIP_STEPS, metavar="STEPS", help="steps of the inversion's round trips")
     parser.add_argument("--seeds", type=int, default=4, help="of the fresh noise, over which pictures deviate")
-    parser.add_argument("--pairs", type=int, default=16, help="of noises, whose pictures halfway have their spectrum measured")
+    parser.add_argument("--pairs", type=int, default=16, help="of noises, whose pictures halfway are measured")
     add_arguments(parser)
     args = parser.parse_args()
     args.command = command_line("bash scripts/p2_figures.sh", parser, args, leave_out=("output", "results", "samplers", "device", "batch_size"))
     config, device, dtype, batch_size = settings_of(args)
-    check_flags(args, ("iterations", "pairs"), lambda value: value >= 1, "at least 1")
-    check_flags(args, ("seeds",), lambda value: value >= 2, "at least 2")
+    check_flags(args, ("iterations",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("seeds", "pairs"), lambda value: value >= 2, "at least 2")
     if config.sampler != "ddim":
         raise UserError(f"the figures show eta and inversion, which are ddim's, not {config.sampler}'s; leave --sampler and --quality out")
     noises = read_noises(args.noise)
@@ -207,6 +213,8 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
     save_image(sheet(rows, ["slerp", "lerp"], [f"{alpha:.1f}" for alpha in ALPHAS]), folder / "p2_interpolation.png")
     between = halfway(compiled, config, a.shape, args.pairs, batch_size, args.seed, dtype)
     chart([norm_panel(a, b), spectrum_panel(between)], folder / "p2_norm.png")
+    rows = [to_pictures(torch.from_numpy(between[name][:SHOWN_HALFWAY]).permute(0, 3, 1, 2)) for name in ("slerp", "lerp")]
+    save_image(sheet(rows, ["slerp", "lerp"], [""] * len(rows[0])), folder / "p2_halfway.png")
     rows = corner_map(compiled, list(four.values()), config, batch_size, dtype)
     save_image(sheet(rows, [names[0], "", "", "", names[2]], [names[0], "", "", "", names[1]]), folder / "p2_corners.png")
     with torch.inference_mode():
@@ -228,7 +236,8 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
         **{name: {str(steps): float(np.mean(trip[2])) for steps, trip in those.items()}
            for name, those in (("round_trip_psnr", trips), ("round_trip_psnr_one_iteration", usual))},
         "deviation": {f"{eta:g}": float(row.mean()) for eta, row in zip(ETAS, spread)},
-        "high_frequency_at_half": {name: high_frequency(between[name]) / high_frequency(between["ends"]) for name in ("slerp", "lerp")}})
+        **{f"{name}_at_half": {way: measure(between[way]) / measure(between["ends"]) for way in ("slerp", "lerp")}
+           for name, measure in (("variety", variety), ("high_frequency", high_frequency))}})
     print(f"wrote p2_*.png to {folder}, {results.name} to {results.parent}")
 
 

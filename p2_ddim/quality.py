@@ -16,9 +16,9 @@ import torch
 from .data import read_pictures
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import MINI, DrawConfig, check_size, generate, to_pictures
+from .inference import MINI, QUALITIES, check_size, generate, to_pictures
 from .model import load_unet
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, command_line
 from .samplers import ImageNoise
 
 CLIP = ROOT / "hw2_data" / "mini" / "clip"
@@ -78,8 +78,7 @@ def main():
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI / "UNet.pt", help="the network's state dict")
     parser.add_argument("--faces", type=Path, required=True, help="folder of pictures that the network was not trained on")
     parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
-    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM")
+    parser.add_argument("--quality", choices=list(QUALITIES), nargs="+", default=list(QUALITIES), help="which of p2_infer's ways of drawing")
     parser.add_argument("--side", type=int, default=64, help="of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -99,14 +98,15 @@ def main():
         raise UserError(f"{args.faces} has {len(faces)} pictures; --count {args.count} needs twice as many at least")
     names = [f"quality/{i}" for i in range(args.count)]
     noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
-    config = DrawConfig(num_steps=args.steps, eta=args.eta)
-    drawing = generate(model, noises, config, args.batch_size, args.seed, dtype)
-    generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
     stretched = to_pictures(torch.from_numpy(faces).permute(0, 3, 1, 2))  # as the generated ones are
-    results = compare(generated, stretched[-args.count:], stretched[:-args.count])
-    for name, row in results.items():
-        print(f"{name:16} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))
-    write_json(args.output, {"checkpoint": args.checkpoint.name, "count": args.count, "steps": args.steps, "eta": args.eta, "seed": args.seed, **results})
+    rows = {}
+    for quality in args.quality:
+        drawing = generate(model, noises, QUALITIES[quality], args.batch_size, args.seed, dtype)
+        generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
+        rows[quality] = compare(generated, stretched[-args.count:], stretched[:-args.count])
+        print("\n".join(f"{quality:6} {name:15} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()) for name, row in rows[quality].items()))
+    command = command_line("python -m p2_ddim.quality", parser, args, leave_out=("device", "output"))
+    write_json(args.output, {"command": command, "checkpoint": args.checkpoint.name, "count": args.count, "dtype": args.dtype, **rows})
     print(f"wrote {args.output}")
 
 

@@ -34,6 +34,7 @@ RESULTS = {  # what they may take numbers from, and the command that measures it
     "p2_course": "bash scripts/report.sh",
     "p2_exact": "python -m p2_ddim.edit measure --count 4 --batch-size 4",
     "p2_figures": "bash scripts/p2_figures.sh",
+    "p2_quality": "python -m p2_ddim.quality --faces runs/held_out --dtype bf16",
     "p2_samplers": "python -m p2_ddim.sweep",
     "p3_benchmark": "bash scripts/p3_benchmark.sh",
     "p3_compare": "python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",

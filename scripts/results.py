@@ -13,7 +13,7 @@ RESULTS = ROOT / "report" / "results"
 
 def rows(results):
     """[(what, number, command)]"""
-    p1, p2, back, p3 = (results[name] for name in ("p1_benchmark", "p2_benchmark", "p2_exact", "p3_benchmark"))
+    p1, p2, back, faces, p3 = (results[name] for name in ("p1_benchmark", "p2_benchmark", "p2_exact", "p2_quality", "p3_benchmark"))
     seeds, student = p1["seeds"], p1["student"]
     ways, speed = p2["ways"], p3["rows"]
     zero_shot = results["p3_zero_shot"]
@@ -39,6 +39,8 @@ def rows(results):
         ("P2: seconds a 256x256 face, full size: plain loop; here; bf16",
          "; ".join(f"{ways[way]['seconds_per_image']:.0f}" for way in ("plain loop, fp32", "this project, fp32", "this project, bf16")), "p2_benchmark.sh"),
         ("P2: picture to noise and back, squared error", f"{there:.2f}", "-m p2_ddim.edit measure"),
+        ("P2: Fréchet distance of the miniature's faces, as many drawn = 1: exact; good",
+         "; ".join(f"{faces[quality]['frechet']['ratio']:.1f}" for quality in ("exact", "good")), "-m p2_ddim.quality"),
         ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
         ("P3: a learned word; its initial words; real drawings", "; ".join(f"{word[way]['image']:.0f}" for way in ("learned", "initial", "real")),
          "-m p3_clip_textual_inversion.miniature.words"),
@@ -59,7 +61,8 @@ def table(results):
 def limits(results):
     """{page: the sentence with numbers that its "Limits" begin with}"""
     p1, single = results["p1_benchmark"], results["p3_miniature"]["one subject"]["clip"]
-    zero_shot, several = results["p3_zero_shot"], results["p3_several"]
+    zero_shot, several, faces = results["p3_zero_shot"], results["p3_several"], results["p2_quality"]
+    exact = faces["exact"]
 
     def span(name, kind="seeds"):
         """The least and the most over the seeds, MNIST-M; SVHN."""
@@ -75,7 +78,9 @@ def limits(results):
             f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {single['drawn']['share']:.1%} of Stable Diffusion's "
             f"guided pictures for what they are, {single['real']['share']:.1%} of real drawings of the same things; "
             f"with regions two known things are both found in {several['known']['words, regions']['both']:.0%} of pictures, "
-            f"two learned apart in {several['methods']['words learned apart, regions']['a <new1> next to a <new3>']['both']:.0%}.",
+            f"two learned apart in {several['methods']['words learned apart, regions']['a <new1> next to a <new3>']['both']:.0%}. "
+            f"{faces['count']} faces by the course's convention: Fréchet distance {exact['frechet']['ratio']:.1f}, energy of high frequencies "
+            f"{exact['high_frequency']['ratio']:.2f} (as many drawn ones = 1), grain of {exact['grain']['generated']:.1f} grey levels in flat places.",
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from p2_ddim import sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
 from p2_ddim.diffusion import Denoiser
-from p2_ddim.figures import deviations, spectrum
+from p2_ddim.figures import deviations, spectrum, variety
 from p2_ddim.files import UserError, write_json
 from p2_ddim.model import UNet, UNetConfig
 
@@ -82,6 +82,11 @@ def test_arithmetic_is_counted_by_kind_of_layer(unet):
     assert sum(row["share_of_time"] for row in kinds.values()) == pytest.approx(1)
     assert {"3x3 convolutions", "3x3 convolutions, stride 2", "1x1 convolutions", "linear", "attention", "norms"} < set(kinds)
     assert not unet.down1._forward_hooks
+
+
+def test_variety_is_how_far_pictures_are_apart():
+    pictures = np.random.default_rng(0).normal(100, 7, (200, 8, 8, 3))
+    assert abs(variety(pictures) - 7) < 0.2 and variety(pictures[[0, 0, 0]]) == 0
 
 
 def test_the_spectrum_of_a_wave_is_where_it_should_be():
