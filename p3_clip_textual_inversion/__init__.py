@@ -9,7 +9,7 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
      5  identity (by what a model is known), objective (a word's loss, and the best state by it), open_clip_folder (as open_clip saves), outcome (its scores)
      6  words (files of words, others' too), hugging_face (CLIP as transformers saves it), zero_shot_figures (its pictures)
      7  clip (CLIP and its features), embedding (the token table with new rows)
-     8  stable_diffusion (its five parts, from anywhere), cache (features kept), finders (is a concept there?), regions, dino
+     8  model (Stable Diffusion's five parts, from anywhere), cache (features kept), finders (is a concept there?), regions, dino
      9  inference (the graded files), adapters (few shots, transduction), fullsize (a file of full size)
     10  evaluate (the grade), sources (what a word is learned from), redraw (a picture again), zero_shot (classification)
     11  train (textual inversion), compare (against untrained words), several (concepts in one picture), both (are two there?), dreambench (the field's)

@@ -36,10 +36,10 @@ from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
 from .guard import command as command_of
 from .inference import DrawConfig, draw
+from .model import load_stable_diffusion
 from .objective import Loss
 from .provenance import HelpFormatter
 from .sources import draw_batch, draw_noise, encode, pick
-from .stable_diffusion import load_stable_diffusion
 
 RESULTS = ROOT / "report" / "results" / "p3_benchmark.json"
 ROUNDS = 3  # of the ways to classify and to learn, in turn; the best of each counts, since whatever else a machine does only slows it

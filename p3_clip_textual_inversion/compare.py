@@ -30,9 +30,9 @@ from .files import ROOT, check_flags, lock, read_json, run, writable_file, writa
 from .inference import add_arguments, draw, load, settings_of
 from .lora import add_loras, find_loras
 from .measures import drift
+from .model import MINI_SD
 from .pictures import save_image, sheet
 from .provenance import HelpFormatter
-from .stable_diffusion import MINI_SD
 from .words import gather
 
 

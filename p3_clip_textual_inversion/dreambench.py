@@ -34,9 +34,9 @@ from .guard import command as command_of
 from .identity import weights_fingerprint
 from .inference import add_arguments, draw, load, settings_of, work_of
 from .measures import DRAWS, percentiles
+from .model import MINI_SD
 from .pictures import picture_files, read_picture, save_image, sheet
 from .provenance import HelpFormatter, Made, batches_with, claim
-from .stable_diffusion import MINI_SD
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 
 LEARNING = 2.2  # a step of learning costs so many times a pass of its latents through the network: forward, and back to the word. Measured on the miniature

@@ -21,9 +21,9 @@ from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
 from .inference import add_arguments, draw, load, settings_of
+from .model import MINI_SD
 from .pictures import chart, read_picture, save_image, sheet
 from .provenance import HelpFormatter
-from .stable_diffusion import MINI_SD
 from .tensors import read_tensors
 
 

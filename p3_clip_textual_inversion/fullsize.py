@@ -22,8 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .files import MINI, UserError, atomic_path, run, writable_folder
 from .guard import command as command_of
+from .model import CONFIGS, TEXT_PREFIX
 from .provenance import HelpFormatter
-from .stable_diffusion import CONFIGS, TEXT_PREFIX
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
           "conv_shortcut": "skip_connection"}

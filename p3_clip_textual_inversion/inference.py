@@ -25,12 +25,12 @@ from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
 from .identity import identify, weights_fingerprint
 from .lora import add_loras, find_loras, loras_of
+from .model import MINI_SD, load_stable_diffusion
 from .pictures import save_image, to_uint8
 from .places import AUTO, check_regions, read_regions, regions_of
 from .provenance import HelpFormatter, Made, batches_with, claim
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
-from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .tensors import tensor_fingerprint
 from .words import gather, own_words
 

@@ -14,9 +14,9 @@ from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, expanded, noise_name, prepare
 from .inference import draw as draw_pictures
 from .lora import add_loras
+from .model import MINI_SD
 from .provenance import redraw
 from .regions import plans_of
-from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
 from .words import gather, own_words
 

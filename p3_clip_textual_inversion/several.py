@@ -30,11 +30,11 @@ from .identity import weights_fingerprint
 from .inference import add_arguments, draw, load, settings_of
 from .lora import add_loras, find_loras
 from .measures import drift, wilson
+from .model import MINI_SD
 from .pictures import read_picture, save_image
 from .places import AUTO
 from .provenance import HelpFormatter, Made, batches_with, claim
 from .regions import plans_of
-from .stable_diffusion import MINI_SD
 from .tensors import tensor_fingerprint
 from .words import gather
 

@@ -29,11 +29,11 @@ from .files import UserError, atomic_path, check_flags, run, writable_file, writ
 from .identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
 from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
+from .model import MINI_SD, load_stable_diffusion
 from .objective import Best, Loss
 from .pictures import read_pictures, save_image
 from .provenance import HelpFormatter
 from .sources import draw_batch, make_held, make_sources
-from .stable_diffusion import MINI_SD, load_stable_diffusion
 from .training import (
     WATCHING,
     Log,

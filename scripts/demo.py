@@ -24,9 +24,9 @@ from p2_ddim.inference import MINI as FACES
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.device import describe
 from p3_clip_textual_inversion.files import MINI, first_line
+from p3_clip_textual_inversion.model import MINI_SD
 from p3_clip_textual_inversion.places import arranged
 from p3_clip_textual_inversion.provenance import HelpFormatter
-from p3_clip_textual_inversion.stable_diffusion import MINI_SD
 
 CANVAS = 240  # pixels of the side of the square that is clicked at
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # by name alone: of this machine, none is fetched

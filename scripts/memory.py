@@ -116,7 +116,7 @@ def stable_diffusion(dtype, vae_dtype=torch.float32):
 
     from p3_clip_textual_inversion.clip import make_clip_tokenizer, read_merges
     from p3_clip_textual_inversion.diffusion import make_alpha_bar
-    from p3_clip_textual_inversion.stable_diffusion import CONFIGS, StableDiffusion
+    from p3_clip_textual_inversion.model import CONFIGS, StableDiffusion
 
     with GPU:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "unet")).to(dtype)

@@ -21,9 +21,9 @@ from ..device import DTYPES, pick_device, pick_dtype, progress
 from ..files import MINI, ROOT, check_flags, run, writable_folder, write_json
 from ..inference import DrawConfig, draw
 from ..measures import wilson
+from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image, to_uint8
 from ..provenance import HelpFormatter
-from ..stable_diffusion import MINI_SD, load_stable_diffusion
 from .painting import compose
 from .world import CLIP_STYLES, COLOURS, GROUNDS, KEPT_OUT, SIDE, UNSEEN_STYLE, Drawings, captions, make_scenes, sample, words
 

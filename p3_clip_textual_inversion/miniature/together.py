@@ -24,11 +24,11 @@ from ..files import MINI, ROOT, check_flags, lock, run, writable_folder, write_j
 from ..finders import in_company
 from ..inference import add_arguments, draw, load, settings_of
 from ..measures import wilson
+from ..model import MINI_SD
 from ..pictures import read_pictures, save_image, sheet
 from ..places import AUTO, strips
 from ..provenance import HelpFormatter
 from ..regions import plans_of
-from ..stable_diffusion import MINI_SD
 from ..subjects import read_benchmark
 from ..words import gather
 

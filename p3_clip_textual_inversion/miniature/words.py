@@ -21,9 +21,9 @@ from ..files import MINI, RESULTS, UserError, check_flags, lock, read_json, run,
 from ..guard import command as command_of
 from ..inference import DrawConfig
 from ..lora import add_loras, find_loras
+from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image
 from ..provenance import HelpFormatter, command_line
-from ..stable_diffusion import MINI_SD, load_stable_diffusion
 from ..words import gather
 from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
 from .scores import GUIDANCE, Artist, Eye, grid, halves, share

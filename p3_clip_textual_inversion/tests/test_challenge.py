@@ -18,8 +18,8 @@ from p3_clip_textual_inversion.embedding import installed_folder, model_name, re
 from p3_clip_textual_inversion.files import MINI, ROOT, UserError
 from p3_clip_textual_inversion.finders import BothFinder
 from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.model import MINI_SD
 from p3_clip_textual_inversion.pictures import read_picture
-from p3_clip_textual_inversion.stable_diffusion import MINI_SD
 from p3_clip_textual_inversion.words import gather
 
 PACKAGE = "p3_clip_textual_inversion"

@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from p3_clip_textual_inversion.clip import load_clip
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.model import load_stable_diffusion
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 PREPARED = {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True,

@@ -21,8 +21,8 @@ from p3_clip_textual_inversion.files import UserError, fingerprint
 from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
 from p3_clip_textual_inversion.identity import identify, weights_fingerprint
 from p3_clip_textual_inversion.miniature.world import STYLES, words
+from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.several import METHODS, check_runs
-from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.train import pull_of_step
 
 PACKAGE = "p3_clip_textual_inversion"

@@ -23,9 +23,9 @@ from p3_clip_textual_inversion.embedding import check_files, read_embedding, sav
 from p3_clip_textual_inversion.figures import read_run
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
+from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import SAMPLERS, leading
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.training import load_state
 from p3_clip_textual_inversion.words import own_words
 

@@ -20,8 +20,8 @@ from p3_clip_textual_inversion.embedding import check_files, file_of, install, r
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.lora import TARGETS, Added, fit, free_directions, keep_free, lora_file, read_lora
+from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.provenance import RECORD, read_made
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 from p3_clip_textual_inversion.words import word_files
 
 PACKAGE = "p3_clip_textual_inversion"

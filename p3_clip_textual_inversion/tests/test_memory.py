@@ -11,7 +11,7 @@ import torch
 from p3_clip_textual_inversion import inference, objective, train
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.miniature.world import CLIP_STYLES, SIDE, SUBJECTS
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.model import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
 SHORT = ["--steps", 1, "--batch-size", 1, "--crops", 1, "--vectors", 1, "--sample-every", 0, "--device", "cpu", "--dtype", "fp32"]

@@ -19,8 +19,8 @@ from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.files import MINI
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.samplers import ImageNoise
-from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 
 INPUT = MINI / "textual_inversion" / "input.json"
 GUIDANCE = MINIATURE.drawing.guidance_weight

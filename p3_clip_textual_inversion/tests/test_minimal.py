@@ -14,9 +14,9 @@ from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embedding
 from p3_clip_textual_inversion.files import MINI
 from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.pictures import to_uint8
 from p3_clip_textual_inversion.samplers import ImageNoise
-from p3_clip_textual_inversion.stable_diffusion import MINI_SD, load_stable_diffusion
 
 PROMPT = "a drawing of a {} on a blue background"
 

@@ -12,10 +12,10 @@ from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw, encoded, guidance_and_noise
+from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.places import AUTO, PLACES, arranged, check_regions, plan, read_regions, regions_of
 from p3_clip_textual_inversion.provenance import read_made
 from p3_clip_textual_inversion.regions import WATCHED, Bounded, Regional, cover, plans_of, regional, texts_of
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
 A, B = "<new1> <new1>_1", "<new3>"

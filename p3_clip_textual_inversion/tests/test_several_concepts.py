@@ -18,7 +18,7 @@ from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.measures import drift, wilson
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
+from p3_clip_textual_inversion.model import load_stable_diffusion
 
 PACKAGE = "p3_clip_textual_inversion"
 

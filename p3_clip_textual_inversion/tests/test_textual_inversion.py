@@ -25,11 +25,11 @@ from p3_clip_textual_inversion.evaluate import Rule, best_of, clip_scores, passe
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.objective import Best, Loss
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import ImageNoise
 from p3_clip_textual_inversion.sources import Source, draw_batch, make_held, make_sources
-from p3_clip_textual_inversion.stable_diffusion import load_stable_diffusion
 
 from .conftest import FEW
 

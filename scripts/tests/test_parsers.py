@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from p1_cfg_ddpm import data, files, pictures, provenance, tensors, training
-from p3_clip_textual_inversion import checkpoint, custom_diffusion, hugging_face, identity, open_clip_folder, stable_diffusion, words
+from p3_clip_textual_inversion import checkpoint, custom_diffusion, hugging_face, identity, model, open_clip_folder, words
 from p3_clip_textual_inversion import files as files3
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -143,10 +143,10 @@ CONFIGS = {
                   {"model_cfg": {"embed_dim": 8, "vision_cfg": {"layers": 1, "width": 8, "image_size": 8, "patch_size": 4},
                                  "text_cfg": {"layers": 1, "width": 8, "heads": 1, "vocab_size": 9, "context_length": 8}},
                    "preprocess_cfg": {"mean": [0, 0, 0]}}),
-    "Stable Diffusion": (stable_diffusion.check_config, {"sample_size": 8, "layers_per_block": 2, "block_out_channels": [32, 64], "act_fn": "silu"}),
+    "Stable Diffusion": (model.check_config, {"sample_size": 8, "layers_per_block": 2, "block_out_channels": [32, 64], "act_fn": "silu"}),
     "how pictures are prepared": (lambda path: hugging_face.transform_of(files3.read_json(path), 224, False, path.parent),
                                   {"resample": 3, "size": {"shortest_edge": 224}, "crop_size": 224, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5]}),
-    "schedule": (lambda path: stable_diffusion.check_schedule(files3.read_json(path), path), {"trained_betas": None, "timestep_spacing": "leading"}),
+    "schedule": (lambda path: model.check_schedule(files3.read_json(path), path), {"trained_betas": None, "timestep_spacing": "leading"}),
 }
 
 
