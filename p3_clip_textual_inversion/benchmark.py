@@ -140,14 +140,14 @@ def learning_speed(way, dtype, device, steps, batch_size):
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
             if way == "ours":
                 x0, eps, t, texts = draw_batch(sources, scaling, batch_size, generator)
-                loss = model(x0, eps, t, *model.ids(texts))
+                loss = model(x0, t, eps, *model.ids(texts))
             else:
                 picked = pick(sources, batch_size, generator)
                 with torch.no_grad():
                     posterior = parts.vae.encode(squares[[row for _, row, _ in picked]].to(device)).latent_dist
                 x0, eps, t = draw_noise(posterior.mean.float(), posterior.std.float(), scaling, generator)
                 hidden = parts.text_encoder(parts.tokens([caption for _, _, caption in picked]).to(device)).last_hidden_state
-                loss = diffusion.loss(parts.unet, parts.alpha_bar, x0, eps, t, hidden).mean()
+                loss = diffusion.loss(parts.unet, parts.alpha_bar, x0, t, eps, hidden).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -23,7 +23,7 @@ def add_noise(alpha_bar, x0, eps, t):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 
-def loss(unet, alpha_bar, x0, eps, t, hidden, min_snr_gamma=None):
+def loss(unet, alpha_bar, x0, t, eps, hidden, min_snr_gamma=None):
     """Squared error of the predicted noise, one value per latent [B] (Ho et al. 2020, algorithm 1).
 
     hidden: the text encoder's states [B, tokens, dim]. min_snr_gamma: weighed by min(SNR, gamma) / SNR (Hang et al. 2023), less where there

@@ -79,7 +79,7 @@ def encode_pictures(parts, folder):
     return parts.vae.encode(torch.cat([x, x.flip(3)])).latent_dist
 
 
-def loss(parts, x0, eps, t, captions):
+def loss(parts, x0, t, eps, captions):
     """(2). x0, eps: [B, 4, h, w]; t: [B]"""
     xt = parts.scheduler.add_noise(x0, eps, t)
     return F.mse_loss(parts.unet(xt, t, encode_text(parts, captions)).sample, eps)
@@ -93,7 +93,7 @@ def learn(parts, words, latents, caption, num_steps, batch_size, lr):
     for _ in trange(num_steps, desc="learning"):
         x0 = latents.sample() * parts.vae.config.scaling_factor
         x0, t = x0[torch.randint(len(x0), (batch_size,))], torch.randint(1000, (batch_size,), device=DEVICE)
-        loss(parts, x0, torch.randn_like(x0), t, [caption] * batch_size).backward()
+        loss(parts, x0, t, torch.randn_like(x0), [caption] * batch_size).backward()
         optimizer.step()
         optimizer.zero_grad()
         falling.step()

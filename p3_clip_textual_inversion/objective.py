@@ -24,18 +24,18 @@ class Loss(torch.nn.Module):
         captions, which = self.tokens(texts).unique(dim=0, return_inverse=True)
         return tuple(part.to(self.alpha_bar.device, non_blocking=True) for part in (captions, which))
 
-    def forward(self, x0, eps, t, captions, which):
+    def forward(self, x0, t, eps, captions, which):
         """x0, eps: [B, 4, h, w]; t: [B]; captions, which: of `ids`. The mean over the batch."""
-        return self.each(x0, eps, t, captions, which).mean()
+        return self.each(x0, t, eps, captions, which).mean()
 
-    def each(self, x0, eps, t, captions, which):
+    def each(self, x0, t, eps, captions, which):
         """One value per latent, [B]."""
         # On a CPU the gradient of attention is faster written out than in blocks, where the square of the positions is small.
         # Not with checkpoints, which compute it again later, outside this choice.
         small = x0.device.type == "cpu" and x0.shape[2] * x0.shape[3] <= 1024 and not self.unet.is_gradient_checkpointing
         with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
             hidden = self.text_encoder(captions).last_hidden_state[which]
-            return diffusion.loss(self.unet, self.alpha_bar, x0, eps, t, hidden, self.gamma)
+            return diffusion.loss(self.unet, self.alpha_bar, x0, t, eps, hidden, self.gamma)
 
 
 class Best:
@@ -51,7 +51,7 @@ class Best:
 
     def of(self, index, t, eps):
         ids = self.loss.ids([self.held.captions[i] for i in index.cpu().tolist()])
-        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], eps, t, *ids)
+        return self.loss.each(self.parts.vae.config.scaling_factor * self.held.means[index], t, eps, *ids)
 
     def update(self, step, trained):
         """Measures, and keeps what is the best so far. Returns what `Validation` does."""

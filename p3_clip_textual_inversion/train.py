@@ -160,7 +160,7 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator))
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss = model(x0, eps, t, *loss_of.ids(texts))
+                    loss = model(x0, t, eps, *loss_of.ids(texts))
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -161,7 +161,7 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=
         ids = loss.ids(["a photo of a <new1>"] * batch)
         for _ in range(2):
             x0, eps = (torch.randn(batch, 4, 64, 64, device=GPU) for _ in range(2))
-            step(optimizer, dtype, loss, x0, eps, torch.zeros(batch, dtype=torch.long, device=GPU), *ids)
+            step(optimizer, dtype, loss, x0, torch.zeros(batch, dtype=torch.long, device=GPU), eps, *ids)
     if "samples" in only:
         list(draw(parts, ["a <new1>"] * 4, list("abcd"), DrawConfig(num_steps=2, batch_size=4, dtype=dtype)))
 

@@ -236,14 +236,13 @@ class Unet:
         """Of diffusion.py, with min-SNR weights: a short training is not to be spent on noise too slight to matter."""
         x0, hidden = batch
         t = torch.randint(0, len(self.alpha_bar), (len(x0),), generator=generator).to(self.device, non_blocking=True)
-        return diffusion.loss(model, self.alpha_bar, x0, torch.randn_like(x0), t, hidden, min_snr_gamma=5).mean()
+        return diffusion.loss(model, self.alpha_bar, x0, t, torch.randn_like(x0), hidden, min_snr_gamma=5).mean()
 
     @torch.no_grad()
     def validate(self, model):
         """The squared error by band of noise, slight to strong, [BANDS]: kept pictures, captions, noise and timesteps, so that two models can be compared."""
-        x0, eps, t, hidden = self.held
-        error = torch.cat([diffusion.loss(model, self.alpha_bar, a.float(), b.float(), c, d.float())
-                           for a, b, c, d in zip(*(part.split(128) for part in (x0, eps, t, hidden)))])
+        error = torch.cat([diffusion.loss(model, self.alpha_bar, x0.float(), t, eps.float(), hidden.float())
+                           for x0, eps, t, hidden in zip(*(part.split(128) for part in self.held))])
         return error.reshape(-1, BANDS).mean(0).cpu().tolist()
 
     def export(self, model, folder):

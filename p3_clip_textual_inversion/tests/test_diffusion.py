@@ -82,8 +82,8 @@ def test_guidance_formula(echo):
 def test_min_snr_weights(echo):
     alpha_bar, x0, eps = diffusion.make_alpha_bar(), torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     t = torch.tensor([0, 300, 999])
-    plain = diffusion.loss(echo, alpha_bar, x0, eps, t, torch.zeros(3, 2, 4))
-    weighed = diffusion.loss(echo, alpha_bar, x0, eps, t, torch.zeros(3, 2, 4), min_snr_gamma=5)
+    plain = diffusion.loss(echo, alpha_bar, x0, t, eps, torch.zeros(3, 2, 4))
+    weighed = diffusion.loss(echo, alpha_bar, x0, t, eps, torch.zeros(3, 2, 4), min_snr_gamma=5)
     snr = (alpha_bar / (1 - alpha_bar))[t]
     assert torch.allclose(plain, torch.ones(3))
     assert torch.allclose(weighed.double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-3)

@@ -50,8 +50,8 @@ def test_the_same_loss_and_gradient(both):
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 3, *parts.latent_shape(), generator=g)
     t, captions = torch.tensor([0, 400, 999]), [PROMPT.format(written)] * 3
-    loss = minimal.loss(page, x0, eps, t, captions)
-    ours = diffusion.loss(parts.unet, parts.alpha_bar, x0, eps, t, parts.encode_text(captions)).mean()
+    loss = minimal.loss(page, x0, t, eps, captions)
+    ours = diffusion.loss(parts.unet, parts.alpha_bar, x0, t, eps, parts.encode_text(captions)).mean()
     for value in (loss, ours):
         value.backward()
     torch.testing.assert_close(loss, ours, rtol=1e-5, atol=0)

@@ -60,7 +60,7 @@ def test_only_the_new_rows_learn(parts):
     assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(3, 32)]
     x, loss = torch.randn(1, 4, 8, 8), Loss(parts, None)
     for _ in range(3):
-        loss(x, torch.randn_like(x), torch.tensor([300]), ids, torch.tensor([0])).backward()
+        loss(x, torch.tensor([300]), torch.randn_like(x), ids, torch.tensor([0])).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert ((learned.rows - rows).abs() > 1e-3).any(dim=1).all()
@@ -83,7 +83,7 @@ def test_gradient_agrees_with_a_resized_table(tiny_sd):
     losses = []
     for parts in (ours, theirs):
         loss = Loss(parts, None)
-        losses.append(loss(x, eps, t, *loss.ids(["a <new1> <new1>_1 on a hill"])))
+        losses.append(loss(x, t, eps, *loss.ids(["a <new1> <new1>_1 on a hill"])))
         losses[-1].backward()
     assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert torch.allclose(learned.rows.grad, table.grad[-2:], atol=1e-6)
