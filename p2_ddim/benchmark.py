@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .data import read_noises
+from .data import MINI_DATA, read_noises
 from .device import DTYPES, describe, machine, peak_memory, pick_device
 from .diffusion import Denoiser
 from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .guard import command as command_of
-from .inference import MINI, DrawConfig, check_size, generate, to_pictures
+from .inference import DrawConfig, check_size, generate, to_pictures
 from .model import SelfAttention, UNet, UNetConfig, load_unet
 from .provenance import HelpFormatter
 from .samplers import ddim
@@ -147,11 +147,11 @@ def measure(way, batch_size, side, repeats, device):
 
 def miniature_mse(device):
     """MSE of the miniature's pictures against its reference images, per number format."""
-    noises, unet = read_noises(MINI / "noise"), load_unet(MINI / "UNet.pt", device)
+    noises, unet = read_noises(MINI_DATA / "noise"), load_unet(MINI_DATA / "UNet.pt", device)
     results = {}
     for name in ("fp32", "bf16"):
         pictures = {k: to_pictures(x[None])[0] for k, x in generate(unet, noises, DrawConfig(), 5, dtype=DTYPES[name], shown=False)}
-        results[name] = float(np.mean([mse(picture, read_pixels(MINI / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
+        results[name] = float(np.mean([mse(picture, read_pixels(MINI_DATA / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
     return results
 
 
@@ -194,7 +194,7 @@ def main():
                 speed = "" if part["share_of_peak"] is None else f"at {part['share_of_peak']:4.0%} of it"
                 print(f"  {kind:34} {part['share_of_time']:4.0%} of the time  {speed}")
     results = {"machine": machine(device), "side": args.side, "ways": rows}
-    if (MINI / "UNet.pt").is_file():
+    if (MINI_DATA / "UNet.pt").is_file():
         results["miniature_mse"] = miniature_mse(device)
         print("MSE of the miniature against its references: " + ", ".join(f"{k} {v:.4f}" for k, v in results["miniature_mse"].items()))
     write_json(args.output, results)

@@ -3,9 +3,11 @@
 import numpy as np
 from PIL import Image
 
-from .files import UserError, existing_folder, note
+from .files import MINI, UserError, existing_folder, note
 from .pictures import decode, left_out, note_left_out, picture_files, read_picture
 from .tensors import is_plain, read_tensors
+
+MINI_DATA = MINI / "face"  # noise, GT, UNet.pt, as the course's folder has them
 
 
 def read_noise(path):
@@ -78,7 +80,7 @@ def read_pairs(folder, num_steps):
     return pairs, ranges
 
 
-def read_pictures(folder, side):
+def read_faces(folder, side):
     """Every picture in a folder, in name order, its largest centred square reduced to side x side: uint8 [N, side, side, 3]."""
     known = set(Image.registered_extensions())
     paths = [path for path in picture_files(folder) if path.suffix.lower() in known]

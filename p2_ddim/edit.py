@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import checked_pair
+from .data import MINI_DATA, checked_pair
 from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
 from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, lock, run, writable_file, writable_folder, write_json
-from .inference import MINI, DrawConfig, check_size, generate, to_pictures
+from .inference import DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
@@ -129,14 +129,14 @@ def parse_args():
                               description="From each picture to the next, through the noises that they come from: OUT/strip.png, OUT/morph.webp.")
     way.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="two pictures or more, of one size (or give --side)")
     way.add_argument("output", type=Path, metavar="OUT", help="folder to write into")
-    way.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    way.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     way.add_argument("--frames", type=int, default=8, help="from one picture to the next")
     way.add_argument("--milliseconds", type=int, default=120, help="a frame of the animation")
     check = commands.add_parser("measure", help="how exactly pictures come back", formatter_class=HelpFormatter,
                                 description="Measures round trips in float64, float32 and bfloat16.")
-    check.add_argument("--references", type=Path, default=MINI / "GT", help="folder of pictures that the network drew")
+    check.add_argument("--references", type=Path, default=MINI_DATA / "GT", help="folder of pictures that the network drew")
     check.add_argument("--drawings", type=Path, default=ROOT / "hw2_data" / "mini" / "clip_zeroshot" / "val", help="folder of others, of the same size")
-    check.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    check.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     check.add_argument("--count", type=int, default=10, help="pictures of each")
     check.add_argument("--output", type=Path, default=RESULTS / "p2_exact.json", help="the JSON file to write")
     for command in (invert, way, check):

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import read_noises
+from .data import MINI_DATA, read_noises
 from .device import describe
 from .diffusion import Denoiser
 from .evaluate import GAIN, difference, mse, psnr
 from .files import RESULTS, ROOT, UserError, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
-from .inference import MINI, add_arguments, check_size, generate, settings_of, to_pictures
+from .inference import add_arguments, check_size, generate, settings_of, to_pictures
 from .interpolation import lerp, mix, slerp
 from .inversion import invert
 from .model import load_unet
@@ -165,8 +165,8 @@ def round_trips(unet, noise, config, iterations, numbers_of_steps, dtype=torch.f
 
 def main():
     parser = argparse.ArgumentParser(description="Draws the report's figures of P2.", formatter_class=HelpFormatter)
-    parser.add_argument("--noise", type=Path, default=MINI / "noise", help="folder with 00.pt .. 03.pt")
-    parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    parser.add_argument("--noise", type=Path, default=MINI_DATA / "noise", help="folder with 00.pt .. 03.pt")
+    parser.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")
     parser.add_argument("--results", type=Path, default=None, help="where the numbers go (default: report/results/p2_figures.json, or the folder of --output)")
     parser.add_argument("--samplers", type=Path, default=RESULTS / "p2_samplers.json", help="what p2_ddim.sweep wrote")
@@ -229,7 +229,7 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
     save_image(sheet(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips]), folder / "p2_inversion.png")
     if args.samplers.is_file():
         chart(sampler_panels(read_json(args.samplers)), folder / "p2_samplers.png", columns=3, size=(4.4, 3.8))
-    mini = args.checkpoint.resolve() == (MINI / "UNet.pt").resolve()
+    mini = args.checkpoint.resolve() == (MINI_DATA / "UNet.pt").resolve()
     write_json(results, {
         "command": args.command, "seeds": args.seeds, "pairs": args.pairs,
         "network": "the bundled miniature" if mini else f"the network {args.checkpoint.name}", "iterations": args.iterations,

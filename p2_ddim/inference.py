@@ -21,14 +21,12 @@ from .data import read_noises, read_pairs
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
-from .files import ROOT, UserError, fingerprint, lock, run, writable_file
+from .files import UserError, fingerprint, lock, run, writable_file
 from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
 from .provenance import HelpFormatter, Made, claim
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name
-
-MINI = ROOT / "hw2_data" / "mini" / "face"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .data import MINI_DATA
 from .files import UserError, atomic_path, check_flags, run, writable_folder
-from .inference import MINI, to_pictures
+from .inference import to_pictures
 from .model import load_unet
 from .pictures import save_image
 from .provenance import HelpFormatter
@@ -95,7 +96,7 @@ def main():
     faces.add_argument("--seed", type=int, default=0)
     miniature = commands.add_parser("miniature", help="make hw2_data/mini/face", formatter_class=HelpFormatter)
     miniature.add_argument("checkpoint", type=Path, metavar="CKPT", help="UNet.pt of p2_ddim.train")
-    miniature.add_argument("--output", type=Path, default=MINI)
+    miniature.add_argument("--output", type=Path, default=MINI_DATA)
     miniature.add_argument("--count", type=int, default=10, help="noises and reference images")
     miniature.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import read_pictures
+from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import MINI, QUALITIES, check_size, generate, to_pictures
+from .inference import QUALITIES, check_size, generate, to_pictures
 from .model import load_unet
 from .provenance import HelpFormatter, command_line
 from .samplers import ImageNoise
@@ -75,7 +75,7 @@ def compare(generated, drawn, reference):
 
 def main():
     parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=HelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI / "UNet.pt", help="the network's state dict")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--faces", type=Path, required=True, help="folder of pictures that the network was not trained on")
     parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")
     parser.add_argument("--quality", choices=list(QUALITIES), nargs="+", default=list(QUALITIES), help="which of p2_infer's ways of drawing")
@@ -93,7 +93,7 @@ def main():
     print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
     model = load_unet(args.checkpoint, device)
     check_size(model.config, (3, args.side, args.side))
-    faces = read_pictures(args.faces, args.side)
+    faces = read_faces(args.faces, args.side)
     if len(faces) < 2 * args.count:
         raise UserError(f"{args.faces} has {len(faces)} pictures; --count {args.count} needs twice as many at least")
     names = [f"quality/{i}" for i in range(args.count)]

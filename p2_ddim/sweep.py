@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import read_pictures
+from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, machine, pick_device, pick_dtype
 from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
-from .inference import MINI, QUALITIES, DrawConfig, check_size, generate, to_pictures
+from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
 from .provenance import HelpFormatter, command_line
@@ -46,7 +46,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Measures every sampler by its number of evaluations.", formatter_class=HelpFormatter)
     parser.add_argument("--measure", choices=MEASURES, nargs="+", default=MEASURES, help="what is measured")
     parser.add_argument("--faces", type=Path, default=None, help="folder of drawn faces that the network was not trained on; frechet needs it")
-    parser.add_argument("--checkpoint", type=Path, default=MINI / "UNet.pt", help="the network's state dict")
+    parser.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--count", type=int, default=100, help="faces whose Fréchet distance is measured")
     parser.add_argument("--near", type=int, default=4, help="faces whose distance to the answer of --truth steps is measured")
     parser.add_argument("--truth", type=int, default=1000, help="steps of that answer, by ddim")
@@ -68,7 +68,7 @@ def parse_args():
 
 def reference_of(folder, side, count):
     """(features of drawn faces, Fréchet distances to them of up to `SETS` sets of `count` others, at least one: what is left for the reference is as many)"""
-    faces = read_pictures(folder, side)
+    faces = read_faces(folder, side)
     if len(faces) < 2 * count:
         raise UserError(f"{folder} has {len(faces)} pictures; --count {count} needs twice as many at least")
     found = features(to_pictures(to_model(faces)))  # stretched, as the generated ones are

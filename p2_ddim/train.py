@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from . import diffusion
-from .data import read_pictures
+from .data import read_faces
 from .diffusion import NUM_TIMESTEPS, make_alpha_bar
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import DrawConfig, to_pictures
@@ -120,7 +120,7 @@ def train(config, args, folder, accelerator, dtype):
     device = accelerator.device
     state_file = folder / "state.pt"
     refuse_others(state_file, [folder / "UNet.pt"])
-    pictures = torch.from_numpy(read_pictures(args.data, config.image_size))
+    pictures = torch.from_numpy(read_faces(args.data, config.image_size))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["pictures"] = data_fingerprint(pictures.numpy())
     needed = ("step", "history", "recent", "model", "ema", "optimizer")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from common import fail, files, run
 from demo_drawing import BY_CLICKS, PLACES, USER_ERRORS, Classes, Digits, Faces, Words, png, small
 from p1_cfg_ddpm.model import DOMAINS
-from p2_ddim.inference import MINI as FACES
+from p2_ddim.data import MINI_DATA as FACES
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.device import describe
 from p3_clip_textual_inversion.files import MINI, first_line

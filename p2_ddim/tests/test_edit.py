@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from p2_ddim import edit, inference
-from p2_ddim.data import read_noise, read_pairs
+from p2_ddim.data import MINI_DATA, read_noise, read_pairs
 from p2_ddim.files import RESULTS, UserError
-from p2_ddim.inference import MINI, DrawConfig
+from p2_ddim.inference import DrawConfig
 from p2_ddim.interpolation import mix, slerp
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.pictures import read_picture
@@ -104,8 +104,8 @@ def test_the_way_from_picture_to_picture(call, files):
 
 def test_the_references_and_faces_that_the_network_never_made_come_back():
     """In fp32 and bf16, whatever the batch: an MSE of at most 0.1 squared grey levels after rounding; here none."""
-    unet, config = load_unet(MINI / "UNet.pt"), DrawConfig("belm", 10, "trailing", "one")
-    reference = np.asarray(read_picture(MINI / "GT" / "03.png"))
+    unet, config = load_unet(MINI_DATA / "UNet.pt"), DrawConfig("belm", 10, "trailing", "one")
+    reference = np.asarray(read_picture(MINI_DATA / "GT" / "03.png"))
     drawn = np.clip(reference[::-1].astype(int) // 2 + 40, 0, 255).astype(np.uint8)  # upside down and pale: no face of its
     for dtype in (torch.float32, torch.bfloat16):
         pairs = edit.invert_all(unet, {"reference": reference, "drawn": drawn}, config, 2, dtype)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from p2_ddim import diffusion, figures
-from p2_ddim.data import read_noise, read_noises, read_pictures
+from p2_ddim.data import read_faces, read_noise, read_noises
 from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
@@ -160,7 +160,7 @@ def test_damaged_pictures_are_read_or_named(tmp_path, kind, length, changes):
             content[position % len(content)] = value
     (tmp_path / "damaged").mkdir(exist_ok=True)
     (tmp_path / "damaged" / "a.png").write_bytes(content)
-    for read in (lambda: read_picture(tmp_path / "damaged" / "a.png"), lambda: read_pictures(tmp_path / "damaged", 8)[0]):
+    for read in (lambda: read_picture(tmp_path / "damaged" / "a.png"), lambda: read_faces(tmp_path / "damaged", 8)[0]):
         try:
             assert np.asarray(read()).shape[2] == 3
         except UserError as error:
@@ -174,7 +174,7 @@ def test_whatever_a_decoder_raises_names_the_picture(places, monkeypatch, error)
         raise error("damaged")
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    for read in (lambda: read_picture(places / "pictures" / "a.png"), lambda: read_pictures(places / "pictures", 8)):
+    for read in (lambda: read_picture(places / "pictures" / "a.png"), lambda: read_faces(places / "pictures", 8)):
         with pytest.raises(UserError, match=r"cannot read the picture .*a\.png"):
             read()
 
@@ -191,4 +191,4 @@ def test_half_written_files_of_a_killed_run_are_not_read(tmp_path):
     torch.save(torch.zeros(1, 3, 8, 8), tmp_path / "00.pt")
     for name in (".01.png.partx.png", ".01.pt.partx.pt"):
         (tmp_path / name).write_bytes(b"half")
-    assert list(read_noises(tmp_path)) == ["00"] and list(read_pairs(tmp_path, tmp_path)) == ["00.png"] and len(read_pictures(tmp_path, 8)) == 1
+    assert list(read_noises(tmp_path)) == ["00"] and list(read_pairs(tmp_path, tmp_path)) == ["00.png"] and len(read_faces(tmp_path, 8)) == 1

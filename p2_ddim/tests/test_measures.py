@@ -53,7 +53,7 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
 
 def test_sets_of_drawn_faces_are_none_of_those_they_are_compared_with(monkeypatch):
     faces = np.arange(9)
-    monkeypatch.setattr(sweep, "read_pictures", lambda *_: faces)
+    monkeypatch.setattr(sweep, "read_faces", lambda *_: faces)
     for name in ("to_model", "to_pictures"):
         monkeypatch.setattr(sweep, name, lambda pictures: pictures)
     monkeypatch.setattr(sweep, "features", lambda pictures: torch.tensor(pictures)[:, None])

@@ -7,32 +7,32 @@ import pytest
 import torch
 from PIL import Image
 
-from p2_ddim.data import read_noises
+from p2_ddim.data import MINI_DATA, read_noises
 from p2_ddim.figures import round_trips
-from p2_ddim.inference import MINI, DrawConfig, generate, to_pictures
+from p2_ddim.inference import DrawConfig, generate, to_pictures
 from p2_ddim.model import load_unet
 from p2_ddim.reference import sample, to_diffusers
 
 
 @pytest.fixture(scope="module")
 def network():
-    return load_unet(MINI / "UNet.pt")
+    return load_unet(MINI_DATA / "UNet.pt")
 
 
 @pytest.mark.parametrize("dtype, limit", [("fp32", 0.5), ("bf16", 5)])
 def test_the_references_are_reached(call, tmp_path, dtype, limit):
     """They were made by diffusers."""
-    code, out, err = call("p2_ddim.inference", MINI / "noise", tmp_path / "out", MINI / "UNet.pt", "--dtype", dtype)
+    code, out, err = call("p2_ddim.inference", MINI_DATA / "noise", tmp_path / "out", MINI_DATA / "UNet.pt", "--dtype", dtype)
     assert code == 0 and "wrote 10 images" in out, err
-    code, out, err = call("p2_ddim.evaluate", tmp_path / "out", MINI / "GT", "--report", tmp_path / "grade")
+    code, out, err = call("p2_ddim.evaluate", tmp_path / "out", MINI_DATA / "GT", "--report", tmp_path / "grade")
     assert code == 0 and "10 of 10 pass" in out, err
     assert json.loads((tmp_path / "grade" / "grade.json").read_text())["mean_mse"] < limit
 
 
 def test_the_references_are_what_diffusers_draws(network):
-    noises = read_noises(MINI / "noise")
+    noises = read_noises(MINI_DATA / "noise")
     picture = to_pictures(sample(network, noises["03"][None]))[0]
-    with Image.open(MINI / "GT" / "03.png") as image:
+    with Image.open(MINI_DATA / "GT" / "03.png") as image:
         assert np.abs(np.asarray(image).astype(int) - picture).max() <= 1
 
 
@@ -46,14 +46,14 @@ def test_forward_agrees_with_diffusers(network):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_any_batch_size_gives_the_same_pictures(network, eta):
-    noises = dict(list(read_noises(MINI / "noise").items())[:4])
+    noises = dict(list(read_noises(MINI_DATA / "noise").items())[:4])
     config = DrawConfig(num_steps=8, eta=eta)
     one, three = ({name: to_pictures(x[None])[0].astype(int) for name, x in generate(network, noises, config, n, shown=False)} for n in (1, 3))
     assert max(np.abs(one[name] - three[name]).max() for name in noises) <= 1
 
 
 def test_a_generated_face_survives_the_way_to_its_noise_and_back(network):
-    noise = torch.stack(list(read_noises(MINI / "noise").values())[:2])
+    noise = torch.stack(list(read_noises(MINI_DATA / "noise").values())[:2])
     ((images, _, psnrs),) = round_trips(network, noise, DrawConfig(), iterations=3, numbers_of_steps=(50,)).values()
     assert min(psnrs) > 30
     assert images.std() > 30  # pictures, not plain grounds

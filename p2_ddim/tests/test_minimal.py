@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from p2_ddim import minimal
+from p2_ddim.data import MINI_DATA
 from p2_ddim.evaluate import mse, read_pixels
-from p2_ddim.inference import MINI, DrawConfig, generate, to_pictures
+from p2_ddim.inference import DrawConfig, generate, to_pictures
 from p2_ddim.interpolation import slerp
 from p2_ddim.model import load_unet
 from p2_ddim.samplers import ImageNoise
@@ -20,14 +21,14 @@ SMALL = (3, 32, 32)  # the network takes any size that it can halve
 
 @pytest.fixture(scope="module")
 def unet():
-    return load_unet(MINI / "UNet.pt")
+    return load_unet(MINI_DATA / "UNet.pt")
 
 
 @pytest.fixture(scope="module")
 def page():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minimal, "DEVICE", "cpu")
-        return minimal.load_unet(MINI / "UNet.pt")
+        return minimal.load_unet(MINI_DATA / "UNet.pt")
 
 
 def noises(count, seed=0):
@@ -48,7 +49,7 @@ def test_the_same_pictures(unet, page, eta):
 
 
 def test_the_same_network_and_gradient(page):
-    ours = load_unet(MINI / "UNet.pt").requires_grad_(True)
+    ours = load_unet(MINI_DATA / "UNet.pt").requires_grad_(True)
     g = torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 3, *SMALL, generator=g)
     gradients = []
@@ -81,11 +82,11 @@ def test_the_command_draws_the_reference(page, tmp_path, monkeypatch):
     """Of the bundled network, at its full size and number of steps: what diffusers has drawn."""
     (tmp_path / "noise").mkdir()
     for name in ("00", "01"):
-        (tmp_path / "noise" / f"{name}.pt").write_bytes((MINI / "noise" / f"{name}.pt").read_bytes())
+        (tmp_path / "noise" / f"{name}.pt").write_bytes((MINI_DATA / "noise" / f"{name}.pt").read_bytes())
     monkeypatch.setattr(minimal, "load_unet", lambda path: page)
     monkeypatch.setattr(minimal, "slerp", lambda u, v, c: slerp(u, v, c)[:, :, :16, :16])
-    monkeypatch.setattr(sys, "argv", ["minimal", str(tmp_path / "noise"), str(tmp_path / "out"), str(MINI / "UNet.pt")])
+    monkeypatch.setattr(sys, "argv", ["minimal", str(tmp_path / "noise"), str(tmp_path / "out"), str(MINI_DATA / "UNet.pt")])
     minimal.main()
     for name in ("00", "01"):
-        assert mse(read_pixels(tmp_path / "out" / f"{name}.png"), read_pixels(MINI / "GT" / f"{name}.png")) < 0.01
+        assert mse(read_pixels(tmp_path / "out" / f"{name}.png"), read_pixels(MINI_DATA / "GT" / f"{name}.png")) < 0.01
     assert read_pixels(tmp_path / "out" / "slerp.png").shape == (20, 11 * 18 + 2, 3)

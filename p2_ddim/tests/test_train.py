@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from p2_ddim.data import read_pictures
+from p2_ddim.data import read_faces
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.training import make_optimizer
@@ -103,9 +103,9 @@ def test_every_parameter_moves(layout):
 
 def test_pictures_are_cropped_to_their_middle(pictures):
     Image.fromarray(np.tile(np.arange(20, dtype=np.uint8)[None, :, None], (16, 1, 3))).save(pictures / "0.png")
-    images = read_pictures(pictures, 16)
+    images = read_faces(pictures, 16)
     assert images.shape == (10, 16, 16, 3) and (images[0, 0, :, 0] == np.arange(2, 18)).all()
-    assert (read_pictures(pictures, 8)[0, 0, :, 0] == np.arange(3, 19, 2)).all()  # 2.5 becomes 3
+    assert (read_faces(pictures, 8)[0, 0, :, 0] == np.arange(3, 19, 2)).all()  # 2.5 becomes 3
 
 
 def test_bad_flags_and_pictures_end_in_one_line(call, pictures, tmp_path):
@@ -115,7 +115,7 @@ def test_bad_flags_and_pictures_end_in_one_line(call, pictures, tmp_path):
         assert code != 0 and err.startswith("error: ") and err.strip().count("\n") == 0 and message in err, err
     (pictures / "0.png").write_bytes((pictures / "1.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"cannot read the picture .*0\.png"):
-        read_pictures(pictures, 16)
+        read_faces(pictures, 16)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="has no pictures"):
-        read_pictures(tmp_path / "none", 16)
+        read_faces(tmp_path / "none", 16)

@@ -43,7 +43,7 @@ KINDS = {  # a file's name: (picture, options of its saving, what is to be seen)
 
 
 def p2_folder(path):
-    return importlib.import_module("p2_ddim.data").read_pictures(path.parent, 28)[0]
+    return importlib.import_module("p2_ddim.data").read_faces(path.parent, 28)[0]
 
 
 def p3_folder(path):
