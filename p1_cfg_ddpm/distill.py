@@ -30,16 +30,16 @@ from pathlib import Path
 import torch
 
 from .data import default_data, load_digits
-from .device import progress
+from .device import compile_blocks, progress
 from .diffusion import Distilled, Guided
 from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
-from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, UNet, save_model
+from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import to_model
 from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
 from .tensors import fill, is_plain, load_weights, read_tensors
-from .train import Clock, PowerEMA, compile_blocks, learning_rate
+from .train import Clock, PowerEMA, learning_rate
 from .training import (
     WATCHING,
     Log,
@@ -262,8 +262,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
                 accelerator.scaler.load_state_dict(state["scaler"])
             step, history, recent, stage = state["step"], state["history"], [torch.tensor(x, device=device) for x in state["recent"]], state["stage"]
     if args.compile:
-        compile_blocks(net)
-        compile_blocks(teacher)
+        compile_blocks(net, Block)
+        compile_blocks(teacher, Block)
     first_line_of(accelerator, dtype, f"a {args.size} student of {args.teacher}, called at t = {', '.join(map(str, times))},"
                   + (f" going on at step {step}," if step else ""))
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from .data import default_data, load_digits
+from .device import compile_blocks
 from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
@@ -145,7 +146,7 @@ def train(config, args, clock, folder, accelerator, dtype):
                 accelerator.scaler.load_state_dict(state["scaler"])
             step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
     if args.compile:
-        compile_blocks(net)
+        compile_blocks(net, Block)
 
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {step}," if step else ""))
@@ -208,14 +209,6 @@ def train(config, args, clock, folder, accelerator, dtype):
     if accelerator.is_main_process:
         path = folder / "model.safetensors"
         print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
-
-
-def compile_blocks(net):
-    """torch.compile, block by block: blocks of the same shape share what was compiled, a fifth of the time that the whole network takes."""
-    torch._dynamo.config.recompile_limit = 64  # one for each shape, and for gradients or none
-    for module in net.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
 
 
 class Clock:

@@ -140,6 +140,15 @@ def use_tf32(on):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
+def compile_blocks(net, kind):
+    """torch.compile of a network's blocks, modules of the class `kind`: those of the same shape share what was compiled, a fifth of the time that P1's whole
+    network takes."""
+    torch._dynamo.config.recompile_limit = 64  # one for each shape, and for gradients or none
+    for module in net.modules():
+        if isinstance(module, kind):
+            module.compile(dynamic=False)
+
+
 # --- where memory ends ---
 
 FITTED = {}  # {what: the batch that memory was found to hold}, so that the next call need not find out again

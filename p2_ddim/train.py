@@ -13,6 +13,7 @@ from PIL import Image
 
 from . import diffusion
 from .data import read_faces
+from .device import compile_blocks
 from .diffusion import NUM_TIMESTEPS, make_alpha_bar
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import DrawConfig, to_pictures
@@ -155,7 +156,7 @@ def train(config, args, folder, accelerator, dtype):
             step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
 
     if args.compile:
-        compile_blocks(net)
+        compile_blocks(net, Block)
 
     def loss_of(network, x0, t, eps):
         return diffusion.loss(network, alpha_bar, x0.contiguous(memory_format=layout), t, eps, config.max_weight)
@@ -209,14 +210,6 @@ def train(config, args, folder, accelerator, dtype):
 
 def told(numbers):
     return " ".join(map(str, numbers))
-
-
-def compile_blocks(net):
-    """torch.compile, block by block: blocks of the same shape share what was compiled."""
-    torch._dynamo.config.recompile_limit = 64  # one for each shape, and for gradients or none
-    for module in net.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
 
 
 def to_range(images):
