@@ -161,7 +161,7 @@ def commands(folder):
         "P2 redraw": (f"{p2}.redraw", [out / "faces2/01.png", "--output", out / "redrawn2.png"]),
         "P2 sweep": (f"{p2}.sweep", ["--measure", "distance", "--checkpoint", out / "p2/UNet.pt", "--near", 1, "--truth", 2, "--evaluations", 2,
                                      "--side", 32, "--output", out / "sweep.json"]),
-        "P2 quality": (f"{p2}.quality", [out / "p2/UNet.pt", "--faces", folder / "faces", "--count", 2, "--steps", 2, "--side", 32, "--dtype", "auto",
+        "P2 quality": (f"{p2}.quality", [out / "p2/UNet.pt", "--faces", folder / "faces", "--count", 2, "--quality", "draft", "--side", 32, "--dtype", "auto",
                                          "--output", out / "quality.json"]),
         "P3 zero_shot": (f"{p3}.zero_shot", ["--data", folder / "classes", "--model", clip, "--dtype", "auto", "--output", out / "zero"]),
         "P3 train": (f"{p3}.train", [*words, "--steps", 2, "--sample-every", 2, "--output", out / "words"]),
