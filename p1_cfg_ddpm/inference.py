@@ -42,7 +42,7 @@ class DrawConfig:
     spacing: str = "logsnr"  # of the steps: even in the log of the signal-to-noise ratio, or "trailing", even in t
     guidance_weight: float = 4.0  # w of eps = (1+w) eps_cond - w eps_uncond; 0 is no guidance
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
-    guidance_parallel: tuple = (1.0, 1.0)  # by domain: the share that is kept of what is parallel to the predicted image's deviation from its mean
+    guidance_parallel: tuple = (1.0, 0.25)  # by domain: the share that is kept of what is parallel to the predicted image's deviation from its mean
     eta: float = 0.0  # of ddim; 0 is deterministic
     seed: int = 2
 

@@ -94,18 +94,17 @@ def scores(row):
     return [both("accuracy", 100), both("second_accuracy", 100), both("frechet"), both("coverage")]
 
 
-def flags(row):
-    """Those of p1_infer.sh that draw as a row of pareto's, which has those settings that are not the plain ones."""
-    plain = {"guidance_interval": [0.0, 1.0], "guidance_parallel": [1.0, 1.0], "num_steps": 6}
+def flags(row, default):
+    """Those of p1_infer.sh that draw as a row of pareto's: its weight, and those settings that are not the default's."""
     told = {name: " ".join(f"{part:g}" for part in (value if isinstance(value, list) else [value])) for name, value in row.items()
-            if name == "guidance_weight" or (name in plain and value != plain[name])}
+            if name == "guidance_weight" or (name in ("guidance_interval", "guidance_parallel", "num_steps") and value != default[name])}
     return " ".join(f"--{name.removeprefix('num_').replace('_', '-')} {value}" for name, value in told.items())
 
 
 def p1_tables(results):
     """{page: [tables]} of P1: default and student, the settings of the bundled network, all other trials."""
     p1, pareto, trials = (results[name] for name in ("p1_benchmark", "p1_pareto", "p1_trials"))
-    head = ["accuracy, %", "second judges, %", "Fréchet", "coverage"]
+    head, plain = ["accuracy, %", "second judges, %", "Fréchet", "coverage"], pareto["default"]
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
     default = [[seeds, "evaluations", *head], ["the default", str(pareto_evaluations(pareto)), *scores(p1["seeds"])],
                [f"`--student`, w {p1['student'][0]['guidance_weight']:g} (its default)", str(p1["student"][0]["num_steps"]), *scores(p1["student"])],
@@ -113,9 +112,10 @@ def p1_tables(results):
     settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
     for row in pareto["rows"]:
         if row["seed"] == pareto["seeds"][0]:
-            settings.append([f"autoguidance, w {row['guidance_weight']:g}" if row["guide"] else f"`{flags(row)}`", str(row["evaluations"]), *scores(row)])
+            name = f"autoguidance, w {row['guidance_weight']:g}" if row["guide"] else f"`{flags(row, plain)}`"
+            settings.append([name, str(row["evaluations"]), *scores(row)])
     for name, many in (("all_seeds", pareto["seeds"]), ("fresh", pareto["fresh_seeds"])):
-        settings += [[f"`{flags(row)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
+        settings += [[f"`{flags(row, plain)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
     others = [["trial", "flags", *head, ""]]
     others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]
                if "--student" not in row["flags"]]

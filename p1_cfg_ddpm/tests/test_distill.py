@@ -65,7 +65,7 @@ def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
     paths = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
     assert paths["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
     for i in (0, 5):
-        predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item())
+        predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item(), parallel=config.guidance_parallel)
         with torch.inference_mode():
             ways = [state.x for state in SAMPLERS[config.sampler](predict, paths["x"][0, i:i + 1].float(), ts)]
         for ours, theirs in ((ways[0], paths["x"][1, i]), (ways[-1], paths["x"][-1, i])):
