@@ -247,7 +247,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
 
     torch.manual_seed(args.seed)
     net = UNet(replace(SIZES[args.size], times=tuple(times)))
-    if args.init:
+    if args.init and not state:
         fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
     net.to(device=device, memory_format=torch.channels_last)
     ema = PowerEMA(net, [args.ema])

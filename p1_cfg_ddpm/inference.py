@@ -166,7 +166,7 @@ def add_arguments(parser):
                         help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
     parser.add_argument("--guidance-parallel", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
                         help="of the guidance that only makes the predicted image's contrast stronger, the share that is kept, by domain: 1 is plain "
-                        "guidance (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
+                        "guidance; chosen on the bundled network (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 100 on a CPU, 1000 on a GPU)")

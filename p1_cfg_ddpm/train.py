@@ -130,7 +130,7 @@ def train(config, args, clock, folder, accelerator, dtype):
 
     torch.manual_seed(config.seed)
     net = UNet(SIZES[config.size]).to(device=device, memory_format=torch.channels_last)
-    if args.init:
+    if args.init and not state:
         fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
         net.to(device=device, memory_format=torch.channels_last)
     diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))

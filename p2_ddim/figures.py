@@ -99,8 +99,8 @@ def deviations(grid_rows, draw, seeds):
     result = []
     for eta, first in grid_rows.items():
         over_seeds = np.stack([first, *(draw(eta, seed) for seed in seeds[1:])]) if eta else np.stack([first] * 2)  # at eta 0 none is drawn
-        result.append(over_seeds.std(axis=0, ddof=1, dtype=float).mean(axis=(1, 2, 3)))
-    return np.stack(result)
+        result.append([variety(of_one_noise) for of_one_noise in over_seeds.swapaxes(0, 1)])
+    return np.array(result)
 
 
 def deviation_panel(spread, names):

@@ -63,14 +63,17 @@ def grain(pictures):
     return float(np.median(np.abs(x[:, ::2, ::2] - x[:, 1::2, ::2] - x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 2) / 0.6745)
 
 
-def compare(generated, drawn, reference):
-    """Of uint8 pictures [N, H, W, 3], [N, ...] and [M, ...]: Fréchet distance to the reference, high-frequency energy, both with their ratio, and grain."""
-    truth = features(reference)
-    measures = {"frechet": lambda pictures: frechet_distance(features(pictures), truth), "high_frequency": high_frequency}
-    result = {name: {"generated": measure(generated), "drawn": measure(drawn)} for name, measure in measures.items()}
-    for row in result.values():
-        row["ratio"] = row["generated"] / row["drawn"]
-    return {**result, "grain": {"generated": grain(generated), "drawn": grain(drawn)}}
+def measure(pictures, truth):
+    """Of uint8 pictures [N, H, W, 3]: Fréchet distance to features `truth` [M, F], high-frequency energy, grain."""
+    return {"frechet": frechet_distance(features(pictures), truth), "high_frequency": high_frequency(pictures), "grain": grain(pictures)}
+
+
+def compare(generated, drawn):
+    """What `measure` says of both, side by side, with their ratio where it tells something: drawn faces have no grain."""
+    rows = {name: {"generated": generated[name], "drawn": drawn[name]} for name in drawn}
+    for name in ("frechet", "high_frequency"):
+        rows[name]["ratio"] = generated[name] / drawn[name]
+    return rows
 
 
 def main():
@@ -99,11 +102,12 @@ def main():
     names = [f"quality/{i}" for i in range(args.count)]
     noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
     stretched = to_pictures(torch.from_numpy(faces).permute(0, 3, 1, 2))  # as the generated ones are
-    rows = {}
+    truth, rows = features(stretched[:-args.count]), {}
+    drawn = measure(stretched[-args.count:], truth)
     for quality in args.quality:
         drawing = generate(model, noises, QUALITIES[quality], args.batch_size, args.seed, dtype)
         generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
-        rows[quality] = compare(generated, stretched[-args.count:], stretched[:-args.count])
+        rows[quality] = compare(measure(generated, truth), drawn)
         print("\n".join(f"{quality:6} {name:15} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()) for name, row in rows[quality].items()))
     command = command_line("python -m p2_ddim.quality", parser, args, leave_out=("device", "output"))
     write_json(args.output, {"command": command, "checkpoint": args.checkpoint.name, "count": args.count, "dtype": args.dtype, **rows})

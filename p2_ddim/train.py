@@ -132,7 +132,7 @@ def train(config, args, folder, accelerator, dtype):
 
     torch.manual_seed(config.seed)
     net = UNet(config.unet)
-    if args.init:
+    if args.init and not state:
         begun = load_unet(args.init)
         if replace(begun.config, dropout=config.dropout) != config.unet:
             raise UserError(f"{args.init} is another network: --widths {told(begun.config.widths)} --attention {told(begun.config.attention)} "

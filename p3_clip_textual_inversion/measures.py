@@ -22,6 +22,12 @@ def wilson(hits, count, z=1.96):
     return [max((middle - half) / (1 + z**2 / count), 0.0), min((middle + half) / (1 + z**2 / count), 1.0)]
 
 
+def share(found):
+    """Of bool [N]: the share that is true, its 95 % interval, the number."""
+    hits = int(found.sum())
+    return {"share": hits / len(found), "interval": wilson(hits, len(found)), "pictures": len(found)}
+
+
 def ranking(scores):
     """The classes of each picture, likeliest first, int [N, classes]. Of equal scores the class that comes first counts as the likelier, everywhere."""
     return scores.sort(dim=1, descending=True, stable=True).indices

@@ -26,7 +26,7 @@ from common import ROOT, UserError, atomic_path, fail, module, read_json, run, w
 REPORT = ROOT / "report"
 COURSE_DATA = ROOT / "hw2_data"
 COURSE_MODELS = {"ViT-B-32": "b32", "ViT-L-14": "l14"}  # that the assignment asks for, and their names in report/results
-TEXTS = ("intro", "p1", "p2", "p3")  # in report/text/
+TEXTS = [REPORT / "text" / f"{name}.md" for name in ("intro", "p1", "p2", "p3")]
 RESULTS = {  # what they may take numbers from, and the command that measures it
     "p1_benchmark": "bash scripts/p1_benchmark.sh",
     "p1_pareto": "python -m p1_cfg_ddpm.pareto",
@@ -119,9 +119,9 @@ def source(name, results, flags=""):
     return Markup(f"`{command}`" + (f" ({on})" if on else ""))
 
 
-def prose(results, folder=REPORT / "text"):
+def prose(results):
     """The report's words with the results' numbers in place, Markdown."""
-    return "".join(fill_in((folder / f"{name}.md").read_text(encoding="utf-8"), results, f"report/text/{name}.md") for name in TEXTS)
+    return "".join(fill_in(path.read_text(encoding="utf-8"), results, f"report/text/{path.name}") for path in TEXTS)
 
 
 def fill_in(text, results, name="the text"):

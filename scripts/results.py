@@ -104,7 +104,7 @@ def flags(row, default):
 def p1_tables(results):
     """{page: [tables]} of P1: default and student, the settings of the bundled network, all other trials."""
     p1, pareto, trials = (results[name] for name in ("p1_benchmark", "p1_pareto", "p1_trials"))
-    head, plain = ["accuracy, %", "second judges, %", "Fréchet", "coverage"], pareto["default"]
+    head, unflagged = ["accuracy, %", "second judges, %", "Fréchet", "coverage"], pareto["default"]
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
     default = [[seeds, "evaluations", *head], ["the default", str(pareto_evaluations(pareto)), *scores(p1["seeds"])],
                [f"`--student`, w {p1['student'][0]['guidance_weight']:g} (its default)", str(p1["student"][0]["num_steps"]), *scores(p1["student"])],
@@ -112,10 +112,10 @@ def p1_tables(results):
     settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
     for row in pareto["rows"]:
         if row["seed"] == pareto["seeds"][0]:
-            name = f"autoguidance, w {row['guidance_weight']:g}" if row["guide"] else f"`{flags(row, plain)}`"
+            name = f"autoguidance, w {row['guidance_weight']:g}" if row["guide"] else f"`{flags(row, unflagged)}`"
             settings.append([name, str(row["evaluations"]), *scores(row)])
     for name, many in (("all_seeds", pareto["seeds"]), ("fresh", pareto["fresh_seeds"])):
-        settings += [[f"`{flags(row, plain)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
+        settings += [[f"`{flags(row, unflagged)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
     others = [["trial", "flags", *head, ""]]
     others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]
                if "--student" not in row["flags"]]

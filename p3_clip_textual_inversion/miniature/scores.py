@@ -20,7 +20,7 @@ from ..clip import load_clip
 from ..device import DTYPES, pick_device, pick_dtype, progress
 from ..files import MINI, ROOT, check_flags, run, writable_folder, write_json
 from ..inference import DrawConfig, draw
-from ..measures import wilson
+from ..measures import share
 from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image, to_uint8
 from ..provenance import HelpFormatter
@@ -101,12 +101,6 @@ class Artist:
             pictures = np.stack(list(draw(self.parts, list(texts), names, self.config, progress=bar)))
         self.seconds, self.count = self.seconds + time.perf_counter() - started, self.count + len(texts)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def share(right):
-    """Of bool [N]: the share, its 95 % interval, the number."""
-    hits = int(right.sum())
-    return {"share": hits / len(right), "interval": list(wilson(hits, len(right))), "pictures": len(right)}
 
 
 def plain(scenes, **changes):

@@ -23,7 +23,7 @@ from ..evaluate import add_judge_arguments, judge_of
 from ..files import MINI, ROOT, check_flags, lock, run, writable_folder, write_json
 from ..finders import in_company
 from ..inference import add_arguments, draw, load, settings_of
-from ..measures import wilson
+from ..measures import share
 from ..model import MINI_SD
 from ..pictures import read_pictures, save_image, sheet
 from ..places import AUTO, strips
@@ -95,11 +95,6 @@ class Judge:
                 for order in orders:
                     found[what] |= (named == wanted[:, list(order)]).all(1)
         return found
-
-
-def share(found):
-    hits = int(found.sum())
-    return {"share": hits / len(found), "interval": wilson(hits, len(found)), "pictures": len(found)}
 
 
 def make_sets(subjects, count, size, seed):

@@ -21,12 +21,13 @@ from ..files import MINI, RESULTS, UserError, check_flags, lock, read_json, run,
 from ..guard import command as command_of
 from ..inference import DrawConfig
 from ..lora import add_loras, find_loras
+from ..measures import share
 from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image
 from ..provenance import HelpFormatter, command_line
 from ..words import gather
 from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
-from .scores import GUIDANCE, Artist, Eye, grid, halves, share
+from .scores import GUIDANCE, Artist, Eye, grid, halves
 from .world import COLOURS, GROUNDS, PATTERNS, STYLES, UNSEEN_STYLE, Drawings, make_scenes, words
 
 PROMPTS = ("a drawing of a {} on a blue background", "a {} next to a red apple")

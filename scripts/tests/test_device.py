@@ -275,6 +275,19 @@ def test_the_networks_compile_whole_and_once(package):
     assert len(graphs) == 1
 
 
+def test_blocks_are_compiled_and_nothing_else(monkeypatch):
+    """Each of P1's and P2's networks by itself, for shapes that do not change; without a compiler here."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    for package, config in (("p1_cfg_ddpm", lambda model: model.SIZES["tiny"]), ("p2_ddim", lambda model: model.UNetConfig((32, 32), (1,), 1))):
+        model = importlib.import_module(f"{package}.model")
+        net = model.UNet(config(model))
+        importlib.import_module(f"{package}.device").compile_blocks(net, model.Block)
+        blocks = [module for module in net.modules() if isinstance(module, model.Block)]
+        assert len(blocks) > 3 and [(id(module), options) for module, options in compiled] == [(id(block), {"dynamic": False}) for block in blocks]
+        compiled.clear()
+
+
 # --- what is seen of the work ---
 
 def test_without_a_terminal_there_is_a_plain_line_each_half_minute(monkeypatch):

@@ -173,7 +173,7 @@ def test_the_text_says_so_where_nothing_was_measured(report, tmp_path):
 
 def test_one_source_of_words_a_sentence_a_line(report):
     """Lines that a person can read and a diff can show; and in each section, beside the numbers of a file of results, the command that measures it."""
-    text = "".join((SCRIPTS.parent / "report" / "text" / f"{name}.md").read_text() for name in report.TEXTS)
+    text = "".join(path.read_text() for path in report.TEXTS)
     assert max(map(len, text.splitlines())) <= 400
     for line in text.splitlines():
         words = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|`[^`]*`|\*\*[^*]*\*\*|!\[.*", "", line)
