@@ -14,10 +14,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from . import hugging_face, open_clip_folder
-from .checkpoint import read_checkpoint, read_torchscript
 from .device import autocast
 from .files import MINI, UserError, check_file, existing_file, first_line, read_json
+from .formats import hugging_face, open_clip_folder
+from .formats.checkpoint import read_checkpoint, read_torchscript
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from .files import ROOT, UserError, atomic_path
+from .formats.words import gather, read_words, word_files
 from .lora import ENDING, lora_file, read_lora
-from .words import gather, read_words, word_files
 
 INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
 

@@ -1,7 +1,7 @@
 """Draws the report's figures of textual inversion from the runs of train.
 
     python -m p3_clip_textual_inversion.figures --runs runs/p3                # p3_words.png, p3_learning.png, p3_steps.png
-    python -m p3_clip_textual_inversion.figures --several runs/p3_several     # p3_several.png, of what several.py drew and measured
+    python -m p3_clip_textual_inversion.figures --several runs/p3_several     # p3_several.png, of what p3_several.sh drew and measured
 
 p3_words: example pictures beside drawn ones, per prompt. p3_learning: loss, length and nearest ordinary words of each vector along the training.
 p3_steps: the same prompt and noise at several training steps.
@@ -56,7 +56,7 @@ def learning_panels(concept, history, snapshots, parts):
 
 
 def draw_several(runs, report):
-    """p3_several.png: each prompt by every method, the first eight pictures of a folder that several.py drew, with what its JSON says of all of them."""
+    """p3_several.png: each prompt by every method, the first eight pictures of a folder that p3_several.sh drew, with what its JSON says of all of them."""
     results, rows = read_json(report / "results" / "p3_several.json"), []
     try:
         for k, prompt in enumerate(results["prompts"]):

@@ -23,7 +23,8 @@ from .diffusion import Guided
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
 from .files import UserError, check_flags, existing_file, fingerprint, lock, note, run, writable_folder
-from .identity import identify, weights_fingerprint
+from .formats.identity import identify, weights_fingerprint
+from .formats.words import gather, own_words
 from .lora import add_loras, find_loras, loras_of
 from .model import MINI_SD, load_stable_diffusion
 from .pictures import save_image, to_uint8
@@ -32,7 +33,6 @@ from .provenance import HelpFormatter, Made, batches_with, claim
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .tensors import tensor_fingerprint
-from .words import gather, own_words
 
 OPTIONAL = ("negative_prompt", "guidance_interval", "regions")  # what a PNG tells only where it is used: others stay what they were before there was any
 

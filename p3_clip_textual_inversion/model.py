@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .checkpoint import read_checkpoint
 from .clip import make_clip_tokenizer, read_merges
 from .diffusion import make_alpha_bar
 from .files import MINI, UserError, first_line, note, read_json, shown
-from .identity import CONFIGS, TEXT_PREFIX, check_checkpoint, part_file
+from .formats.checkpoint import read_checkpoint
+from .formats.identity import CONFIGS, TEXT_PREFIX, check_checkpoint, part_file
 from .tensors import check_numbers
 
 diffusers.logging.set_verbosity_error()  # it warns of casts that are meant here; what fails is said by an exception

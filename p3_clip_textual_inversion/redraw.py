@@ -10,7 +10,8 @@ from .defaults import row_of
 from .device import pick_device
 from .embedding import expand, model_name
 from .files import UserError, fingerprint, note, run
-from .identity import identify, weights_fingerprint
+from .formats.identity import identify, weights_fingerprint
+from .formats.words import gather, own_words
 from .inference import DrawConfig, expanded, noise_name, prepare
 from .inference import draw as draw_pictures
 from .lora import add_loras
@@ -18,7 +19,6 @@ from .model import MINI_SD
 from .provenance import redraw
 from .regions import plans_of
 from .tensors import tensor_fingerprint
-from .words import gather, own_words
 
 
 def draw(made, name, batch, where, args):

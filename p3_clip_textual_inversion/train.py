@@ -26,7 +26,7 @@ from .data import read_captions
 from .defaults import ROWS, add_argument, fill_in, input_of, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
-from .identity import identify, weights_fingerprint
+from .formats.identity import identify, weights_fingerprint
 from .inference import DrawConfig, draw
 from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
 from .model import MINI_SD, load_stable_diffusion

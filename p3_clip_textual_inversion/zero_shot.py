@@ -15,15 +15,15 @@ import numpy as np
 import open_clip
 import torch
 
-from .adapters import another_way, few_shot, transduce, transductive_limits
-from .cache import make_grader
+from .classification.adapters import another_way, few_shot, transduce, transductive_limits
+from .classification.cache import make_grader
+from .classification.outcome import cosines_of, load_data, outcome_of, score, write_predictions
+from .classification.plots import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
 from .clip import check_clip, ensemble, reads_thumbnails
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .files import MINI, UserError, check_file, check_flags, first_line, lock, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
-from .outcome import cosines_of, load_data, outcome_of, score, write_predictions
 from .provenance import HelpFormatter
-from .zero_shot_figures import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
 
 TEMPLATES = {  # sets of captions; those of a set are averaged
     "plain": ("{}",), "photo": ("a photo of a {}",), "course": ("A photo of {}.",),  # as solutions of the course ask

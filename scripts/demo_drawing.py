@@ -33,11 +33,11 @@ from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.device import name_of, pick_device, pick_dtype
 from p3_clip_textual_inversion.embedding import check_models, expand, find_words, told_model
 from p3_clip_textual_inversion.files import fingerprint, note
+from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.pictures import read_picture, save_image, to_uint8
 from p3_clip_textual_inversion.places import arranged, told
 from p3_clip_textual_inversion.provenance import Made
 from p3_clip_textual_inversion.tensors import tensor_fingerprint
-from p3_clip_textual_inversion.words import gather
 from p3_clip_textual_inversion.zero_shot import TEMPLATES
 
 MOMENTS = 6  # of the way from noise to picture, shown in a row

@@ -35,7 +35,7 @@ def main():
         else:
             from p3_clip_textual_inversion import embedding, files
             from p3_clip_textual_inversion.defaults import row_of
-            from p3_clip_textual_inversion.identity import identify
+            from p3_clip_textual_inversion.formats.identity import identify
 
             install, options = embedding.install, {}
             if args.checkpoint:

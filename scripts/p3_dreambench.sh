@@ -2,4 +2,4 @@
 # Learns, draws and measures a benchmark of subjects, DreamBench or CustomConcept101:  p3_dreambench.sh [DATA] [OUT] [CKPT]   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" "$scripts/run.py" p3_clip_textual_inversion.dreambench "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.experiments.dreambench "$@"

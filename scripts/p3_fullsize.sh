@@ -2,4 +2,4 @@
 # Loads and runs a full-size Stable Diffusion v1 of random weights from one .ckpt:  p3_fullsize.sh FILE.ckpt   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" "$scripts/run.py" p3_clip_textual_inversion.fullsize "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.experiments.fullsize "$@"

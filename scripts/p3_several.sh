@@ -2,4 +2,4 @@
 # Draws two learned concepts in one picture, several ways, and scores them:  p3_several.sh   (--help lists the flags)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" "$scripts/run.py" p3_clip_textual_inversion.several "$@"
+exec "$python" "$scripts/run.py" p3_clip_textual_inversion.experiments.several "$@"

@@ -37,7 +37,7 @@ RESULTS = {  # what they may take numbers from, and the command that measures it
     "p2_quality": "python -m p2_ddim.quality --faces runs/held_out --dtype bf16",
     "p2_samplers": "python -m p2_ddim.sweep",
     "p3_benchmark": "bash scripts/p3_benchmark.sh",
-    "p3_compare": "python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",
+    "p3_compare": "python -m p3_clip_textual_inversion.experiments.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",
     "p3_dreambench": "bash scripts/p3_dreambench.sh",
     "p3_miniature": "python -m p3_clip_textual_inversion.miniature.scores --drawings runs/emoji.npz --judge runs/judge",
     "p3_several": "bash scripts/p3_several.sh",

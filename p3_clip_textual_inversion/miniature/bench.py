@@ -1,4 +1,4 @@
-"""Makes the miniature's benchmark of subjects, hw2_data/mini/dreambench, in the layouts of DreamBench and, for its pairs, CustomConcept101 (../subjects.py).
+"""Makes the miniature's benchmark of subjects, hw2_data/mini/dreambench, in the layouts of DreamBench and, for its pairs, of CustomConcept101.
 
     python -m p3_clip_textual_inversion.miniature.bench runs/emoji.npz      # the drawings that `drawings render` made
 

@@ -20,8 +20,10 @@ from PIL import Image
 from ..device import progress
 from ..embedding import add_words, expand
 from ..evaluate import add_judge_arguments, judge_of
+from ..experiments.finders import in_company
+from ..experiments.subjects import read_benchmark
 from ..files import MINI, ROOT, check_flags, lock, run, writable_folder, write_json
-from ..finders import in_company
+from ..formats.words import gather
 from ..inference import add_arguments, draw, load, settings_of
 from ..measures import share
 from ..model import MINI_SD
@@ -29,8 +31,6 @@ from ..pictures import read_pictures, save_image, sheet
 from ..places import AUTO, strips
 from ..provenance import HelpFormatter
 from ..regions import plans_of
-from ..subjects import read_benchmark
-from ..words import gather
 
 ATTENTION = "attention"
 CORNERS = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))

@@ -18,6 +18,7 @@ import torch
 from ..device import DTYPES, pick_device, pick_dtype
 from ..embedding import add_words, expand
 from ..files import MINI, RESULTS, UserError, check_flags, lock, read_json, run, writable_folder, write_json
+from ..formats.words import gather
 from ..guard import command as command_of
 from ..inference import DrawConfig
 from ..lora import add_loras, find_loras
@@ -25,7 +26,6 @@ from ..measures import share
 from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image
 from ..provenance import HelpFormatter, command_line
-from ..words import gather
 from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
 from .scores import GUIDANCE, Artist, Eye, grid, halves
 from .world import COLOURS, GROUNDS, PATTERNS, STYLES, UNSEEN_STYLE, Drawings, make_scenes, words

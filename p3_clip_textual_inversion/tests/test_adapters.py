@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from p3_clip_textual_inversion.adapters import choose_strength, tip_adapter, transduce, transductive_limits
+from p3_clip_textual_inversion.classification.adapters import choose_strength, tip_adapter, transduce, transductive_limits
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 
@@ -33,7 +33,7 @@ def test_clusters_that_captions_half_know_are_found(clusters, monkeypatch):
     assert 0.5 < share(logits, truth) < 0.98 <= share(transduce(features, logits), truth)
     z = transduce(features, logits)
     assert torch.allclose(z.sum(1), torch.ones(60, dtype=torch.float64))
-    monkeypatch.setattr("p3_clip_textual_inversion.adapters.NEIGHBOURS", 0)  # the mixture alone
+    monkeypatch.setattr("p3_clip_textual_inversion.classification.adapters.NEIGHBOURS", 0)  # the mixture alone
     assert share(transduce(features, logits), truth) >= 0.98
     monkeypatch.undo()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
@@ -48,7 +48,7 @@ def test_a_picture_goes_with_its_nearest(monkeypatch):
     truth = (torch.arange(40) % 2).repeat_interleave(2)
     logits = torch.zeros(80, 2, dtype=torch.float64).scatter_(1, truth[:, None], torch.tensor([4.0, -1.0], dtype=torch.float64).repeat(40)[:, None])
     assert share(logits, truth) == 0.5 and share(transduce(features, logits), truth) == 1
-    monkeypatch.setattr("p3_clip_textual_inversion.adapters.NEIGHBOURS", 0)
+    monkeypatch.setattr("p3_clip_textual_inversion.classification.adapters.NEIGHBOURS", 0)
     assert share(transduce(features, logits), truth) < 0.9
 
 

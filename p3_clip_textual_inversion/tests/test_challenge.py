@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion import both, finders
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_entries
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import installed_folder, model_name, read_embeddings, save_embedding
+from p3_clip_textual_inversion.experiments import both, finders
+from p3_clip_textual_inversion.experiments.finders import BothFinder
 from p3_clip_textual_inversion.files import MINI, ROOT, UserError
-from p3_clip_textual_inversion.finders import BothFinder
-from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.formats.identity import identify
+from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.model import MINI_SD
 from p3_clip_textual_inversion.pictures import read_picture
-from p3_clip_textual_inversion.words import gather
 
 PACKAGE = "p3_clip_textual_inversion"
 ENTRIES = {  # as the challenge writes them
@@ -175,13 +175,13 @@ def test_the_command_that_validates_the_score_of_both(call, tiny_clip, tmp_path,
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "val" / name)
     (tmp_path / "id2label.json").write_text(json.dumps({str(c): f"thing {c}" for c in range(12)}))
     monkeypatch.setattr(both, "PICTURES", dict.fromkeys(both.PICTURES, 2))
-    code, out, err = call(f"{PACKAGE}.both", "--data", tmp_path, "--model", tiny_clip, "--output", tmp_path / "both.json", "--pairs=2")
+    code, out, err = call(f"{PACKAGE}.experiments.both", "--data", tmp_path, "--model", tiny_clip, "--output", tmp_path / "both.json", "--pairs=2")
     assert code == 0 and "wanted at most 5 %" in out, err
     row = json.loads((tmp_path / "both.json").read_text())
     assert row["accepted"]["pictures"] == 4 and row["wrongly_accepted"]["pictures"] == 4 * 8 and set(row["kinds"]) == set(both.PICTURES)
     for picture in (tmp_path / "val").glob("1*_*.png"):
         picture.unlink()
-    code, _, err = call(f"{PACKAGE}.both", "--data", tmp_path)
+    code, _, err = call(f"{PACKAGE}.experiments.both", "--data", tmp_path)
     assert code == 1 and err.count("\n") == 1 and "expected at least 12" in err
     measured = json.loads((ROOT / "report" / "results" / "p3_both.json").read_text())
     assert measured["accepted"]["share"] >= 0.95 and measured["wrongly_accepted"]["share"] <= 0.05

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from p3_clip_textual_inversion import open_clip_folder
-from p3_clip_textual_inversion.checkpoint import read_torchscript
 from p3_clip_textual_inversion.clip import Attention, Grader, compute_in, image_features, load_clip, make_clip_tokenizer, read_merges
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats import open_clip_folder
+from p3_clip_textual_inversion.formats.checkpoint import read_torchscript
 
 SHAPE = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
          "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}}

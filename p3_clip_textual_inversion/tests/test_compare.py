@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from p3_clip_textual_inversion.clip import Grader
-from p3_clip_textual_inversion.compare import rest_of, summary_of
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.embedding import save_embedding
+from p3_clip_textual_inversion.experiments.compare import rest_of, summary_of
 
 
 @pytest.mark.parametrize("prompt, rest", [
@@ -34,7 +34,7 @@ def test_the_command(call, tmp_path, concepts_json, tiny_sd, tiny_clip):
         (tmp_path / folder).mkdir()
         for word in ("new1", "new2"):
             save_embedding(tmp_path / folder / f"{word}.safetensors", f"<{word}>", torch.full((2, 32), value))
-    code, _, err = call("p3_clip_textual_inversion.compare", "--input", concepts_json, "--learned", *(tmp_path / folder for folder in "abc"),
+    code, _, err = call("p3_clip_textual_inversion.experiments.compare", "--input", concepts_json, "--learned", *(tmp_path / folder for folder in "abc"),
                         "--checkpoint", tiny_sd, "--model", tiny_clip, "--num-images=2", "--steps=2", "--dtype=fp32", "--guidance-weight=6.5",
                         "--output", tmp_path, "--write-baselines")
     assert code == 0, err

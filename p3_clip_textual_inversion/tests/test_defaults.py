@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import embedding, identity
+from p3_clip_textual_inversion import embedding
 from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, row_of
 from p3_clip_textual_inversion.embedding import check_models, find_words, install, installed_folder, model_name, models_of, read_embedding, save_embedding
 from p3_clip_textual_inversion.evaluate import judge_of
+from p3_clip_textual_inversion.experiments.fullsize import original_layout, write_checkpoint
+from p3_clip_textual_inversion.experiments.several import METHODS, check_runs
 from p3_clip_textual_inversion.files import UserError, fingerprint
-from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
-from p3_clip_textual_inversion.identity import identify, weights_fingerprint
+from p3_clip_textual_inversion.formats import identity
+from p3_clip_textual_inversion.formats.identity import identify, weights_fingerprint
 from p3_clip_textual_inversion.miniature.world import STYLES, words
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
-from p3_clip_textual_inversion.several import METHODS, check_runs
 from p3_clip_textual_inversion.train import pull_of_step
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -120,7 +121,7 @@ def test_a_copy_of_the_miniature_gets_the_miniatures_settings(call, concepts_jso
     assert row_of(identify(MINI_SD).side) is MINIATURE and row_of(512) is row_of(768) is SD_V1
 
 
-@pytest.mark.parametrize("module", ["train", "inference", "several", "compare", "figures"])
+@pytest.mark.parametrize("module", ["train", "inference", "experiments.several", "experiments.compare", "figures"])
 def test_help_tells_what_each_model_gets(call, module):
     code, out, _ = call(f"{PACKAGE}.{module}", "--help")
     out = " ".join(out.split())
@@ -129,7 +130,7 @@ def test_help_tells_what_each_model_gets(call, module):
     assert code == 0 and f"(default: the miniature {small}, Stable Diffusion v1 {real})" in out
 
 
-@pytest.mark.parametrize("module", ["train", "several"])
+@pytest.mark.parametrize("module", ["train", "experiments.several"])
 def test_what_the_real_model_wants_is_told_where_it_is_missing(call, monkeypatch, tiny_sd, tmp_path, module):
     """The course's concepts, which are downloaded, and the checkpoint."""
     monkeypatch.setattr(f"{PACKAGE}.{'train' if module == 'train' else 'inference'}.row_of", lambda _: replace(
@@ -302,7 +303,8 @@ def test_a_large_checkpoint_is_read_again_only_when_it_is_another(tmp_path, monk
     assert weights_fingerprint(path) == weights_fingerprint(path) == fingerprint(path) and len(read) == 3
 
 
-@pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "compare", "several", "benchmark", "fullsize"])
+@pytest.mark.parametrize("command", ["zero_shot", "inference", "train", "evaluate", "figures", "experiments.compare", "experiments.several",
+                                     "benchmark", "experiments.fullsize"])
 def test_help_tells_of_each_flag_and_its_default_once(call, command):
     code, out, _ = call(f"p3_clip_textual_inversion.{command}", "--help")
     flags = re.split(r"\n  (?=\S)", out.partition("options:")[2])

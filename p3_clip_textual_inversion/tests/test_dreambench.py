@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion import dino, dreambench, subjects
+from p3_clip_textual_inversion.experiments import dino, dreambench, subjects
 from p3_clip_textual_inversion.files import MINI, UserError
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 
@@ -196,7 +196,7 @@ def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path
     monkeypatch.setattr(dreambench, "call", here)
     line = [BENCH, tmp_path / "out", tiny_sd, "--model", tiny_clip, "--subjects", "cat", "dog", "--prompts", 1, "--num-images", 1, "--steps", 1,
             "--device", "cpu", "--learn", "--steps 1 --batch-size 1 --crops 1 --vectors 1 --validate-every 100"]
-    code, out, err = call("dreambench", *line)
+    code, out, err = call(dreambench.__name__, *line)
     assert code == 0, err
     assert [module for module, _ in called] == ["train", "inference", "inference"] and "2 subjects, 2 to learn; 6 pictures, 6 to draw" in out
     assert all(" --device cpu --dtype auto --seed 0" in arguments for _, arguments in called) and " --kind object " in called[0][1]
@@ -206,6 +206,6 @@ def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path
     assert learned["clip_i"]["of"] == 2 and "dino" not in learned and results["judges"]["subjects"] is None
     assert "DreamBooth, Imagen" in out and "not comparable" in out and (tmp_path / "out/report/figures/p3_dreambench.png").exists()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png") if "report" not in path.parts}
-    code, out, err = call("dreambench", *[argument for argument in line if argument != "dog"])
+    code, out, err = call(dreambench.__name__, *[argument for argument in line if argument != "dog"])
     assert code == 0 and len(before) == 6 and "1 subjects, 0 to learn; 2 pictures, 0 to draw: all is there" in out, err
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.clip import read_merges
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.data import CAPTIONS, read_captions, read_data
 from p3_clip_textual_inversion.embedding import read_embedding
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.pictures import read_pictures
 
 from .tools import Bomb, answer, damaged, quick

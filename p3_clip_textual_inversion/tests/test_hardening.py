@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from p3_clip_textual_inversion.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.clip import load_pictures
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
@@ -22,12 +21,13 @@ from p3_clip_textual_inversion.diffusion import make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
 from p3_clip_textual_inversion.figures import read_run
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats.checkpoint import read_checkpoint
+from p3_clip_textual_inversion.formats.words import own_words
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import SAMPLERS, leading
 from p3_clip_textual_inversion.training import load_state
-from p3_clip_textual_inversion.words import own_words
 
 from .tools import check_crowded_and_killed, check_same, quick
 
@@ -62,9 +62,10 @@ ARGUMENTS = {
     "evaluate": ["{t}/out", "{t}/concepts/input.json", "--model={clip}", "--num-images=1"],
     "zero_shot": ["--data={t}/data", "--model={clip}", "--output={t}/new"],
     "figures": ["--runs={t}/run", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new"],
-    "several": ["{t}/concepts/input.json", "--checkpoint={sd}", "--runs={t}/new", "--report={t}/new"],
-    "fullsize": [], "benchmark": [], "miniature.scores": ["--drawings={t}/no"], "miniature.drawings": ["concepts", "{t}/no"],
-    "compare": ["--learned={t}/words", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--model={clip}", "--output={t}/new", "--num-images=1"],
+    "experiments.several": ["{t}/concepts/input.json", "--checkpoint={sd}", "--runs={t}/new", "--report={t}/new"],
+    "experiments.fullsize": [], "benchmark": [], "miniature.scores": ["--drawings={t}/no"], "miniature.drawings": ["concepts", "{t}/no"],
+    "experiments.compare": ["--learned={t}/words", "--input={t}/concepts/input.json", "--checkpoint={sd}", "--model={clip}", "--output={t}/new",
+                            "--num-images=1"],
     "train": ["{t}/concepts/input.json", "--checkpoint={sd}", "--output={t}/new", "--steps=1", "--batch-size=1", "--sample-every=0", "--side=64"],
 }
 
@@ -96,12 +97,13 @@ ARGUMENTS = {
     ("figures", ["--runs={t}/no"], "{t}/no has no embeddings"),
     ("figures", [], "{t}/run/0 is not a finished run of scripts/p3_train.sh"),
     ("figures", ["--output={t}/file", "--input={t}/no"], "cannot read {t}/no"),
-    ("several", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
-    ("several", ["--ordinary-pictures={t}/file"], "no such folder of labelled pictures: {t}/file"),
-    ("several", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
-    ("several", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
-    ("several", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
-    ("several", ["--ordinary-pictures={t}/two"], "{t}/new has none of the trainings that are compared; the first is made by: bash scripts/p3_train.sh"),
+    ("experiments.several", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
+    ("experiments.several", ["--ordinary-pictures={t}/file"], "no such folder of labelled pictures: {t}/file"),
+    ("experiments.several", ["--ordinary-pictures={t}/damaged"], "cannot read the picture {t}/damaged/val/0_1.png"),
+    ("experiments.several", ["--ordinary-pictures={t}/data"], "{t}/data needs pictures of at least two classes"),
+    ("experiments.several", ["--report={t}/file"], "cannot write into folder {t}/file/results"),
+    ("experiments.several", ["--ordinary-pictures={t}/two"],
+     "{t}/new has none of the trainings that are compared; the first is made by: bash scripts/p3_train.sh"),
     ("inference", ["--regions", "left"], "--regions 'left' is no region; expected auto alone, or a thing of the prompt and its box, as in '<new1>="),
     ("inference", ["--regions", "<new1>=0,0,0.5"], "--regions '<new1>=0,0,0.5' is no region"),
     ("inference", ["--regions", "auto", "<new1>=0,0,1,1"], "--regions 'auto' is no region"),
@@ -110,15 +112,15 @@ ARGUMENTS = {
     ("inference", ["--regions", "<new1>=nan,0,1,1"], "the box nan,0,1,1 of '<new1>' is none in shares of the picture"),
     ("inference", ["--regions", "<new7>=0,0,1,1"], "--regions: '<new7>' is in none of the prompts, such as 'a <new1> on a hill'"),
     ("inference", ["--guidance-interval", "0.5", "0.2"], "--guidance-interval must be two numbers with 0 <= low <= high <= 1, not 0.5 0.2"),
-    ("fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
+    ("experiments.fullsize", ["{t}/file/x.ckpt"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/file/x.json"], "cannot write into folder {t}/file"),
     ("benchmark", ["--output={t}/empty"], "cannot write the file {t}/empty: it is a folder"),
     ("benchmark", ["--steps=0"], "--steps must be at least 1, not 0"),
     ("benchmark", ["--batch-size=0"], "--batch-size must be at least 1, not 0"),
     ("benchmark", ["--images=-1"], "--images must be at least 1, not -1"),
     ("benchmark", ["--device=abacus"], "the device 'abacus' cannot be used"),
-    ("compare", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
-    ("compare", ["--learned={t}/no"], "{t}/no has no embeddings"),
+    ("experiments.compare", ["--num-images=0"], "--num-images must be between 1 and 1000000, not 0"),
+    ("experiments.compare", ["--learned={t}/no"], "{t}/no has no embeddings"),
     ("miniature.scores", ["--pictures=0"], "--pictures must be at least 1, not 0"),
     ("miniature.scores", [], "cannot read the drawings {t}/no"),
     ("miniature.drawings", ["--seed=-1"], "--seed must be at least 0, not -1"),
@@ -140,18 +142,19 @@ def test_pictures_that_are_not_finite_are_refused(call, places, tiny_sd):
 
 
 def test_pass_marks_that_cannot_be_written_are_said_before_anything_is_drawn(call, places, tiny_sd, tiny_clip, monkeypatch):
-    monkeypatch.setattr(f"{PACKAGE}.compare.writable_file", lambda path: (_ for _ in ()).throw(UserError(f"cannot write the file {path}")))
-    monkeypatch.setattr(f"{PACKAGE}.compare.score_way", lambda *_: pytest.fail("long work started"))
-    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["compare"]]
-    code, _, err = call(f"{PACKAGE}.compare", *arguments, "--write-baselines")
+    monkeypatch.setattr(f"{PACKAGE}.experiments.compare.writable_file", lambda path: (_ for _ in ()).throw(UserError(f"cannot write the file {path}")))
+    monkeypatch.setattr(f"{PACKAGE}.experiments.compare.score_way", lambda *_: pytest.fail("long work started"))
+    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["experiments.compare"]]
+    code, _, err = call(f"{PACKAGE}.experiments.compare", *arguments, "--write-baselines")
     assert code == 1 and err == f"error: cannot write the file {places / 'concepts' / 'input.json'}\n"
 
 
 def test_styles_alone_are_refused_before_anything_is_trained(call, places, tiny_sd, tiny_clip):
     content = json.loads((places / "concepts" / "input.json").read_text())
     (places / "concepts" / "styles.json").write_text(json.dumps({"1": content["1"]}))
-    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["several"][1:]]
-    code, _, err = call(f"{PACKAGE}.several", places / "concepts" / "styles.json", *arguments, "--model", tiny_clip, "--ordinary-pictures", places / "data")
+    arguments = [a.format(t=places, sd=tiny_sd, clip=tiny_clip) for a in ARGUMENTS["experiments.several"][1:]]
+    code, _, err = call(f"{PACKAGE}.experiments.several", places / "concepts" / "styles.json", *arguments, "--model", tiny_clip,
+                        "--ordinary-pictures", places / "data")
     assert code == 1 and "has no subject, only styles" in err, err
 
 

@@ -14,15 +14,16 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import compare, inference, several, train, training
+from p3_clip_textual_inversion import inference, train, training
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding, save_embedding
+from p3_clip_textual_inversion.experiments import compare, several
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats.words import word_files
 from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.lora import TARGETS, Added, fit, free_directions, keep_free, lora_file, read_lora
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.provenance import RECORD, read_made
-from p3_clip_textual_inversion.words import word_files
 
 PACKAGE = "p3_clip_textual_inversion"
 WIDTH = 32
@@ -209,8 +210,8 @@ def test_compare_draws_with_the_weights_and_tells_how_ordinary_prompts_move(call
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(places.folder / "whole" / "new1.safetensors", alone)
-    code, out, err = call(f"{PACKAGE}.compare", "--learned", places.folder / "whole", alone, "--input", places.folder / "one.json", "--checkpoint", tiny_sd,
-                          "--model", tiny_clip, "--num-images=2", "--steps=1", "--dtype=fp32", "--output", tmp_path / "report")
+    code, out, err = call(f"{PACKAGE}.experiments.compare", "--learned", places.folder / "whole", alone, "--input", places.folder / "one.json",
+                          "--checkpoint", tiny_sd, "--model", tiny_clip, "--num-images=2", "--steps=1", "--dtype=fp32", "--output", tmp_path / "report")
     assert code == 0 and "in the model: moved by <new1> " in out and "without them it shows less" in err, err
     results = json.loads((tmp_path / "report" / "results" / "p3_compare.json").read_text())
     scores = {way: rows[0]["image"] for way, rows in results["ways"].items() if way.startswith("learned")}

@@ -42,7 +42,7 @@ def test_a_gpu_holds_the_model_in_the_format_it_draws_in(tiny_sd, monkeypatch, d
     assert (parts.unet.dtype, parts.vae.dtype, parts.text_encoder.dtype) == (*expected, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["compare", "figures", "several"])
+@pytest.mark.parametrize("name", ["experiments.compare", "figures", "experiments.several"])
 def test_every_command_that_draws_loads_by_its_settings(name):
     module = importlib.import_module(f"{PACKAGE}.{name}")
     assert module.load is inference.load and not hasattr(module, "load_stable_diffusion")

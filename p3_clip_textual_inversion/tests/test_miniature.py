@@ -17,7 +17,7 @@ from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name, read_embeddings
 from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.files import MINI
-from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.formats.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.samplers import ImageNoise

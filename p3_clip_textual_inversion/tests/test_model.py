@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion.checkpoint import read_checkpoint
+from p3_clip_textual_inversion.experiments.fullsize import original_layout, write_checkpoint
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.fullsize import original_layout, write_checkpoint
+from p3_clip_textual_inversion.formats.checkpoint import read_checkpoint
 from p3_clip_textual_inversion.model import CONFIGS, load_single_file, load_stable_diffusion
 
 

@@ -9,13 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from p3_clip_textual_inversion import several
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
 from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embeddings, save_embedding
+from p3_clip_textual_inversion.experiments import several
+from p3_clip_textual_inversion.experiments.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.measures import drift, wilson
 from p3_clip_textual_inversion.model import load_stable_diffusion

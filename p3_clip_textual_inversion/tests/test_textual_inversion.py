@@ -23,7 +23,7 @@ from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
 from p3_clip_textual_inversion.evaluate import Rule, best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.identity import identify
+from p3_clip_textual_inversion.formats.identity import identify
 from p3_clip_textual_inversion.inference import DrawConfig, draw
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.objective import Best, Loss

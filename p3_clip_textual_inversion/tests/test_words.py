@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
 from p3_clip_textual_inversion.embedding import add_words, initial_rows, save_embedding
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats.words import gather, read_words
 from p3_clip_textual_inversion.inference import DrawConfig, prepare
 from p3_clip_textual_inversion.model import load_stable_diffusion
-from p3_clip_textual_inversion.words import gather, read_words
 
 ROW, ROWS = torch.arange(8.0)[None] / 8 + 1, torch.arange(16.0).view(2, 8)
 TABLE = torch.cat([torch.zeros(49408, 8), ROW])

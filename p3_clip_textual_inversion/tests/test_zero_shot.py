@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion.benchmark import plain_features, rows_to_keep, write_photographs
+from p3_clip_textual_inversion.classification.outcome import Data, outcome_of, score
+from p3_clip_textual_inversion.classification.plots import choose, draw_confusion, similarity_order
 from p3_clip_textual_inversion.clip import image_features, load_clip, load_pictures, text_classifier
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.files import ROOT, UserError
-from p3_clip_textual_inversion.outcome import Data, outcome_of, score
-from p3_clip_textual_inversion.zero_shot_figures import choose, draw_confusion, similarity_order
 
 MODULE = "p3_clip_textual_inversion.zero_shot"
 

@@ -107,7 +107,8 @@ ELSEWHERE = {  # entry points that are not tried here, and why
     "p1_cfg_ddpm.make_mini": "uses no GPU", "p1_cfg_ddpm.quality": "uses no GPU",
     "p1_cfg_ddpm.pareto": "what P1's benchmark does, more often", "p1_cfg_ddpm.minimal": "knows one size of network, which is long",
     "p2_ddim.make_mini": "uses no GPU", "p2_ddim.minimal": "knows two sizes of network, which are long",
-    "p3_clip_textual_inversion.benchmark": "networks of the real size", "p3_clip_textual_inversion.fullsize": "train and inference, of the real size",
+    "p3_clip_textual_inversion.benchmark": "networks of the real size",
+    "p3_clip_textual_inversion.experiments.fullsize": "train and inference, of the real size",
     "p3_clip_textual_inversion.miniature.bench": "uses no GPU", "p3_clip_textual_inversion.miniature.challenge": "uses no GPU",
     "p3_clip_textual_inversion.miniature.drawings": "uses no GPU", "p3_clip_textual_inversion.miniature.together": "draws and judges, as several"}
 
@@ -179,12 +180,12 @@ def commands(folder):
         "P3 train, challenge": (f"{p3}.train", [challenge, *words[1:], "--steps", 1, "--sample-every", 0, "--output", out / "several"]),
         "P3 inference, challenge": (f"{p3}.inference", [challenge, out / "pictures4", sd, "--embeddings", out / "several", *draw]),
         "P3 evaluate, challenge": (f"{p3}.evaluate", [out / "pictures4", challenge, "--model", clip, "--dtype", "auto"]),
-        "P3 both": (f"{p3}.both", ["--data", folder / "many", "--model", clip, "--pairs", 1, "--output", out / "both.json"]),
+        "P3 both": (f"{p3}.experiments.both", ["--data", folder / "many", "--model", clip, "--pairs", 1, "--output", out / "both.json"]),
         "P3 figures": (f"{p3}.figures", ["--runs", out / "words", "--input", concepts, "--checkpoint", sd, "--output", out / "figures", "--steps", 2]),
-        "P3 compare": (f"{p3}.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip, "--output", out / "report",
-                                         *draw]),
-        "P3 several": (f"{p3}.several", [concepts, "--checkpoint", sd, "--model", clip, "--ordinary-pictures", folder / "classes", "--runs", out,
-                                         "--report", out / "report", *draw]),
+        "P3 compare": (f"{p3}.experiments.compare", ["--learned", out / "words", "--input", concepts, "--checkpoint", sd, "--model", clip,
+                                                     "--output", out / "report", *draw]),
+        "P3 several": (f"{p3}.experiments.several", [concepts, "--checkpoint", sd, "--model", clip, "--ordinary-pictures", folder / "classes", "--runs", out,
+                                                     "--report", out / "report", *draw]),
         "P3 inference, regions": (f"{p3}.inference", [concepts, out / "pictures5", sd, "--embeddings", out / "words", *draw, "--regions", "<new1>=0,0,0.5,1",
                                                       "--negative-prompt", "a cat", "--guidance-interval", 0.1, 0.9]),
         "P3 redraw": (f"{p3}.redraw", [out / "pictures5/0/0/source0_prompt0_0.png", "--output", out / "redrawn3.png"]),
@@ -200,8 +201,8 @@ def commands(folder):
                                                          "--", "--steps", 1, "--batch-size", 16, "--crops", 1, "--vectors", 2, "--validate-every", 100]),
         "P3 minimal learn": (f"{p3}.minimal", ["learn", folder / "concepts/0", "--model", sd, "--steps", 2, "--output", out / "minimal3"]),
         "P3 minimal classify": (f"{p3}.minimal", ["classify", folder / "classes", "--clip", clip]),
-        "P3 dreambench": (f"{p3}.dreambench", [folder / "bench", out / "bench", sd, "--model", clip, "--dino", "none", *draw, "--learn",
-                                               "--steps 1 --batch-size 64 --crops 1 --vectors 2 --validate-every 100"]),
+        "P3 dreambench": (f"{p3}.experiments.dreambench", [folder / "bench", out / "bench", sd, "--model", clip, "--dino", "none", *draw, "--learn",
+                                                           "--steps 1 --batch-size 64 --crops 1 --vectors 2 --validate-every 100"]),
     }
 
 

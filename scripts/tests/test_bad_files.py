@@ -25,8 +25,9 @@ from p2_ddim import data as noises
 from p2_ddim import evaluate as faces
 from p2_ddim import files as files2
 from p2_ddim import model as unet
-from p3_clip_textual_inversion import checkpoint, clip, concepts, custom_diffusion, embedding, identity, words, zero_shot
+from p3_clip_textual_inversion import clip, concepts, custom_diffusion, embedding, zero_shot
 from p3_clip_textual_inversion import files as files3
+from p3_clip_textual_inversion.formats import checkpoint, identity, words
 
 ERRORS = (files1.UserError, files2.UserError, files3.UserError)
 MARK = []  # what code of a file would leave

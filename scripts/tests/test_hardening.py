@@ -157,7 +157,7 @@ f1.run(main)
 
 @pytest.mark.parametrize("module, program, arguments", [
     ("p1_cfg_ddpm.figures", "-p1_figures", []), ("p2_ddim.figures", "-p2_figures", []),
-    ("p3_clip_textual_inversion.figures", "-p3_figures", ["--runs", "r"]), ("p3_clip_textual_inversion.compare", "-p3_compare", ["--learned", "r"]),
+    ("p3_clip_textual_inversion.figures", "-p3_figures", ["--runs", "r"]), ("p3_clip_textual_inversion.experiments.compare", "-p3_compare", ["--learned", "r"]),
     ("p3_clip_textual_inversion.zero_shot", "", [])])
 def test_two_at_once_do_not_mix_their_files_in_one_folder(tmp_path, monkeypatch, module, program, arguments):
     """Of one program; another one's files are others, and it may."""

@@ -1,4 +1,4 @@
-"""The map in each folder's __init__.py: every file is on it, and imports only from the floors below its own."""
+"""The map in the __init__.py of each folder and room: every file is on it, and imports only from the floors below its own."""
 
 import argparse
 import ast
@@ -16,16 +16,20 @@ PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
 
 
 def floors_of(package):
-    """{file: number of its floor}"""
+    """{file or room: number of its floor}, by the map of a folder or of a room in it."""
     lines = re.findall(r"^ +(\d+)  (.*)$", importlib.import_module(package).__doc__, re.MULTILINE)
     return {name: int(number) for number, line in lines for name in re.findall(r"\w+", re.sub(r"\([^)]*\)", "", line))}
 
 
-def imports_of(path):
-    """The names of the folder's own files that one imports."""
+def rooms_of(package):
+    return sorted(path.parent.name for path in (ROOT / package).glob("*/__init__.py") if path.parent.name != "tests")
+
+
+def imports_of(path, level=1):
+    """The names that a file imports from the folder it lies in, or (level 2) from the one around its room."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == level:
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found
 
@@ -42,15 +46,25 @@ def test_the_page_is_short_and_imports_nothing_of_ours(package):
     assert len(text.splitlines()) <= 160
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_map_has_every_file_and_its_floors_hold(package):
-    floors, files = floors_of(package), {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
-    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} - {"tests"}
-    assert floors.keys() == files.keys() | folders
-    top = max(floors.values())  # in P3 the workshop, whose files import one another
+FOLDERS = (*PACKAGES, *(f"{package}.{room}" for package in PACKAGES for room in rooms_of(package)))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_map_has_every_file_and_its_floors_hold(folder):
+    package, _, room = folder.partition(".")
+    floors, files = floors_of(folder), {path.stem: path for path in (ROOT / package / room).glob("*.py") if path.stem != "__init__"}
+    assert floors.keys() == files.keys() | (set() if room else set(rooms_of(package)))
     for name, path in files.items():
-        wrong = {other for other in imports_of(path) if floors[other] >= floors[name] and not (package.startswith("p3") and floors[name] == top)}
-        assert not wrong, f"{name} imports {wrong} from its own floor or above"
+        wrong = {other for other in imports_of(path) if floors[other] >= floors[name]}
+        around = {other for other in imports_of(path, 2) if floors_of(package)[other] >= floors_of(package)[room]} if room else set()
+        assert not wrong | around, f"{name} imports {wrong | around} from its own floor or above"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_map_is_short_and_the_floor_too(package):
+    """A reader sees a folder at a glance; what only few readers need has a room."""
+    assert len(importlib.import_module(package).__doc__.splitlines()) <= 20
+    assert all(len(floors_of(folder)) <= 36 for folder in FOLDERS if folder.startswith(package))
 
 
 def test_no_folder_imports_another_and_no_file_is_long():

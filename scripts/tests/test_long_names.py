@@ -22,7 +22,8 @@ CALLS = [
     (P3, "evaluate", "{long} {t}/a.json"), (P3, "evaluate", "{t} {long}"), (P3, "evaluate", "{t} {t}/a.json --model={long}"),
     (P3, "zero_shot", "--data={long}"), (P3, "zero_shot", "--model={long}"), (P3, "zero_shot", "--output={long}"), (P3, "zero_shot", "--templates={long}"),
     (P3, "train", "{long}"), (P3, "train", "--checkpoint={long}"), (P3, "train", "--output={long}"), (P3, "figures", "--runs={long}"),
-    (P3, "compare", "--learned={long}"), (P3, "redraw", "{long}"), (P3, "several", "{long} --runs={t}/out"), (P3, "fullsize", "{long}"),
+    (P3, "experiments.compare", "--learned={long}"), (P3, "redraw", "{long}"), (P3, "experiments.several", "{long} --runs={t}/out"),
+    (P3, "experiments.fullsize", "{long}"),
 ]
 
 

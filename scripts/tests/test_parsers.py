@@ -20,8 +20,9 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from p1_cfg_ddpm import data, files, pictures, provenance, tensors, training
-from p3_clip_textual_inversion import checkpoint, custom_diffusion, hugging_face, identity, model, open_clip_folder, words
+from p3_clip_textual_inversion import custom_diffusion, model
 from p3_clip_textual_inversion import files as files3
+from p3_clip_textual_inversion.formats import checkpoint, hugging_face, identity, open_clip_folder, words
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 ERRORS = (files.UserError, files3.UserError)

@@ -191,7 +191,7 @@ def test_every_script_goes_by_way_of_run():
     for path in SCRIPTS.glob("*.sh"):
         last = path.read_text(encoding="utf-8").splitlines()[-1]
         assert path.name in ("env.sh", "test.sh", "setup.sh") or last.startswith('exec "$python" "$scripts/'), path
-    for path in [*SCRIPTS.glob("*.py"), *ROOT.glob("p*/*.py")]:
+    for path in [*SCRIPTS.glob("*.py"), *ROOT.glob("p*/**/*.py")]:
         assert 'sys.executable, "-m", f"' not in path.read_text(encoding="utf-8"), path
 
 
@@ -266,7 +266,7 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path, name):
 
 def test_every_entry_point_goes_by_way_of_run():
     """So that each has the same exits: main() is never called bare, but on the pages that import nothing of ours."""
-    for path in [*ROOT.glob("p*/*.py"), *SCRIPTS.glob("*.py")]:
+    for path in [*ROOT.glob("p*/**/*.py"), *SCRIPTS.glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text and path.name not in ("guard.py", "run.py", "minimal.py"):
             assert "    run(main)" in text.split('__name__ == "__main__"')[1], path

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .data import read_data
-from .files import atomic_path, note
-from .measures import cross_fit_temperature, expected_calibration_error, mean, mean_recall_interval, ranking, ranks, recalls, wilson
+from ..data import read_data
+from ..files import atomic_path, note
+from ..measures import cross_fit_temperature, expected_calibration_error, mean, mean_recall_interval, ranking, ranks, recalls, wilson
 
 TOP = 5
 DIGITS = 6  # of a probability, in the CSV and so in everything that is computed of it

@@ -1,6 +1,6 @@
 """Shows that a full-size Stable Diffusion v1 checkpoint loads and runs here, from one file in the original layout, offline.
 
-    python -m p3_clip_textual_inversion.fullsize runs/fullsize.ckpt     # 2.1 GB of disk, about 9 GB of memory
+    python -m p3_clip_textual_inversion.experiments.fullsize runs/fullsize.ckpt     # 2.1 GB of disk, about 9 GB of memory
 
 The file has random weights in half precision, under the names of sd-v1-4.ckpt, and like it carries objects of a package that is not installed.
 From it: two steps of textual inversion and two of drawing, at 64x64 pixels.
@@ -20,10 +20,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .files import MINI, UserError, atomic_path, run, writable_folder
-from .guard import command as command_of
-from .model import CONFIGS, TEXT_PREFIX
-from .provenance import HelpFormatter
+from ..files import MINI, UserError, atomic_path, run, writable_folder
+from ..guard import command as command_of
+from ..model import CONFIGS, TEXT_PREFIX
+from ..provenance import HelpFormatter
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
           "conv_shortcut": "skip_connection"}

@@ -1,6 +1,8 @@
 """What learning a word is worth: the same prompts and noises with the learned word, with the words it started from, and with untrained words.
 
-    python -m p3_clip_textual_inversion.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2      # report/results/p3_compare.json, figures/p3_compare.png
+    python -m p3_clip_textual_inversion.experiments.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2
+
+writes report/results/p3_compare.json and figures/p3_compare.png.
 
 Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five); the rest score is a text score too,
 of the prompt without the learned word, such as "a drawing of on a blue background": whether the rest of the prompt is still obeyed.
@@ -20,20 +22,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .concepts import read_concepts
-from .data import example_pictures
-from .defaults import input_of
-from .device import progress
-from .embedding import add_words, expand, initial_rows
-from .evaluate import add_judge_arguments, best_of, clip_scores, judge_of
-from .files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
-from .inference import add_arguments, draw, load, settings_of
-from .lora import add_loras, find_loras
-from .measures import drift
-from .model import MINI_SD
-from .pictures import save_image, sheet
-from .provenance import HelpFormatter
-from .words import gather
+from ..concepts import read_concepts
+from ..data import example_pictures
+from ..defaults import input_of
+from ..device import progress
+from ..embedding import add_words, expand, initial_rows
+from ..evaluate import add_judge_arguments, best_of, clip_scores, judge_of
+from ..files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
+from ..formats.words import gather
+from ..inference import add_arguments, draw, load, settings_of
+from ..lora import add_loras, find_loras
+from ..measures import drift
+from ..model import MINI_SD
+from ..pictures import save_image, sheet
+from ..provenance import HelpFormatter
 
 
 def rest_of(prompt, token):

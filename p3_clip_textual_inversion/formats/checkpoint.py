@@ -7,8 +7,8 @@ import zipfile
 
 import torch
 
-from .files import UserError, first_line, note, shown
-from .tensors import FLOATS, find_state_dict, is_plain, read_tensors
+from ..files import UserError, first_line, note, shown
+from ..tensors import FLOATS, find_state_dict, is_plain, read_tensors
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,

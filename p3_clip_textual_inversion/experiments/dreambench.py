@@ -1,7 +1,7 @@
 """The field's benchmarks of subjects: learns each one's word, draws its prompts, measures as DreamBench (Ruiz et al. 2023) and CustomConcept101 do.
 
-    python -m p3_clip_textual_inversion.dreambench                                                         # the miniature's own benchmark of the same shape
-    python -m p3_clip_textual_inversion.dreambench dreambooth runs/dreambench hw2_data/weights/sd-v1-4.ckpt     # a clone of google/dreambooth
+    python -m p3_clip_textual_inversion.experiments.dreambench                                             # the miniature's own benchmark of the same shape
+    python -m p3_clip_textual_inversion.experiments.dreambench dreambooth runs/dreambench hw2_data/weights/sd-v1-4.ckpt     # a clone of google/dreambooth
 
 DINO and CLIP-I: the mean cosine between each drawn and each real picture of a subject, by DINO ViT-S/16 and CLIP; CLIP-T: the cosine between a drawn picture
 and its prompt with the class's name in the word's place. Each is averaged over a subject's pictures, then over the subjects; a picture of a pair is compared
@@ -22,21 +22,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .concepts import CHALLENGE_IMAGES, picture_path
-from .defaults import MINIATURE
-from .device import free_memory, progress
+from ..concepts import CHALLENGE_IMAGES, picture_path
+from ..defaults import MINIATURE
+from ..device import free_memory, progress
+from ..embedding import file_of
+from ..estimate import measure, minutes
+from ..evaluate import add_judge_arguments, judge_of
+from ..files import MINI, UserError, check_flags, lock, run, writable_folder, write_json
+from ..formats.identity import weights_fingerprint
+from ..guard import command as command_of
+from ..inference import add_arguments, draw, load, settings_of, work_of
+from ..measures import DRAWS, percentiles
+from ..model import MINI_SD
+from ..pictures import picture_files, read_picture, save_image, sheet
+from ..provenance import HelpFormatter, Made, batches_with, claim
 from .dino import read_dino, stand_in
-from .embedding import file_of
-from .estimate import measure, minutes
-from .evaluate import add_judge_arguments, judge_of
-from .files import MINI, UserError, check_flags, lock, run, writable_folder, write_json
-from .guard import command as command_of
-from .identity import weights_fingerprint
-from .inference import add_arguments, draw, load, settings_of, work_of
-from .measures import DRAWS, percentiles
-from .model import MINI_SD
-from .pictures import picture_files, read_picture, save_image, sheet
-from .provenance import HelpFormatter, Made, batches_with, claim
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 
 LEARNING = 2.2  # a step of learning costs so many times a pass of its latents through the network: forward, and back to the word. Measured on the miniature
@@ -109,6 +109,7 @@ def call(module, *arguments):
 def draw_plain(args, config, device, model, texts):
     """The pictures of prompts without learned words that are not there yet, in the batches that they would always be in."""
     folder = writable_folder(args.output / "class_names")
+    # the name that pictures have which were drawn before there was this room
     made = Made("p3_clip_textual_inversion.dreambench", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint)})
     own = {plain_path(Path(), text, i).as_posix(): {"prompt": text, "number": i} for text in texts for i in range(args.num_images)}
     there = claim(folder, made, own, config.batch_size, {"checkpoint": args.checkpoint})

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from .files import UserError, existing_file, first_line, note
+from ..files import UserError, existing_file, first_line, note
+from ..lora import ENDING, is_lora
+from ..tensors import is_finite, is_plain, read_tensors, what_is
 from .identity import TOKEN_TABLE, VOCABULARY, part_file
 from .identity import read_tensors as read_some
-from .lora import ENDING, is_lora
-from .tensors import is_finite, is_plain, read_tensors, what_is
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NAMELESS = ("emb_params", "embedding", "embeddings", "embeds", "learned_embeds", "learned_embedding", "weight", "vector", "vectors", "delta", "difference", "*")

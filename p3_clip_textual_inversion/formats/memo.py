@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from .files import UserError, first_line, note, read_json, write_json
+from ..files import UserError, first_line, note, read_json, write_json
 
 MOST = 1000  # values that are kept
 

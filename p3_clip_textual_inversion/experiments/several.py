@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .concepts import kind_of, read_concepts
-from .custom_diffusion import merge, read_weights, set_weights, weights_of
-from .data import example_pictures, read_data
-from .defaults import add_argument, fill_in, input_of
-from .device import describe, progress
-from .embedding import add_words, expand
-from .evaluate import add_judge_arguments, judge_of
-from .files import ROOT, UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
+from ..concepts import kind_of, read_concepts
+from ..custom_diffusion import merge, read_weights, set_weights, weights_of
+from ..data import example_pictures, read_data
+from ..defaults import add_argument, fill_in, input_of
+from ..device import describe, progress
+from ..embedding import add_words, expand
+from ..evaluate import add_judge_arguments, judge_of
+from ..files import ROOT, UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
+from ..formats.identity import weights_fingerprint
+from ..formats.words import gather
+from ..inference import add_arguments, draw, load, settings_of
+from ..lora import add_loras, find_loras
+from ..measures import drift, wilson
+from ..model import MINI_SD
+from ..pictures import read_picture, save_image
+from ..places import AUTO
+from ..provenance import HelpFormatter, Made, batches_with, claim
+from ..regions import plans_of
+from ..tensors import tensor_fingerprint
 from .finders import half_crops, make_finders
-from .identity import weights_fingerprint
-from .inference import add_arguments, draw, load, settings_of
-from .lora import add_loras, find_loras
-from .measures import drift, wilson
-from .model import MINI_SD
-from .pictures import read_picture, save_image
-from .places import AUTO
-from .provenance import HelpFormatter, Made, batches_with, claim
-from .regions import plans_of
-from .tensors import tensor_fingerprint
-from .words import gather
 
 NEXT = " next to "
 METHODS = {  # name: (run whose words it uses, where its other weights come from, regions)
@@ -116,6 +116,7 @@ def draw_method(method, args, concepts, prompts, model, device, config, bar):
     own |= {f"{k}/{i}.png": {"prompt": prompt, "noise": f"{prompt}/{i}"} for k, (prompt, _) in enumerate(prompts) for i in range(args.num_images)}
     for name in {Path(name).parent for name in own}:
         writable_folder(folder / name)
+    # the name that pictures have which were drawn before there was this room
     made = Made("p3_clip_textual_inversion.several", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint), **made_of})
     missing = own.keys() - claim(folder, made, own, config.batch_size, {"device": describe(device, config.dtype)}, args.overwrite)
     names = [name for batch in batches_with(missing, list(own), config.batch_size) for name in batch]

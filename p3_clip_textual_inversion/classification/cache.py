@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .clip import Grader
-from .files import UserError, atomic_path, first_line, note
-from .memo import Memo, cache_folder
+from ..clip import Grader
+from ..files import UserError, atomic_path, first_line, note
+from ..formats.memo import Memo, cache_folder
 
 LAYOUT = 1  # of what is kept and of how pictures are decoded: with another number everything is computed again
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".gz", ".model")

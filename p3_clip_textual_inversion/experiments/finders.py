@@ -3,8 +3,8 @@
 import torch
 from PIL import Image, ImageOps
 
-from .concepts import kind_of
-from .data import example_pictures
+from ..concepts import kind_of
+from ..data import example_pictures
 
 
 def half_crops(picture):

@@ -1,7 +1,7 @@
 """Are two things both in a picture, each whole and in a place of its own? CLIP's answer, and how often it is right on pictures that set nothing of it.
 
-    python -m p3_clip_textual_inversion.both                                                        # on the miniature: report/results/p3_both.json
-    python -m p3_clip_textual_inversion.both --data hw2_data/clip_zeroshot --model ViT-B-32 --pretrained openai
+    python -m p3_clip_textual_inversion.experiments.both                                            # on the miniature: report/results/p3_both.json
+    python -m p3_clip_textual_inversion.experiments.both --data hw2_data/clip_zeroshot --model ViT-B-32 --pretrained openai
 
 A real composition is one labelled picture beside, or above, another; wrong ones lack one thing or both, or blend the two. One half of the classes sets the
 threshold, at which 4 % of wrong ones are taken, and the other half, with other pictures, tries it.
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from .data import read_data
-from .defaults import row_of
-from .device import pick_device
-from .evaluate import add_judge_arguments, judge_of
-from .files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
+from ..data import read_data
+from ..defaults import row_of
+from ..device import pick_device
+from ..evaluate import add_judge_arguments, judge_of
+from ..files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
+from ..measures import share
+from ..pictures import read_picture
+from ..provenance import HelpFormatter
 from .finders import BothFinder, beside, blend, chimera
-from .measures import share
-from .pictures import read_picture
-from .provenance import HelpFormatter
 
 WRONG = 0.04  # of wrong compositions the threshold lets in, among those that set it: less than the 5 % that are wanted, since other classes differ
 REFERENCES = 5  # pictures of a class that stand for it; the rest compose

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data import labelled_pictures
+from ..files import UserError
+from ..measures import paired, ranking, wilson
 from .cache import digest
-from .data import labelled_pictures
-from .files import UserError
-from .measures import paired, ranking, wilson
 from .outcome import cosines_of, outcome_of, write_predictions
 
 NEIGHBOURS, SURE = 3, 8  # TransCLIP's: pictures that pull at each other, and the surest pictures of a class, from which its first mean is made

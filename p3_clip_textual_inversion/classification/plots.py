@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .measures import expected_calibration_error, reliability
-from .pictures import PARTS, chart, read_picture, save_image
+from ..measures import expected_calibration_error, reliability
+from ..pictures import PARTS, chart, read_picture, save_image
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 GREEN, RED, GRAY, LIGHT = (46, 125, 50), (198, 40, 40), (190, 198, 206), (240, 242, 244)

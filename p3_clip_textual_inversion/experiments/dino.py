@@ -9,10 +9,10 @@ import timm
 import torch
 from torchvision import transforms
 
-from .checkpoint import read_checkpoint
-from .clip import image_features, load_pictures
-from .files import UserError, first_line
-from .tensors import fill
+from ..clip import image_features, load_pictures
+from ..files import UserError, first_line
+from ..formats.checkpoint import read_checkpoint
+from ..tensors import fill
 
 NAME = "vit_small_patch16_224.dino"  # timm's; the same names and numbers as Facebook's dino_deitsmall16_pretrain.pth
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

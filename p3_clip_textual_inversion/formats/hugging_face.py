@@ -8,10 +8,10 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from ..files import UserError, read_json, shown
+from ..tensors import fill
 from .checkpoint import read_checkpoint
-from .files import UserError, read_json, shown
 from .open_clip_folder import is_number
-from .tensors import fill
 
 CLIP_VOCABULARY = 49408  # tokens of OpenAI's CLIP, which open_clip's own tokenizer knows
 HEAD_WIDTH = 64  # in every CLIP of OpenAI's shape

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
-from .files import UserError, existing_folder, first_line, read_json, shown
-from .pictures import picture_files
+from ..files import UserError, existing_folder, first_line, read_json, shown
+from ..pictures import picture_files
 
 DREAMBENCH, SINGLES, PAIRS = "prompts_and_classes.txt", "dataset.json", "dataset_multiconcept.json"
 LIVE = ("cat", "dog")  # the classes of DreamBench's nine live subjects

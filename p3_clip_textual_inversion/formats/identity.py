@@ -10,14 +10,14 @@ import huggingface_hub
 import torch
 from safetensors import safe_open
 
+from ..files import UserError, existing_file, first_line, read_json
+from ..files import fingerprint as content_fingerprint
+from ..tensors import what_is
 from .checkpoint import read_checkpoint
-from .files import UserError, existing_file, first_line, read_json
-from .files import fingerprint as content_fingerprint
 from .memo import Memo, cache_folder
-from .tensors import what_is
 
 TEXT_PREFIX = "cond_stage_model.transformer."
-CONFIGS = Path(__file__).parent / "sd_v1"  # of a file in the original layout, which carries none
+CONFIGS = Path(__file__).parent.parent / "sd_v1"  # of a file in the original layout, which carries none
 LARGE = 100_000_000  # bytes, which take a twentieth of a second; what there is more of is read again only when it is another file
 VOCABULARY = 49408  # tokens of CLIP; what is behind them in a table are words that someone added
 # Two tensors by which a model is known again: in the original layout, and in a folder's part with its files, any of which will do.

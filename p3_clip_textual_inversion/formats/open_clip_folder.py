@@ -12,9 +12,9 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
+from ..files import UserError, read_json, shown
+from ..tensors import fill
 from .checkpoint import read_checkpoint
-from .files import UserError, read_json, shown
-from .tensors import fill
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
