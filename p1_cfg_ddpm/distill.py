@@ -117,8 +117,8 @@ def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_
     for some in torch.arange(count, device=device).split(AT_ONCE if device.type == "cpu" else count):
         guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide, parallel=config.guidance_parallel)
         states = SAMPLERS[config.sampler](guided, x[some], steps_at(diffusion.alpha_bar, timesteps))
-        kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]).half())
-    return {"x": torch.cat(kept, dim=1), "digit": digit, "domain": domain, "w": w}
+        kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]))
+    return {"x": torch.cat(kept, dim=1).half(), "digit": digit, "domain": domain, "w": w}
 
 
 def all_paths(folder, draw, count, seed, points, times, device, teacher=""):

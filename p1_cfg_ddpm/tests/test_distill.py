@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from p1_cfg_ddpm import distill, inference
 from p1_cfg_ddpm.data import MINI_DATA
@@ -110,6 +111,20 @@ def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_p
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         apart = [float(row["validation"]) for row in csv.DictReader(file) if row["validation"]]  # in grey levels, on paths that it never saw
     assert apart[-1] < 0.985 * apart[0]  # the teacher, which is untrained, draws what is hard to learn
+
+
+@pytest.fixture
+def other_dtype():
+    """accelerate holds a process to its first number format."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_a_student_is_trained_in_bf16(monkeypatch, other_dtype, tiny_checkpoint, tmp_path):
+    """Both stages, on a CPU, where `auto` is bf16 if it has it: autocast there is not a GPU's (it refuses to join tensors of fp16)."""
+    call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS[:-1], "bf16", "--steps", 2, "--output", tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["stage"]["name"] == "tuning"
 
 
 def test_a_student_goes_on_from_another_ones_weights(monkeypatch, student, tiny_checkpoint, tmp_path):
