@@ -101,8 +101,8 @@ def write_inputs(folder, tasks, pairs):
 
 
 def call(module, *arguments):
-    """Runs a command of this folder, which tells what it does."""
-    if subprocess.run([*command_of(f"{__package__}.{module}"), *map(str, arguments)], check=False).returncode:
+    """Runs a command of the folder around this room, which tells what it does."""
+    if subprocess.run([*command_of(f"p3_clip_textual_inversion.{module}"), *map(str, arguments)], check=False).returncode:
         raise UserError(f"{module} failed, as it says above; the same command again goes on where it stopped")
 
 

@@ -126,7 +126,7 @@ def main():
                                   ("inference", [source, f"{folder}/out", args.path, "--embeddings", learned, "--steps", 2, "--num-images", 1, *common])):
             started = time.perf_counter()
             print(f"== {module}", flush=True)
-            if subprocess.run([*command_of(f"{__package__}.{module}"), *map(str, arguments)], check=False).returncode:
+            if subprocess.run([*command_of(f"p3_clip_textual_inversion.{module}"), *map(str, arguments)], check=False).returncode:
                 raise UserError(f"{module} failed with {args.path}")
             print(f"{module}: {time.perf_counter() - started:.0f} s", flush=True)
     unit = 1 if sys.platform == "darwin" else 1024

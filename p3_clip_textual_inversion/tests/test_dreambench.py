@@ -188,12 +188,14 @@ def test_a_missing_picture_of_a_classs_name_is_drawn_in_its_batch(tiny_sd, tmp_p
 def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path, monkeypatch):
     called = []
 
-    def here(module, *arguments):  # in this process, which has imported everything
-        called.append((module, " ".join(map(str, arguments))))
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        importlib.import_module(f"p3_clip_textual_inversion.{module}").main()
+    def here(command, **_):  # in this process, which has imported everything
+        module, arguments = command[2], command[3:]
+        called.append((module.rpartition(".")[2], " ".join(arguments)))
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        importlib.import_module(module).main()
+        return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(dreambench, "call", here)
+    monkeypatch.setattr(dreambench, "subprocess", types.SimpleNamespace(run=here))
     line = [BENCH, tmp_path / "out", tiny_sd, "--model", tiny_clip, "--subjects", "cat", "dog", "--prompts", 1, "--num-images", 1, "--steps", 1,
             "--device", "cpu", "--learn", "--steps 1 --batch-size 1 --crops 1 --vectors 1 --validate-every 100"]
     code, out, err = call(dreambench.__name__, *line)

@@ -75,6 +75,17 @@ def test_no_folder_imports_another_and_no_file_is_long():
             assert not re.search(rf"^\s*(from|import) ({'|'.join(other for other in PACKAGES if other != package)})\b", text, re.MULTILINE), path
 
 
+def test_every_command_that_is_told_is_there():
+    """In pages, docstrings, scripts and results: whoever copies it gets what it says."""
+    pages = [path for kind in ("md", "py", "sh", "json") for path in ROOT.rglob(f"*.{kind}")
+             if not {"runs", "out", ".venv", ".cache"} & set(path.relative_to(ROOT).parts)]
+    told = {(name, path) for path in pages
+            for name in re.findall(rf'(?:-m |run\.py" )((?:{"|".join(PACKAGES)})(?:\.\w+)+)', path.read_text(encoding="utf-8", errors="replace"))}
+    assert len({name for name, _ in told}) > 30
+    places = {f"{path}: {name}": ROOT / name.replace(".", "/") for name, path in told}
+    assert not [told for told, place in places.items() if not place.with_suffix(".py").is_file() and not place.is_dir()]  # a room: the start of a name
+
+
 @pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="needs git and a clone")
 def test_nothing_else_lies_at_the_top():
     """Of what git keeps; a file that was left there by mistake is seen."""
