@@ -237,8 +237,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     settings["init"] = args.init and fingerprint(args.init)
     data = load_digits(args.data, "train") if args.tuning > 0 else None
     settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
-    state_file = folder / "state.pt"
-    refuse_others(state_file, [folder / "model.safetensors"])
+    state_file, path = folder / "state.pt", folder / "model.safetensors"
+    refuse_others(state_file, [path])
     needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
     state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
     timesteps = list(steps_of(config, diffusion).t)
@@ -285,13 +285,14 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, step, history)
     began = min(clock.share(), 0.99)  # the paths have taken these of the minutes
-    if args.minutes:
-        log.bar.total = None
 
     def came():
         return (clock.share() - began) / (1 - began) if args.minutes else step / args.steps
 
-    last = came() >= 1
+    def export():
+        save_model(path, ema.network(net.config, device).half(), diffusion, settings | {"teacher": args.teacher.name, "steps": step, "stage": stage["name"]})
+
+    last = came() >= 1 or is_flat(history, args.stop_when_flat)
     while not last:
         share = came()
         if stage["name"] == "supervised" and share >= 1 - args.tuning and args.tuning > 0:
@@ -302,8 +303,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
         rate = args.lr * (TUNED_BY if tuning else 1) * learning_rate(step - stage["began"], within, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        options = {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
-        n = args.batch_size
+        n, options = args.batch_size, {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
         if tuning:
             index = torch.randint(len(real[0]), (n,), **options)
             t, eps = torch.randint(times[0] + 1, (n,), **options), torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, **options)
@@ -340,10 +340,10 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [x.item() for x in recent], "settings": settings}
             with atomic_path(state_file) as temporary:
                 torch.save(content, temporary)
-            facts = {**settings, "teacher": args.teacher.name, "steps": step, "stage": stage["name"]}
-            save_model(folder / "model.safetensors", ema.network(net.config, device).half(), diffusion, facts)
+            export()
     log.close()
-    print(f"wrote {(path := folder / 'model.safetensors')} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+    export()  # also where nothing was left to learn: the run may have been killed between its last state and this
+    print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
 
 
 if __name__ == "__main__":

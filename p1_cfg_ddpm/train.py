@@ -151,8 +151,6 @@ def train(config, args, clock, folder, accelerator, dtype):
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {step}," if step else ""))
     log = Log(accelerator, folder, "training P1", args, step, history)
-    if args.minutes:
-        log.bar.total = None
     validate = Validation(len(held_out), (3, IMAGE_SIZE, IMAGE_SIZE), num_timesteps=diffusion.config.num_timesteps)
     steps_until = cumulative_density(diffusion, config, device)
 
@@ -165,7 +163,13 @@ def train(config, args, clock, folder, accelerator, dtype):
         x0, digit, domain = (part[index] for part in kept)
         return diffusion.loss(averaged, to_model(x0), digit, domain, t, eps, all_told)
 
-    last = came() >= 1
+    def export():
+        for number, length in enumerate(config.ema):  # half precision: half the size, no measurable difference
+            name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
+            facts = {**settings, "init": args.init and args.init.name, "ema": length, "steps": step, "images": len(data)}
+            save_model(folder / name, ema.network(net.config, device, number).half(), diffusion, facts)
+
+    last = came() >= 1 or is_flat(history, args.stop_when_flat)
     while not last:
         index, t, eps, drop = share(accelerator, *draw_batch(step, config, len(data), steps_until, device))
         seed_dropout(config.seed, step, accelerator.process_index)
@@ -201,12 +205,11 @@ def train(config, args, clock, folder, accelerator, dtype):
                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
             with atomic_path(state_file) as temporary:
                 torch.save(content, temporary)
-            for number, length in enumerate(config.ema):  # half precision: half the size, no measurable difference
-                name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
-                facts = {**settings, "init": args.init and args.init.name, "ema": length, "steps": step, "images": len(data)}
-                save_model(folder / name, ema.network(net.config, device, number).half(), diffusion, facts)
+            if not last:
+                export()
     log.close()
     if accelerator.is_main_process:
+        export()  # also where nothing was left to learn: the run may have been killed between its last state and this
         path = folder / "model.safetensors"
         print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
 

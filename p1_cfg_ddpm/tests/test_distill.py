@@ -133,6 +133,10 @@ def test_a_student_goes_on_from_another_ones_weights(monkeypatch, student, tiny_
     call(monkeypatch, distill, *settings, "--output", tmp_path / "run")
     ours, theirs = (load_model(path)[0].state_dict() for path in (tmp_path / "run" / "model.safetensors", student))
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").unlink()  # killed between its last state and its model
+    call(monkeypatch, distill, *settings, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
     with pytest.raises(UserError, match="does not fit the network"):
         call(monkeypatch, distill, *settings, "--init", tiny_checkpoint, "--output", tmp_path / "other")
 

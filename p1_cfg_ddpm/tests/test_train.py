@@ -43,6 +43,18 @@ def test_a_killed_run_ends_with_the_same_weights(command, one_thread, tmp_path):
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
 
 
+def test_a_run_that_has_ended_stays_as_it_is_and_is_made_whole(call, tmp_path):
+    """Stopped by itself, as nothing gets better at a rate of 0, and killed between its last state and its model."""
+    settings = [*SETTINGS, "--output", tmp_path, "--steps", 9, "--lr", 0, "--validate-every", 1, "--stop-when-flat", 1]
+    assert call(TRAIN, *settings)[0] == 0
+    before, model = (tmp_path / "state.pt").read_bytes(), (tmp_path / "model.safetensors").read_bytes()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    (tmp_path / "model.safetensors").unlink()
+    code, out, err = call(TRAIN, *settings)
+    assert code == 0 and "after 2 steps" in out, err
+    assert (tmp_path / "state.pt").read_bytes() == before and (tmp_path / "model.safetensors").read_bytes() == model
+
+
 def test_training_learns_and_samples_on_the_way(call, tmp_path):
     settings = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 32, "--steps", 150, "--sample-every", 150, "--warmup", 20, "--lr", "3e-3"]
     code, _, err = call(TRAIN, *settings, "--output", tmp_path / "run")
