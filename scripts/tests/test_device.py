@@ -16,7 +16,7 @@ from PIL import Image
 
 from p1_cfg_ddpm import device as devices
 from p1_cfg_ddpm.files import UserError
-from p1_cfg_ddpm.training import MuonAdamW, prepare, seed_dropout
+from p1_cfg_ddpm.training import MuonAdamW, orthogonalised, prepare, seed_dropout
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "hw2_data/mini/digits"
@@ -225,6 +225,16 @@ def test_the_number_format_is_one_that_the_card_computes_fast(card, capability, 
 
 
 # --- half precision and several processes ---
+
+@pytest.mark.parametrize("fast, expected", [(("bf16",), torch.bfloat16), (("bf16", "fp16"), torch.bfloat16), (("fp16",), torch.float32), ((), torch.float32)])
+def test_muon_computes_in_bf16_only_where_it_is_fast(monkeypatch, fast, expected):
+    """Elsewhere a processor takes twenty times as long, and Pascal refuses such products of many matrices."""
+    computed = []
+    monkeypatch.setattr(devices, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(torch, "baddbmm", lambda a, b, c, **factors: computed.append(b.dtype) or a)
+    orthogonalised(torch.randn(2, 3, 5))
+    assert set(computed) == {expected}
+
 
 def test_gradients_are_unscaled_once_and_an_overflow_stops_both_optimisers():
     """As accelerate does: unscale for clipping, then step through the scaler."""
