@@ -37,6 +37,9 @@ def what_is(path):
         tail = file.read()
     if not head.strip(b"\0"):
         return "", "empty" if not size else "nothing but zeros: its download or its disk failed"
+    # before all others: a header of 640 bytes begins as a pickle does, one of 19,280 as a zip archive
+    if size > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < HEADER:
+        return "safetensors", "a safetensors file"
     for signature, words in SIGNATURES.items():
         if head.startswith(signature):
             return "", words
@@ -44,10 +47,6 @@ def what_is(path):
         return kind_of_zip(path, tail)
     if head.startswith(LEGACY):
         return "legacy", "a file of torch.save before version 1.6"
-    if size > 8 and head[8:9] == b"{":  # before pickles: a header of 640 bytes begins as they do
-        length = struct.unpack("<Q", head[:8])[0]
-        if length < HEADER:
-            return "safetensors", "a safetensors file"
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "pickle", "a pickle"
     if head[257:262] == b"ustar":
@@ -264,10 +263,23 @@ def fill(module, state_dict, path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} as safetensors. metadata: {str: str}"""
+    """Writes {name: tensor} as safetensors; the same content is the same file. metadata: {str: str}"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+        sort_metadata(temporary)
+
+
+def sort_metadata(path):
+    """safetensors writes the metadata of a header in an order of chance, and results know what they were made of by its file's bytes."""
+    with open(path, "r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # as long as it was, for what lies behind it stays where it is
+            file.seek(8)
+            file.write(text)
 
 
 def save_weights(path, state_dict, metadata):

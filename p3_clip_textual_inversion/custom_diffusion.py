@@ -3,10 +3,9 @@
 import re
 
 import torch
-from safetensors.torch import save_file
 
-from .files import UserError, atomic_path
-from .tensors import check_numbers, read_tensors
+from .files import UserError
+from .tensors import check_numbers, read_tensors, save_tensors
 
 
 def projections(unet):
@@ -27,8 +26,7 @@ def set_weights(unet, weights):
 
 def save_weights(path, weights, metadata=None):
     """Only what changed, under diffusers' own names: `unet.load_state_dict(load_file(path), strict=False)` takes it."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata={"format": "pt", **(metadata or {})})
+    save_tensors(path, weights, metadata)
 
 
 def read_weights(path, unet):

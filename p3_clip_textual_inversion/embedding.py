@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from .files import ROOT, UserError, atomic_path
 from .formats.words import gather, read_words, word_files
 from .lora import ENDING, lora_file, read_lora
+from .tensors import save_tensors
 
 INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
 
@@ -143,8 +143,7 @@ def check_files(words):
 
 def save_embedding(path, word, rows, metadata=None):
     """One tensor, {word: [n, dim]} float32: what diffusers' load_textual_inversion and common web UIs read. metadata: {str: str}."""
-    with atomic_path(path) as temporary:
-        save_file({word: rows.detach().float().cpu().contiguous()}, temporary, metadata={"format": "pt", **(metadata or {})})
+    save_tensors(path, {word: rows.float()}, metadata)
 
 
 def read_embedding(path):

@@ -25,7 +25,7 @@ from p2_ddim import data as noises
 from p2_ddim import evaluate as faces
 from p2_ddim import files as files2
 from p2_ddim import model as unet
-from p3_clip_textual_inversion import clip, concepts, custom_diffusion, embedding, zero_shot
+from p3_clip_textual_inversion import clip, concepts, custom_diffusion, embedding, tensors, zero_shot
 from p3_clip_textual_inversion import files as files3
 from p3_clip_textual_inversion.formats import checkpoint, identity, words
 
@@ -232,3 +232,23 @@ def test_a_reader_that_runs_code_would_be_seen(paths):
     MARK.clear()
     pickle.loads(paths["a pickle of code"].read_bytes())
     assert MARK == ["run"]
+
+
+@pytest.mark.parametrize("length, begins", [(640, b"\x80\x02"), (19_280, b"PK"), (35_615, b"\x1f\x8b")])
+def test_a_safetensors_file_is_one_whatever_its_length_begins_as(tmp_path, length, begins):
+    """As a pickle, a zip archive, a gzip archive."""
+    (tmp_path / "a").write_bytes(save(TENSORS))
+    own, = struct.unpack("<Q", (tmp_path / "a").read_bytes()[:8])
+    text, data = (tmp_path / "a").read_bytes()[8:8 + own], (tmp_path / "a").read_bytes()[8 + own:]
+    (tmp_path / "a").write_bytes(struct.pack("<Q", length) + text.ljust(length) + data)
+    assert (tmp_path / "a").read_bytes().startswith(begins)
+    assert torch.equal(checkpoint.read_checkpoint(tmp_path / "a")["a.weight"], TENSORS["a.weight"])
+
+
+def test_the_same_content_is_the_same_file(tmp_path):
+    """Results know what they were made of by its bytes; safetensors itself writes these names in an order of chance."""
+    facts = {"model": "wörd", "lr": "0.1", "words": "<new1>\n\x7f\x01", "a": '"', "steps": "3"}
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for path in files:
+        tensors.save_tensors(path, TENSORS, facts)
+    assert len({path.read_bytes() for path in files}) == 1 and tensors.read_safetensors(files[0])[1] == {"format": "pt", **facts}
