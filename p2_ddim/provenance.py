@@ -22,7 +22,7 @@ from PIL import Image
 from .files import UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
 from .pictures import SETTINGS, read_picture, save_image
 
-RECORD = ".hw2-made-by.json"
+RECORD = f".hw2-made-by-{__package__}.json"  # of this problem alone: another one may have the same folder
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,20 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
     """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
 
     What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
-    them that are not among the new ones are then removed, as they would be mixed with them. where: for the record: device, files, ... alike(what is a
-    picture's own): neighbours for which it differs are never in one batch. again: those that are there will be drawn again, too."""
+    them that are not among the new ones are then removed, as they would be mixed with them. Those of another problem, or of a folder within that has its own
+    record, are left alone. where: for the record: device, files, ... alike(what is a picture's own): neighbours for which it differs are never in one batch.
+    again: those that are there will be drawn again, too."""
     folder, made = Path(folder), made.as_json()
     pictures = json.loads(json.dumps(pictures, default=str))
     record = read_record(folder)
-    there, stale = set(), []
+    there, stale, folders = set(), [], {(folder / name).parent for name in pictures}
     for path in sorted(path for path in folder.rglob("*.png") if not path.name.startswith(".")):
         name, found = path.relative_to(folder).as_posix(), read_made(path)
         if found is None:
             if name in pictures and path.stat().st_size:
                 raise UserError(f"{path} was not drawn by this project, or is damaged, and is not overwritten; move it away, or choose another folder")
+        elif path.parent not in folders and (found["program"] != made["program"] or is_apart(path, folder)):
+            continue
         elif core(found) != core(made) or (name in pictures and found["of"] != pictures[name]):
             if not overwrite:
                 changed = differences(core(found), core(made)) + differences(found["of"], pictures.get(name, found["of"]))
@@ -120,6 +123,11 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
         if path.relative_to(folder).as_posix() not in pictures:
             path.unlink()
     return set() if overwrite else there
+
+
+def is_apart(path, folder):
+    """Whether a file lies in a folder within `folder` that has a record of its own."""
+    return any((within / RECORD).is_file() for within in path.parents if within != folder and within.is_relative_to(folder))
 
 
 def batches_with(missing, names, batch_size, alike=None):

@@ -16,7 +16,6 @@ from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import MINI, lock
 from p1_cfg_ddpm.model import SIZES, save_model
 from p1_cfg_ddpm.model import UNet as DigitUNet
-from p1_cfg_ddpm.provenance import RECORD
 from p2_ddim.model import UNet, UNetConfig
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.tests.conftest import tiny_clip, tiny_sd  # noqa: F401
@@ -121,6 +120,28 @@ def test_results_of_two_makings_are_not_mixed(call, places, tmp_path, package):
     assert code == 0 and contents(out, problem.names) == second, err
 
 
+def test_problems_and_folders_within_do_not_stand_in_each_others_way(call, places, tmp_path):
+    """One OUT for all three, and one for P1 in it: nothing is refused, nor removed by --overwrite, and each problem knows its own."""
+    out = tmp_path / "out"
+
+    def draw(package, folder, *flags):
+        code, _, err = call(package, "inference", *(folder if part == "OUT" else part for part in places[package].draw), *flags)
+        assert code == 0, err
+
+    def others():
+        return {path: path.read_bytes() for path in out.rglob("*.png") if path.relative_to(out).as_posix() not in places[P1].names}
+
+    for package, folder in ((P1, out), (P1, out / "within"), (P2, out), (P3, out)):
+        draw(package, folder)
+    before = others()
+    assert len(before) == sum(len(problem.names) for problem in places.values())
+    draw(P1, out, "--overwrite", "--seed", 1)
+    assert others() == before
+    for package, problem in places.items():
+        made = importlib.import_module(f"{package}.provenance").check_made(out, [out / name for name in problem.names])
+        assert made["program"] == f"{package}.inference" and made["settings"]["seed"] == (package == P1)
+
+
 @pytest.mark.parametrize("package", [P1, P2, P3])
 def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package):
     """In the batch that it was drawn in; and over no file of the user's."""
@@ -132,7 +153,7 @@ def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package)
 
     def batches(*flags):
         assert call(package, "inference", *(tmp_path / "out" if part == "OUT" else part for part in problem.draw), *flags)[0] == 0
-        return json.loads((tmp_path / "out" / RECORD).read_text())["batches"]
+        return json.loads((tmp_path / "out" / importlib.import_module(f"{package}.provenance").RECORD).read_text())["batches"]
 
     picture.unlink()
     assert batches() == [problem.names] and picture.read_bytes() == again.read_bytes()
