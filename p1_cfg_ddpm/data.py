@@ -73,12 +73,12 @@ def load_domain(folder, split, domain, cache):
     names, labels = read_csv(folder / f"{split}.csv")
     paths = [folder / "data" / name for name in names]
     digest = hashlib.sha256()
-    for path, label in zip(paths, labels):
+    for name, path, label in zip(names, paths, labels):
         try:
             stat = path.stat()
         except OSError:
             raise UserError(f"{folder / f'{split}.csv'} names {path.name}, but {path} does not exist") from None
-        digest.update(f"{path}:{label}:{stat.st_size}:{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(f"{name}:{label}:{stat.st_size}:{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     cached = cache / f"{folder.name}_{split}_{digest.hexdigest()[:16]}.npy"
     try:
         check_file(cached)

@@ -21,6 +21,7 @@ SIGNATURES = {b"version https://git-lfs": "a Git LFS pointer, not the file itsel
              b"Rar!": "a RAR archive: unpack it",
               b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture", b"RIFF": "a picture or a sound", b"%PDF": "a PDF document",
               b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF model, which is quantised", b"\x89HDF": "an HDF5 file (Keras)"}
+PARAMETERS = "torch.nn.modules.container.ParameterDict"
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "unet",
           "ema", "model_ema", "ema_model", "ema_state_dict", "params_ema")
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", "diffusion_model.", "ema_model.")
@@ -108,7 +109,8 @@ def unpickle(path, kind, foreign):
     """torch's reader of weights, which builds tensors and plain containers only."""
     inert = []
     if foreign and kind != "legacy":  # whose classes torch cannot list
-        inert = [(type("Inert", (Inert,), {}), name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+        inert = [(Parameters if name == PARAMETERS else type("Inert", (Inert,), {}), name)
+                 for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
     with torch.serialization.safe_globals(inert):
         if kind == "torch" and foreign and path.suffix != ".safetensors":  # a large file: what is not used is not read
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -127,6 +129,13 @@ class Inert:
 
     def __setstate__(self, _):
         pass
+
+
+class Parameters(dict):
+    """Stands in for torch's ParameterDict, a module, in which the authors' code of textual inversion saves its words."""
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
 
 
 def reason(error):

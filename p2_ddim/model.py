@@ -29,9 +29,9 @@ class UNetConfig:
 
     @property
     def groups(self):
-        """Of every GroupNorm: 32, as the course's network has, but at least four channels each. Alone in its group, a channel would lose its
-        mean, and the network the image's overall colour."""
-        return min(32, self.widths[0] // 4)
+        """Of every GroupNorm: 32, as the course's network has, but at least four channels each, and as many as all widths are multiples of. Alone in its
+        group, a channel would lose its mean, and the network the image's overall colour."""
+        return math.gcd(min(32, self.widths[0] // 4), *self.widths)
 
 
 class TimeEmbedding(nn.Module):

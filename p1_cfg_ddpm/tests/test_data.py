@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,15 @@ def test_reads_the_course_layout(folder):
     assert data.digit.tolist() == [7, 0, 9] * 2 and data.domain.tolist() == [0] * 3 + [1] * 3
     assert data.images[:, 0, 0, 0].tolist() == [10, 50, 90] * 2
     assert load_digits(folder, "train", ("svhn",)).domain.tolist() == [1] * 3
+
+
+def test_the_cache_is_found_again_however_the_folder_is_called(folder, monkeypatch):
+    load_digits(folder, "train")
+    before = sorted((folder / ".cache").iterdir())
+    monkeypatch.chdir(folder.parent)
+    for other in (Path(folder.name), folder.parent / "." / folder.name / ".." / folder.name):
+        load_digits(other, "train")
+    assert sorted((folder / ".cache").iterdir()) == before
 
 
 def test_the_cache_gives_the_same_and_notices_changes(folder):

@@ -18,7 +18,7 @@ def random_unet(config, seed=0):
     return UNet(config).eval()
 
 
-@pytest.mark.parametrize("config", [MINI, UNetConfig((32, 32, 64), (), 2), UNetConfig((64, 32), (0, 1), 3)])
+@pytest.mark.parametrize("config", [MINI, UNetConfig((32, 32, 64), (), 2), UNetConfig((64, 32), (0, 1), 3), UNetConfig((96, 128), (), 1)])
 def test_agrees_with_diffusers(config):
     model = random_unet(config)
     x, t = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([981, 7])

@@ -21,6 +21,7 @@ KINDS = {  # name of the file: (content, what --embeddings says, the word's rows
     "e.pth": ({"tokens": "<new1>", "embeddings": {"<new1>": ROW}}, "folder", ROW),
     "webui.pt": ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.nn.Parameter(ROWS)}, "name": "new1", "step": 3, "sd_checkpoint": None},
                  "folder", ROWS),
+    "new1.ckpt": ({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(ROWS)})}, "folder", ROWS),
     "f.pt": ({"string_to_token": {"*": 265}, "string_to_param": {"*": ROW}}, "named", ROW),
     "new1.safetensors": ({"emb_params": ROWS}, "folder", ROWS), "g.safetensors": ({"emb_params": ROWS}, "named", ROWS),
     "h.safetensors": ({"<new1>": ROW.half()}, "folder", ROW), "i.pt": ({"<new1>": ROW, "<new2>": ROWS}, "folder", ROW),
