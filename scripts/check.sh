@@ -2,5 +2,5 @@
 # Checks in seconds what a commit should not break: style, shared files, maps, README's tables, links.  (--help)
 set -euo pipefail
 setup_flags=--dev
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/check.py" "$@"

@@ -2,5 +2,5 @@
 # Sets up, then opens a page to play with, on this machine alone and without internet:  demo.sh   (--help lists the flags)
 set -euo pipefail
 setup_flags=--demo
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/demo.py" "$@"

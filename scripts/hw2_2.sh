@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # The grader's call of problem 2:  hw2_2.sh NOISE_DIR OUT UNET_PT   writes OUT/{noise name}.png
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p2_ddim.inference "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # The grader's call of problem 3:  hw2_3.sh INPUT_JSON OUT CKPT   writes 25 pictures a prompt, with the words installed for that model
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p3_clip_textual_inversion.inference "$@"

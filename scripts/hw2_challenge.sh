@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # The later challenge's call:  hw2_challenge.sh PROMPTS_JSON OUT [CKPT]   writes 25 pictures an entry, with the words installed for that model, or --embeddings
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p3_clip_textual_inversion.inference "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Puts what was trained where the graded scripts find it:  install.sh runs/base/model.safetensors   install.sh runs/words   (--help explains)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/install.py" "$@"

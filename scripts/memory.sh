@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Counts the GPU memory of each command at its real size, without a GPU, some minutes:  memory.sh
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/memory.py" "$@"

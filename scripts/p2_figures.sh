@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Draws the report's figures of P2:  p2_figures.sh   (--help lists the flags)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p2_ddim.figures "$@"

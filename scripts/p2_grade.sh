@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Grades faces against references:  p2_grade.sh OUT GT   (--help lists the flags)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p2_ddim.evaluate "$@"

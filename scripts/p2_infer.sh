@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Draws one face per noise file:  p2_infer.sh NOISE_DIR OUT CKPT   (--help lists the flags)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p2_ddim.inference "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # CLIP zero-shot classification:  p3_clip.sh [--data DIR] [--output DIR] [--model NAME --pretrained TAG]   (--help lists the flags)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p3_clip_textual_inversion.zero_shot "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Loads and runs a full-size Stable Diffusion v1 of random weights from one .ckpt:  p3_fullsize.sh FILE.ckpt   (--help lists the flags)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 exec "$python" "$scripts/run.py" p3_clip_textual_inversion.experiments.fullsize "$@"

@@ -2,5 +2,5 @@
 # Makes the virtual environment (.venv, or the folder in $VENV), installs the requirements, and prints the interpreter that has them.
 set -euo pipefail
 setup_flags="$*"  # --dev: also what the tests and the miniature's builders need; --demo: also what demo.sh needs
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 echo "$python"

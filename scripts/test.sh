@@ -2,7 +2,7 @@
 # Sets up, then checks the style and runs the tests, a file at a time on each core. Arguments go to pytest:  test.sh -k ddim;  test.sh -n 0 --pdb
 set -euo pipefail
 setup_flags=--dev
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")")/env.sh"
 cd "${scripts%/*}"
 "$python" -m ruff check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # each core has a process of its own
