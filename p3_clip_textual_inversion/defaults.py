@@ -4,7 +4,6 @@ Which row a model gets is decided by what it is (`row_of`), not by where it lies
 model; those of Stable Diffusion are the published ones named beside them, or follow from the time and memory that a drawing has (scripts/hw2_3.sh).
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,17 +146,20 @@ def input_of(path, own):
     return path or own
 
 
+def of_model(group, name):
+    """"(default: ...)", as --help tells a default that is the model's: what each row of the table has of that name in a group."""
+    return "(default: " + ", ".join(f"{row.name} {getattr(getattr(row, group), name)}" for row in ROWS) + ")"
+
+
 def add_argument(parser, group, flag, help, **options):
-    """Adds a flag whose default is the model's: what each row of the table has in a group is told by --help, and put in by `fill_in`."""
-    name = flag.strip("-").replace("-", "_")
-    told = ", ".join(f"{row.name} {getattr(getattr(row, group), name)}" for row in ROWS)
-    parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} (default: {told})", **options)
+    """Adds a flag whose default is the model's, which `fill_in` puts in."""
+    parser.add_argument(flag, default=None, help=f"{help} {of_model(group, flag.strip('-').replace('-', '_'))}", **options)
 
 
 def fill_in(args, group):
-    """Gives parsed arguments the values of a row's group that no flag has set. Returns a line that tells all of the group that are numbers or names."""
-    given = {name for name in vars(group) if name in args}
-    for name, value in vars(group).items():
-        vars(args).setdefault(name, value)
+    """Gives parsed arguments the values of a row's group that no flag has set (which are None). Returns a line that tells all of the group that are numbers
+    or names."""
+    given = {name for name in vars(group) if getattr(args, name, None) is not None}
+    vars(args).update((name, value) for name, value in vars(group).items() if name not in given)
     return ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}{' (by flag)' if name in given else ''}"
                      for name, value in vars(group).items() if isinstance(value, (int, float, str)))

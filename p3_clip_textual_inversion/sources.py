@@ -54,50 +54,50 @@ def draw_batch(sources, scaling, batch_size, generator):
     return *draw_noise(means, deviations, scaling, generator), [caption for _, _, caption in picked]
 
 
-def make_held(parts, concepts, args, row, side):
+def make_held(parts, concepts, config, row, side):
     """A `Source` of crops that nothing is learned from, each with its caption: what tells how well a word does."""
     squares, captions = [], []
     for concept in concepts:
-        rng, folder = np.random.default_rng([args.seed, 1]), concept.folder
+        rng, folder = np.random.default_rng([config.seed, 1]), concept.folder
         pictures = read_pictures(folder)[0]
         own = read_captions(folder, pictures, concept.token)
-        texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, args.kind)]]
+        texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, config.kind)]]
         squares += [varied(picture, side, 2 + HELD, rng)[2:] for picture in pictures.values()]
         captions += [texts[i // HELD if own else i % len(texts)] for i in range(HELD * len(pictures))]
-    counts = {concept.token: args.vectors for concept in concepts}
+    counts = {concept.token: config.vectors for concept in concepts}
     return encode(parts, torch.cat(squares), [expand(text, counts) for text in captions], paired=True)
 
 
-def make_sources(parts, concepts, args, row, side, config):
+def make_sources(parts, concepts, config, row, side, drawing):
     """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if weights learn.
 
-    row: the model's `Defaults`, for captions and ordinary things."""
-    counts = {concept.token: args.vectors for concept in concepts}
+    config: train.py's `TrainConfig`; row: the model's `Defaults`, for captions and ordinary things; drawing: `DrawConfig` of the latter."""
+    counts = {concept.token: config.vectors for concept in concepts}
     sources, subjects = [], []
     for concept in concepts:
-        rng, folder, kind = np.random.default_rng(args.seed), concept.folder, kind_of(concept, args.kind)
+        rng, folder, kind = np.random.default_rng(config.seed), concept.folder, kind_of(concept, config.kind)
         pictures, skipped = read_pictures(folder)
         if skipped:
             print(f"note: left out what is no picture: {', '.join(skipped)}")
-        squares = torch.cat([varied(picture, side, args.crops, rng) for picture in pictures.values()])
+        squares = torch.cat([varied(picture, side, config.crops, rng) for picture in pictures.values()])
         own = read_captions(folder, pictures, concept.token)
-        captions = [text for text in own for _ in range(args.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
+        captions = [text for text in own for _ in range(config.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]
         captions = [expand(text, counts) for text in captions]
         check_lengths(parts, captions, counts)
         sources.append(encode(parts, squares, captions, paired=bool(own)))
         if kind == "object":
             subjects.append((concept, squares))
-    if args.joint:
+    if config.joint:
         for left, ours in subjects:
             for right, theirs in subjects:  # also of one twice: regional guidance asks for that (places.py)
                 caption = expand(f"a {left.token} next to a {right.token}", counts)
                 check_lengths(parts, [caption], counts)
                 sources.append(encode(parts, side_by_side(ours, theirs), [caption]))
-    if (args.custom_diffusion or args.lora) and args.prior:
+    if (config.custom_diffusion or config.lora) and config.prior:
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
-        captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(args.prior)]
-        with progress(total=args.prior, unit="picture", desc="drawing ordinary pictures") as bar:
-            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(args.prior)], config, progress=bar)))
+        captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(config.prior)]
+        with progress(total=config.prior, unit="picture", desc="drawing ordinary pictures") as bar:
+            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(config.prior)], drawing, progress=bar)))
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch
     return sources

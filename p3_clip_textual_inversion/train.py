@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from .concepts import concepts_of, kind_of, refuse_examples
 from .custom_diffusion import projections, save_weights, weights_of
 from .data import read_captions
-from .defaults import ROWS, add_argument, fill_in, input_of, row_of
+from .defaults import fill_in, input_of, of_model, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .formats.identity import identify, weights_fingerprint
@@ -35,9 +36,10 @@ from .pictures import read_pictures, save_image
 from .provenance import HelpFormatter
 from .sources import draw_batch, make_held, make_sources
 from .training import (
-    WATCHING,
     Log,
     add_arguments,
+    add_settings,
+    configured,
     first_line_of,
     fitting,
     guarded,
@@ -47,14 +49,64 @@ from .training import (
     prepare,
     refuse_nonfinite,
     refuse_others,
+    setting,
     share,
 )
 
 LOG_EVERY = 20
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
 VALIDATIONS = 15  # how often in a run
-FREE_TO_CHANGE = ("output", "save_every", "sample_every", "concepts", "input", "checkpoint", "weights", *WATCHING)  # between a run and its continuation
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What decides a word, beside its pictures and the model. `UserError` for what no training can be.
+
+    Where no flag says otherwise (None), `parse_args` puts in what the model's row of defaults.py has."""
+
+    kind: str = setting("auto", "which captions to train with; auto: style where each prompt has 'style of'", choices=["auto", "object", "style"])
+    vectors: int = setting(None, f"per word {of_model('learning', 'vectors')}", type=int)
+    init: str = setting("src_image", "words to start from; src_image: those of input.json; noise: none")
+    steps: int = setting(None, f"optimiser steps {of_model('learning', 'steps')}", type=int)
+    batch_size: int = setting(None, f"latents per step, over all processes together {of_model('learning', 'batch_size')}", type=int)
+    accumulate: int = setting(1, "batches per step, where memory has no place for a large one")
+    lr: float = setting(None, f"peak learning rate of AdamW {of_model('learning', 'lr')}", type=float)
+    decay: float = setting(0.5, "last share of the steps, over which the learning rate falls to zero")
+    norm: str = setting("keep", "keep each vector as long as the word it started from, or let it grow", choices=["keep", "free"])
+    pull: float | None = setting(None, "share of the way back to the initial words that the whole run goes, its steps as their --lr: less of the concept, more "
+                                 f"of the rest; without the flag 0 for an object and for a style the model's {of_model('learning', 'style_pull')}", type=float)
+    min_snr_gamma: float = setting(None, "min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; 0: all alike "
+                                   + of_model("learning", "min_snr_gamma"), type=float)
+    joint: bool = setting(False, "learn all concepts in one run, also from pictures of two side by side")
+    custom_diffusion: bool = setting(False, "also learn the key and value projections of the cross-attentions")
+    lr_projections: float = setting(None, f"peak learning rate of those {of_model('learning', 'lr_projections')}", type=float)
+    lora: int = setting(0, "also learn weights of low rank in the cross-attentions, and for as many --steps as they need; without the flag the word "
+                        f"alone, without RANK the model's {of_model('low_rank', 'lora')}", type=int, nargs="?", metavar="RANK")
+    lr_lora: float = setting(None, f"peak learning rate of those {of_model('low_rank', 'lr_lora')}", type=float)
+    pivot: float = setting(None, f"share of the steps in which the word learns alone, before those do {of_model('low_rank', 'pivot')}", type=float)
+    hold: float = setting(None, "share of what ordinary captions say that those do not hear, which keeps ordinary prompts; 0: they hear all "
+                          + of_model("low_rank", "hold"), type=float)
+    prior: int = setting(None, f"ordinary pictures that hold projections or low-rank weights in place; 0 for none {of_model('learning', 'prior')}", type=int)
+    crops: int = setting(8, "variations of each picture: crops up to 15 %% closer, half of them flipped")
+    side: int | None = setting(None, "of the pictures, in pixels (default: the model's own)", type=int)
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self):
+        check_flags(self, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "lr_projections"),
+                    lambda value: 0 < value < math.inf, "a number above 0")
+        check_flags(self, ("min_snr_gamma", "prior"), lambda value: 0 <= value < math.inf, "a number from 0")
+        for flag, most in MOST.items():
+            check_flags(self, (flag,), lambda value, most=most: value <= most, f"at most {most}")
+        check_flags(self, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
+        check_flags(self, ("side",), lambda value: value is None or value >= 1, "at least 1")
+        if self.lora and self.custom_diffusion:
+            raise UserError("--lora and --custom-diffusion both change the cross-attentions; give one of them")
+        if self.lora:
+            check_flags(self, ("lora", "lr_lora"), lambda value: 0 < value < math.inf, "a number above 0")
+            check_flags(self, ("pivot", "hold"), lambda value: 0 <= value < 1, "from 0 to below 1")
+        if not 0 <= self.seed < 10**12:
+            raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {self.seed}")
 
 
 def fingerprint(folders):
@@ -76,51 +128,53 @@ def on_cpu(snapshots):
     return {at: rows.clone() for at, rows in zip(snapshots, torch.stack(list(snapshots.values())).cpu())}
 
 
-def learn(concepts, args, row, model_id, accelerator, dtype):
-    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT. row: the model's `Defaults`; model_id: its name."""
+def learn(concepts, config, args, row, model_id, accelerator, dtype):
+    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT.
+
+    config: `TrainConfig`; args: where it all is, and what is seen on the way; row: the model's `Defaults`; model_id: its name."""
     numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
     folder = writable_folder(args.output / numbers)
     results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE and (name != "lora" or value)}
-    kinds = [kind_of(concept, args.kind) for concept in concepts]
-    pull = args.pull
+    kinds = [kind_of(concept, config.kind) for concept in concepts]
+    pull = config.pull
     if pull is None:
         pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
-    settings |= {"pull": pull, "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts),
-                 "kinds": ", ".join(kinds),
-                 "pictures": fingerprint([concept.folder for concept in concepts]), "model": model_id, "weights": args.weights}
+    settings = asdict(config) | {
+        "pull": pull, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing, "model": model_id, "weights": args.weights,
+        "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts), "kinds": ", ".join(kinds),
+        "pictures": fingerprint([concept.folder for concept in concepts])}
     beside = [lora_file(path) for path in results.values()]
     refuse_others(folder / "state.pt", [*results.values(), *beside])
     needed = ("step", "history", "recent", "trained", "best")
     state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None
-    if state and state["step"] >= args.steps and all(path.exists() for path in [*results.values(), *(beside if args.lora else ())]):
+    if state and state["step"] >= config.steps and all(path.exists() for path in [*results.values(), *(beside if config.lora else ())]):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
     accelerator.free_memory()  # of the concept before, whose model it would keep
     device = accelerator.device
     parts = load_stable_diffusion(args.checkpoint, device, dtype)
-    side = args.side or parts.side
+    side = config.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
-    config = DrawConfig(num_steps=20, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
-    generator = torch.Generator().manual_seed(args.seed)
-    rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(args.init, args.init), args.vectors, generator)
+    drawing = DrawConfig(num_steps=20, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(config.init, config.init), config.vectors, generator)
             for concept in concepts}
     learned = add_words(parts, rows)
-    sources, held = make_sources(parts, concepts, args, row, side, config), make_held(parts, concepts, args, row, side)
+    sources, held = make_sources(parts, concepts, config, row, side, drawing), make_held(parts, concepts, config, row, side)
     if not args.sample_every:
         parts.vae.to("cpu")  # no longer needed
     if args.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
         parts.unet.train()  # diffusers checkpoints in training mode only; there is no dropout
     trained = {"rows": learned.rows}
-    if args.custom_diffusion:
+    if config.custom_diffusion:
         for name, module in projections(parts.unet).items():
             trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
-    if args.lora:
-        weights = add_lora(parts.unet, args.lora, args.seed)
+    if config.lora:
+        weights = add_lora(parts.unet, config.lora, config.seed)
         trained |= weights
-        free = free_directions(parts, row.templates["object"], args.hold)
+        free = free_directions(parts, row.templates["object"], config.hold)
     initial = learned.rows.detach().clone()
     lengths = initial.norm(dim=1, keepdim=True)
     step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().clone()}
@@ -132,10 +186,10 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
             recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}]
-    groups += [{"params": others, "share": (args.lr_lora if args.lora else args.lr_projections) / args.lr}] if others else []
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    loss_of = Loss(parts, args.min_snr_gamma or None)
-    best = Best(loss_of, parts, held, accelerator, args.batch_size, state["best"] if state else None)
+    groups += [{"params": others, "share": (config.lr_lora if config.lora else config.lr_projections) / config.lr}] if others else []
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
+    loss_of = Loss(parts, config.min_snr_gamma or None)
+    best = Best(loss_of, parts, held, accelerator, config.batch_size, state["best"] if state else None)
     model, optimizer = accelerator.prepare(loss_of, optimizer)
     if state:
         with fitting(folder / "state.pt"):
@@ -147,17 +201,17 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
 
     first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
                                       f"from {sum(len(source.means) for source in sources)} latents,")
-    shown = [expand(row.templates[kind_of(c, args.kind)][-1].format(c.token), {c.token: args.vectors}) for c in concepts]
-    strengths = [min(1, (args.steps - at) / max(args.decay * args.steps, 1)) for at in range(args.steps)]  # of learning and of the pull alike
-    every = max(args.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
+    shown = [expand(row.templates[kind_of(c, config.kind)][-1].format(c.token), {c.token: config.vectors}) for c in concepts]
+    strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
+    every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
     log = Log(accelerator, folder, f"learning {words}", args, step, history)
-    while step < args.steps and not is_flat(history, args.stop_when_flat):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
+    while step < config.steps and not is_flat(history, args.stop_when_flat):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
         for group in optimizer.param_groups:
-            waits = args.lora and group is not optimizer.param_groups[0] and step < args.pivot * args.steps
-            group["lr"] = 0.0 if waits else group["share"] * args.lr * strengths[step]
-        for _ in range(args.accumulate):
-            x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, args.batch_size, generator))
+            waits = config.lora and group is not optimizer.param_groups[0] and step < config.pivot * config.steps
+            group["lr"] = 0.0 if waits else group["share"] * config.lr * strengths[step]
+        for _ in range(config.accumulate):
+            x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, config.batch_size, generator))
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     loss = model(x0, t, eps, *loss_of.ids(texts))
@@ -165,25 +219,25 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
                 optimizer.step()
                 optimizer.zero_grad()
             recent.append(accelerator.reduce(loss.detach(), "mean"))
-        if args.lora:
+        if config.lora:
             keep_free(weights, free)
         with torch.no_grad():
             learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
-            if args.norm == "keep":
+            if config.norm == "keep":
                 learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
         step += 1
         log.bar.update()
-        validating = every and (step % every == 0 or step == args.steps)
-        if step % LOG_EVERY == 0 or step == args.steps or validating:
+        validating = every and (step % every == 0 or step == config.steps)
+        if step % LOG_EVERY == 0 or step == config.steps or validating:
             refuse_nonfinite(step, recent, folder / "state.pt")
-            numbers = {"loss": torch.stack(recent).mean().item(), "lr": args.lr * strengths[step - 1], "norm": learned.rows.norm(dim=1).mean().item()}
+            numbers = {"loss": torch.stack(recent).mean().item(), "lr": config.lr * strengths[step - 1], "norm": learned.rows.norm(dim=1).mean().item()}
             log.add(step, **numbers, **(best.update(step, trained) if validating else {}))
             recent = []
-        last = step == args.steps or is_flat(history, args.stop_when_flat)
-        if step % max(args.steps // 10, 1) == 0 or last:
+        last = step == config.steps or is_flat(history, args.stop_when_flat)
+        if step % max(config.steps // 10, 1) == 0 or last:
             snapshots[step] = learned.rows.detach().clone()
         if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), config))
+            pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
             save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")
@@ -202,53 +256,26 @@ def learn(concepts, args, row, model_id, accelerator, dtype):
         write_json(folder / "validation.json", {"kept_step": best.step, "losses": best.losses})
         with atomic_path(folder / "snapshots.safetensors") as temporary:
             save_file({f"{at:06d}": tensor for at, tensor in on_cpu(snapshots).items()}, temporary, metadata={"words": words})
-        metadata = {name: str(value) for name, value in settings.items()}
-        for path in beside if args.lora else ():  # what learned together is beside each word
+        metadata = {name: str(value) for name, value in settings.items() if value is not None}
+        for path in beside if config.lora else ():  # what learned together is beside each word
             save_lora(path, weights, metadata)
             save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
-        for concept, part in zip(concepts, learned.rows.detach().split(args.vectors)):
+        for concept, part in zip(concepts, learned.rows.detach().split(config.vectors)):
             save_embedding(results[concept.token], concept.token, part, metadata)
-        if args.custom_diffusion:
+        if config.custom_diffusion:
             save_weights(folder / "projections.safetensors", weights_of(parts.unet), metadata)
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
 
 
 def parse_args():
-    """(arguments, the model's `Defaults`, its name, a line that tells them)"""
+    """(`TrainConfig`, all arguments, the model's `Defaults`, its name, a line that tells them)"""
     parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON",
                         help="the concepts, pictures in 0/, 1/, ... beside it, or in concept_image/ (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=Path("runs/p3"), help="folder for the embeddings and, by concept, their runs")
     parser.add_argument("--concepts", nargs="+", default=None, metavar="NAME", help="which of the concepts, by the names of their folders (default: all)")
-    parser.add_argument("--kind", choices=["auto", "object", "style"], default="auto",
-                        help="which captions to train with; auto: style where each prompt has 'style of'")
-    add_argument(parser, "learning", "--vectors", "per word", type=int)
-    parser.add_argument("--init", default="src_image", help="words to start from; src_image: those of input.json; noise: none")
-    add_argument(parser, "learning", "--steps", "optimiser steps", type=int)
-    add_argument(parser, "learning", "--batch-size", "latents per step, over all processes together", type=int)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per step, where memory has no place for a large one")
-    add_argument(parser, "learning", "--lr", "peak learning rate of AdamW", type=float)
-    parser.add_argument("--decay", type=float, default=0.5, help="last share of the steps, over which the learning rate falls to zero")
-    parser.add_argument("--norm", choices=["keep", "free"], default="keep", help="keep each vector as long as the word it started from, or let it grow")
-    parser.add_argument("--pull", type=float, default=None, help="share of the way back to the initial words that the whole run goes, its steps as their "
-                        "--lr: less of the concept, more of the rest (default: 0 for an object; for a style "
-                        + ", ".join(f"{row.name} {row.learning.style_pull}" for row in ROWS) + ")")
-    add_argument(parser, "learning", "--min-snr-gamma", "min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; 0: all alike",
-                 type=float)
-    parser.add_argument("--joint", action="store_true", help="learn all concepts in one run, also from pictures of two side by side")
-    parser.add_argument("--custom-diffusion", action="store_true", help="also learn the key and value projections of the cross-attentions")
-    add_argument(parser, "learning", "--lr-projections", "peak learning rate of those", type=float)
-    add_argument(parser, "low_rank", "--lora", "also learn weights of low rank in the cross-attentions, and for as many --steps as they need; without the flag "
-                 "the word alone, without RANK the model's", type=int, nargs="?", metavar="RANK")
-    add_argument(parser, "low_rank", "--lr-lora", "peak learning rate of those", type=float)
-    add_argument(parser, "low_rank", "--pivot", "share of the steps in which the word learns alone, before those do", type=float)
-    add_argument(parser, "low_rank", "--hold", "share of what ordinary captions say that those do not hear, which keeps ordinary prompts; 0: they "
-                 "hear all", type=float)
-    add_argument(parser, "learning", "--prior", "ordinary pictures that hold projections or low-rank weights in place; 0 for none", type=int)
-    parser.add_argument("--crops", type=int, default=8, help="variations of each picture: crops up to 15 %% closer, half of them flipped")
-    parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    add_settings(parser, TrainConfig)
     add_arguments(parser, validate_every=None)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
@@ -257,45 +284,33 @@ def parse_args():
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
-    group = vars(row.learning) | (vars(row.low_rank) if vars(args).get("lora", 0) != 0 else {"lora": 0})
-    if vars(args).get("lora", 0) is None:  # the flag alone
-        del args.lora
-    told, name = fill_in(args, SimpleNamespace(**group)), model_name(row, identity)
+    told = fill_in(args, row.learning if args.lora == 0 else SimpleNamespace(**vars(row.learning) | vars(row.low_rank)))
+    name = model_name(row, identity)
     args.input, args.weights = input_of(args.input, row.input), weights_fingerprint(args.checkpoint)
-    check_flags(args, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "save_every", "lr_projections"),
-                lambda value: 0 < value < math.inf, "a number above 0")
-    check_flags(args, ("min_snr_gamma", "prior", "sample_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
-    for flag, most in MOST.items():
-        check_flags(args, (flag,), lambda value, most=most: value <= most, f"at most {most}")
-    check_flags(args, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
-    check_flags(args, ("side", "validate_every"), lambda value: value is None or value >= 1, "at least 1")
-    if args.lora and args.custom_diffusion:
-        raise UserError("--lora and --custom-diffusion both change the cross-attentions; give one of them")
-    if args.lora:
-        check_flags(args, ("lora", "lr_lora"), lambda value: 0 < value < math.inf, "a number above 0")
-        check_flags(args, ("pivot", "hold"), lambda value: 0 <= value < 1, "from 0 to below 1")
-    if not 0 <= args.seed < 10**12:
-        raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {args.seed}")
-    return args, row, name, f"{row.name} ({name}), {args.side or identity.side} pixels: {told}"
+    config = configured(TrainConfig, args)
+    check_flags(args, ("save_every",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("sample_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
+    check_flags(args, ("validate_every",), lambda value: value is None or value >= 1, "at least 1")
+    return config, args, row, name, f"{row.name} ({name}), {config.side or identity.side} pixels: {told}"
 
 
 def main():
-    args, row, name, told = parse_args()
+    config, args, row, name, told = parse_args()
     concepts = concepts_of(args.input, args.concepts)
     check_files([concept.token for concept in concepts])
     refuse_examples(args.output, args.input, concepts)
     for concept in concepts:  # before any long work starts
         writable_file(file_of(args.output, concept.token))  # a long token's name may be too long for a file
         read_captions(concept.folder, read_pictures(concept.folder)[0], concept.token)
-    accelerator, dtype = prepare(args, args.output, args.accumulate)
-    accelerator.print(told + "".join(f"\n{c.token} ({kind_of(c, args.kind)}) begins as {c.src_image!r}" for c in concepts if args.init == "src_image"))
+    accelerator, dtype = prepare(args, args.output, config.accumulate)
+    accelerator.print(told + "".join(f"\n{c.token} ({kind_of(c, config.kind)}) begins as {c.src_image!r}" for c in concepts if config.init == "src_image"))
     started = time.perf_counter()
-    groups = [concepts] if args.joint else [[concept] for concept in concepts]
+    groups = [concepts] if config.joint else [[concept] for concept in concepts]
     with held(accelerator, args.output), guarded(ADVICE):
         for group in groups:
-            learn(group, args, row, name, accelerator, dtype)
+            learn(group, config, args, row, name, accelerator, dtype)
     flag = ""
-    if args.custom_diffusion:
+    if config.custom_diffusion:
         one = args.output / "+".join(concept.number for concept in concepts) / "projections.safetensors"
         flag = f" --projections {one}" if len(groups) == 1 else " --projections FILE, of one of the concepts' folders"
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"

@@ -186,8 +186,8 @@ def parse_args():
 def main():
     args = parse_args()
     config, device, args.row, model = settings_of(args)
-    fill_in(args, args.row.several)
     args.input = input_of(args.input, args.row.several.input)
+    fill_in(args, args.row.several)
     concepts = read_concepts(args.input)
     if all(kind_of(concept) == "style" for concept in concepts):
         raise UserError(f"{args.input} has no subject, only styles; several concepts in one picture need one")

@@ -228,6 +228,11 @@ def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call,
     monkeypatch.setattr(diffusion, "loss", loss)
     code, _, err = call(f"{PACKAGE}.train", *arguments, "--crops=3")
     assert code == 1 and "belongs to a run with other settings (crops 2 is now 3)" in err
+    state = torch.load(run / "0" / "state.pt", weights_only=True)  # as it was written before settings that are not in use were told, too
+    state["settings"] = {name: value for name, value in state["settings"].items() if name not in vars(MINIATURE.low_rank) or name == "steps"}
+    torch.save(state | {"settings": state["settings"] | {"style_pull": 0.3}}, run / "0" / "state.pt")
+    code, _, err = call(f"{PACKAGE}.train", *arguments, "--lora=2")
+    assert code == 1 and "belongs to a run with other settings (lora 0 is now 2)" in err
     code, _, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 0 and torch.load(run / "0" / "state.pt", weights_only=True)["step"] == 4, err
     Image.new("RGB", (70, 80), "red").save(concepts_json.parent / "0" / "1.png")
