@@ -18,6 +18,7 @@ from .device import autocast
 from .files import MINI, UserError, check_file, existing_file, first_line, read_json
 from .formats import hugging_face, open_clip_folder
 from .formats.checkpoint import read_checkpoint, read_torchscript
+from .formats.identity import where_it_lies
 from .pictures import read_picture
 from .tensors import fill, is_finite, what_is
 
@@ -91,7 +92,7 @@ def check_clip(name, pretrained=None):
     if known not in open_clip.list_models():
         close = difflib.get_close_matches(known, open_clip.list_models(), 3, 0.3)
         raise UserError(f"no such CLIP: {name} is neither a folder with open_clip_config.json or config.json, nor a file, nor a model of open_clip "
-                        f"({', '.join(close)}, ...){where_to_get(name)}")
+                        f"({', '.join(close)}, ...){where_it_lies(path) or where_to_get(name)}")
     tags = open_clip.list_pretrained_tags_by_model(known)
     if not pretrained:
         raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}{where_to_get(name)}")

@@ -46,10 +46,16 @@ def check_checkpoint(source):
     """A `UserError` for what is neither a file, nor a folder of Stable Diffusion, nor like a name on the hub."""
     path = Path(source)
     if os.path.isdir(path) and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json")
+        raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json{where_it_lies(path)}")
     if not os.path.lexists(path) and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
         raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, "
                         "owner/model; bash scripts/download_weights.sh fetches sd-v1-4.ckpt")
+
+
+def where_it_lies(folder):
+    """What an error adds for a model's folder in the cache of the hub's library, which has its files further down."""
+    snapshots = [path for path in Path(folder).glob("snapshots/*") if path.is_dir()]
+    return f"; give {max(snapshots, key=os.path.getmtime)}, where the hub's cache has it" if snapshots else ""
 
 
 def identify(source):
@@ -76,9 +82,12 @@ def identify(source):
 
 
 def weights_fingerprint(source):
-    """16 digits of all that a checkpoint draws with: a finetuning that leaves alone what `identify` reads is another model all the same."""
+    """16 digits of all that a checkpoint draws with: a finetuning that leaves alone what `identify` reads is another model all the same. Of a name on the
+    hub, which may get other weights, those of UNet and text encoder."""
     path = Path(source)
     parts = [part for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler") if os.path.isdir(part := path / name)] or [path]
+    if not os.path.lexists(path):
+        parts = [part_file(source, part, names) for _, part, _, names in (TOKEN_TABLE, FIRST_CONVOLUTION)]
     files = [file for part in parts for file in (sorted(part.rglob("*")) if os.path.isdir(part) else [part]) if os.path.isfile(file)]
     if sum(os.path.getsize(file) for file in files) < LARGE:
         return content_fingerprint(*parts)

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion import embedding
+from p3_clip_textual_inversion.clip import check_clip
 from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, row_of
 from p3_clip_textual_inversion.embedding import check_models, find_words, install, installed_folder, model_name, models_of, read_embedding, save_embedding
 from p3_clip_textual_inversion.evaluate import judge_of
@@ -52,23 +53,35 @@ def test_a_model_is_known_in_every_form_and_place(tiny_sd, tmp_path):
     assert identify(longer).words != known.words and identify(longer).unet == known.unet
 
 
-def test_a_name_on_the_hub_is_known_by_its_files(tiny_sd, monkeypatch):
+def test_a_name_on_the_hub_is_known_by_its_files(tiny_sd, tmp_path, monkeypatch):
     class Absent(identity.huggingface_hub.errors.EntryNotFoundError):
         def __init__(self, name):
             Exception.__init__(self, f"404: {name}")
 
     def answer(repository, name):
-        if not (tiny_sd / name).is_file():
+        if not (there / name).is_file():
             raise Absent(name)
         asked.append((repository, name))
-        return str(tiny_sd / name)
+        return str(there / name)
 
-    asked = []
+    asked, there = [], shutil.copytree(tiny_sd, tmp_path / "sd")
     monkeypatch.setattr(identity.huggingface_hub, "hf_hub_download", answer)
     assert identify("owner/model") == identify(tiny_sd) and {repository for repository, _ in asked} == {"owner/model"}
+    before, weights = weights_fingerprint("owner/model"), there / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)  # the same name has got other weights
+    assert weights_fingerprint("owner/model") != before
     monkeypatch.setattr(identity.huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(UserError, match=r"cannot load Stable Diffusion from owner/model: no network; without internet, give a file or a folder$"):
         identify("owner/model")
+
+
+def test_a_folder_of_the_hubs_cache_is_told_where_its_files_lie(tmp_path):
+    """What people find as ~/.cache/huggingface/hub/models--CompVis--stable-diffusion-v1-4."""
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    for check in (identify, check_clip):
+        with pytest.raises(UserError, match=re.escape(f"; give {snapshot}, where the hub's cache has it")):
+            check(snapshot.parent.parent)
 
 
 def test_of_a_large_file_little_is_read(tmp_path, monkeypatch):
