@@ -16,6 +16,7 @@ from ..tensors import what_is
 from .checkpoint import read_checkpoint
 from .memo import Memo, cache_folder
 
+FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".zip", ".part")  # what ends so is no name on the hub, which may have dots too
 TEXT_PREFIX = "cond_stage_model.transformer."
 CONFIGS = Path(__file__).parent.parent / "sd_v1"  # of a file in the original layout, which carries none
 LARGE = 100_000_000  # bytes, which take a twentieth of a second; what there is more of is read again only when it is another file
@@ -47,7 +48,7 @@ def check_checkpoint(source):
     path = Path(source)
     if os.path.isdir(path) and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is not a folder of Stable Diffusion: it has no model_index.json{where_it_lies(path)}")
-    if not os.path.lexists(path) and (path.is_absolute() or str(source).startswith(".") or path.suffix or str(source).count("/") != 1):
+    if not os.path.lexists(path) and (path.is_absolute() or str(source).startswith(".") or path.suffix.lower() in FILES or str(source).count("/") != 1):
         raise UserError(f"no such checkpoint: {source}; expected a file .ckpt or .safetensors, a folder with model_index.json, or a hub name, "
                         "owner/model; bash scripts/download_weights.sh fetches sd-v1-4.ckpt")
 

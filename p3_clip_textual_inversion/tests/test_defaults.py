@@ -67,6 +67,7 @@ def test_a_name_on_the_hub_is_known_by_its_files(tiny_sd, tmp_path, monkeypatch)
     asked, there = [], shutil.copytree(tiny_sd, tmp_path / "sd")
     monkeypatch.setattr(identity.huggingface_hub, "hf_hub_download", answer)
     assert identify("owner/model") == identify(tiny_sd) and {repository for repository, _ in asked} == {"owner/model"}
+    assert identify("owner/Model_V5.1_noVAE") == identify(tiny_sd)
     before, weights = weights_fingerprint("owner/model"), there / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)  # the same name has got other weights
     assert weights_fingerprint("owner/model") != before
