@@ -19,8 +19,8 @@ from .files import ROOT, UserError, check_flags, existing_file, run, writable_fi
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
 from .provenance import HelpFormatter, differences
+from .state import data_fingerprint
 from .tensors import fill, find_state_dict, load_weights, read_safetensors, read_tensors, save_weights, what_is
-from .training import data_fingerprint
 
 WEIGHTS = ROOT / "hw2_data" / "weights"  # where scripts/download_weights.sh puts what it fetches, the course's own classifiers under these names
 COURSE_FILES = {"mnistm": "Classifier.pth", "svhn": "resnet34_svhn.bin"}

@@ -38,23 +38,18 @@ from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_mod
 from .pictures import to_model
 from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
+from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
 from .tensors import fill, is_plain, load_weights, read_tensors
 from .train import Clock, PowerEMA, learning_rate
 from .training import (
     WATCHING,
     Log,
     add_arguments,
-    data_fingerprint,
     first_line_of,
-    fitting,
     guarded,
-    held,
     is_flat,
-    load_state,
     make_optimizer,
     prepare,
-    refuse_nonfinite,
-    refuse_others,
 )
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
@@ -254,13 +249,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     student, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
     step, history, recent, stage = 0, [], [], {"name": "supervised", "began": 0}
     if state:
-        with fitting(state_file):
-            net.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            step, history, recent, stage = state["step"], state["history"], [torch.tensor(x, device=device) for x in state["recent"]], state["stage"]
+        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
+        stage = state["stage"]
     if args.compile:
         compile_blocks(net, Block)
         compile_blocks(teacher, Block)
@@ -336,10 +326,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             last = last or is_flat(history, args.stop_when_flat)
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*net.parameters(), *ema.averages[0].values()], state_file)
-            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history, "stage": stage,
-                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [x.item() for x in recent], "settings": settings}
-            with atomic_path(state_file) as temporary:
-                torch.save(content, temporary)
+            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer, stage=stage)
             export()
     log.close()
     export()  # also where nothing was left to learn: the run may have been killed between its last state and this

@@ -22,8 +22,8 @@ from .files import run, writable_file
 from .model import BUNDLED
 from .pictures import to_model
 from .provenance import HelpFormatter
+from .state import data_fingerprint
 from .tensors import fill, load_weights, save_weights
-from .training import data_fingerprint
 
 
 def convolution(in_channels, out_channels, stride=1):

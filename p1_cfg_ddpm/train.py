@@ -19,11 +19,12 @@ from PIL import Image
 from .data import default_data, load_digits
 from .device import compile_blocks
 from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
-from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .files import UserError, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, dpmpp_2m, finish, trailing
+from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
 from .tensors import fill, load_weights
 from .training import (
     WATCHING,
@@ -32,17 +33,11 @@ from .training import (
     add_arguments,
     add_settings,
     configured,
-    data_fingerprint,
     first_line_of,
-    fitting,
     guarded,
-    held,
     is_flat,
-    load_state,
     make_optimizer,
     prepare,
-    refuse_nonfinite,
-    refuse_others,
     seed_dropout,
     setting,
     share,
@@ -138,13 +133,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     model, optimizer = accelerator.prepare(net, make_optimizer(net, config.lr, config.weight_decay, (0.9, 0.99), edges=("stem", "head")))
     step, history, recent = 0, [], []
     if state:
-        with fitting(state_file):
-            net.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
+        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
     if args.compile:
         compile_blocks(net, Block)
 
@@ -201,10 +190,7 @@ def train(config, args, clock, folder, accelerator, dtype):
             save_image(sample_grid(ema.network(net.config, device), diffusion, device, config.seed), folder / f"samples_{step:06d}.png")
         if accelerator.is_main_process and (step % args.save_every == 0 or last):
             refuse_nonfinite(step, [*recent, *net.parameters(), *ema.averages[0].values()], state_file)
-            content = {"model": net.state_dict(), "ema": ema.averages, "optimizer": optimizer.state_dict(), "step": step, "history": history,
-                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
-            with atomic_path(state_file) as temporary:
-                torch.save(content, temporary)
+            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer)
             if not last:
                 export()
     log.close()
@@ -282,6 +268,9 @@ class PowerEMA:
         net = UNet(config)
         net.load_state_dict(self.averages[number])
         return net.to(device=device, memory_format=torch.channels_last).eval()
+
+    def state_dict(self):
+        return self.averages
 
     def load_state_dict(self, averages):
         for own, saved in zip(self.averages, averages, strict=True):

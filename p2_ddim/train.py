@@ -21,6 +21,7 @@ from .model import Block, UNet, UNetConfig, load_unet
 from .pictures import save_image
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, finish
+from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
 from .training import (
     WATCHING,
     Log,
@@ -29,19 +30,13 @@ from .training import (
     add_settings,
     averaged_copy,
     configured,
-    data_fingerprint,
     ema_update,
     first_line_of,
-    fitting,
     guarded,
-    held,
     is_flat,
     learning_rate,
-    load_state,
     make_optimizer,
     prepare,
-    refuse_nonfinite,
-    refuse_others,
     seed_dropout,
     setting,
     share,
@@ -147,13 +142,7 @@ def train(config, args, folder, accelerator, dtype):
     model, optimizer = accelerator.prepare(net, optimizer)
     step, history, recent = 0, [], []
     if state:
-        with fitting(state_file):
-            net.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            step, history, recent = state["step"], state["history"], [torch.tensor(loss, device=device) for loss in state["recent"]]
+        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
 
     if args.compile:
         compile_blocks(net, Block)
@@ -195,11 +184,7 @@ def train(config, args, folder, accelerator, dtype):
             save_image(sample_grid(ema, config, device, dtype), folder / f"samples_{step:06d}.png")
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*recent, *net.parameters(), *ema.parameters()], state_file)
-            content = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history,
-                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "recent": [loss.item() for loss in recent], "settings": settings}
-            if accelerator.is_main_process:
-                with atomic_path(state_file) as temporary:
-                    torch.save(content, temporary)
+            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer)
     log.close()
     if accelerator.is_main_process:
         path = folder / "UNet.pt"

@@ -35,20 +35,16 @@ from .objective import Best, Loss
 from .pictures import read_pictures, save_image
 from .provenance import HelpFormatter
 from .sources import draw_batch, make_held, make_sources
+from .state import fitting, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
 from .training import (
     Log,
     add_arguments,
     add_settings,
     configured,
     first_line_of,
-    fitting,
     guarded,
-    held,
     is_flat,
-    load_state,
     prepare,
-    refuse_nonfinite,
-    refuse_others,
     setting,
     share,
 )
@@ -182,8 +178,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
         with fitting(folder / "state.pt"):
             for name, parameter in trained.items():
                 parameter.data.copy_(state["trained"][name])
-            step, history, snapshots = state["step"], state["history"], {at: rows.to(device) for at, rows in state["snapshots"].items()}
-            recent = [torch.tensor(loss, device=device) for loss in state["recent"]]
+            snapshots = {at: rows.to(device) for at, rows in state["snapshots"].items()}
     others = [parameter for name, parameter in trained.items() if name != "rows"]
     groups = [{"params": [learned.rows], "share": 1.0}]
     groups += [{"params": others, "share": (config.lr_lora if config.lora else config.lr_projections) / config.lr}] if others else []
@@ -192,10 +187,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
     best = Best(loss_of, parts, held, accelerator, config.batch_size, state["best"] if state else None)
     model, optimizer = accelerator.prepare(loss_of, optimizer)
     if state:
-        with fitting(folder / "state.pt"):
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(state["scaler"])
+        step, history, recent = restore(folder / "state.pt", state, accelerator, optimizer=optimizer)
     else:
         best.update(0, trained)
 
@@ -241,12 +233,8 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
             save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")
-            content = {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "step": step,
-                       "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "history": history, "recent": [loss.item() for loss in recent],
-                       "snapshots": on_cpu(snapshots), "best": {"losses": best.losses, "kept": best.kept}, "settings": settings}
-            if accelerator.is_main_process:
-                with atomic_path(folder / "state.pt") as temporary:
-                    torch.save(content, temporary)
+            save_state(folder / "state.pt", accelerator, settings, step, history, recent, trained={name: p.detach() for name, p in trained.items()},
+                       optimizer=optimizer, snapshots=on_cpu(snapshots), best={"losses": best.losses, "kept": best.kept})
     log.close(last=False)
     for name, parameter in trained.items():
         parameter.data.copy_(best.kept[name])

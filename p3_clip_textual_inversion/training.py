@@ -1,24 +1,21 @@
-"""What the trainings have in common: machine and processes, optimiser, averaged weights, state, validation, and how a run is watched. The same file in the
-three folders. The loops stand in the train.py files; everything random in them is a function of (seed, step)."""
+"""What the trainings have in common: settings, machine and processes, optimiser, averaged weights, validation, and how a run is watched (what it leaves to go
+on from: state.py). The same file in the three folders. The loops stand in the train.py files; everything random in them is a function of (seed, step)."""
 
 import copy
 import csv
-import hashlib
 import importlib.util
 import math
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import field, fields
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pick_device, pick_dtype, progress, use_tf32
-from .files import UserError, atomic_path, lock
-from .tensors import read_tensors
+from .files import UserError, atomic_path
 
 WATCHING = ("device", "validate_every", "stop_when_flat", "report_to", "defaults")  # flags that a run may change and still be the same run
 MOST_ITEMS = 1_000_000  # of a batch: more would end in the system's killing the process, not in an error
@@ -208,70 +205,6 @@ def ema_update(averaged, net, step, decay):
     """averaged <- d averaged + (1 - d) net after step 0, 1, ...: d is `decay`, and less in the first steps, so that the random start is soon forgotten."""
     d = min(decay, (1 + step) / (10 + step)) if step else 0.0
     get_ema_multi_avg_fn(d)(list(averaged.parameters()), list(net.parameters()), None)
-
-
-# --- state ---
-
-@contextmanager
-def held(accelerator, folder):
-    """Holds a run's folder while it trains: a second run into it says who has it. (Of several processes the main one writes.)"""
-    with lock(folder) if accelerator.is_main_process else nullcontext():
-        yield
-
-
-def refuse_others(state_file, results):
-    """A `UserError` where results are there without the state of their run: they are another's, and are not overwritten."""
-    there = [path for path in results if os.path.lexists(path)]
-    if there and not state_file.exists():
-        raise UserError(f"{there[0]} is there without its run's state ({state_file}) and is not overwritten; choose another --output, or move it away")
-
-
-def data_fingerprint(*arrays):
-    """16 digits of what a run learns from, by which other data are told from the same."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_state(path, settings, needed=("step", "history", "recent"), steps=None, defaults=None, row=dict):
-    """The state that a run of these settings saved; another run's, half a one, or one that is beyond `steps` already, is refused.
-
-    row: what the rows of its history are. defaults: of the flags; what a flag was that did not exist when the state was written (None: it depends on others,
-    and is not held against it)."""
-    state = read_tensors(path, "training state")
-    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-        raise UserError(f"{path} is not a training state of this script; choose another --output")
-    before = {name: value for name, value in (defaults or {}).items() if value is not None} | state["settings"]
-    changed = [f"{name} {before[name]} is now {value}" for name, value in settings.items() if name in before and before[name] != value]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
-    missing = [name for name in needed if name not in state]
-    whole = not missing and isinstance(state["history"], list) and all(
-        isinstance(line, row) and all(isinstance(value, (int, float)) for value in (line.values() if row is dict else line)) for line in state["history"])
-    if not whole or type(state["step"]) is not int or state["step"] < 0:
-        raise UserError(f"{path} is damaged: it has no usable {', '.join(missing) or 'step and history'}; choose another --output")
-    if steps is not None and state["step"] > steps:
-        raise UserError(f"{path} is at step {state['step']} already, beyond --steps {steps}; choose another --output")
-    return state
-
-
-@contextmanager
-def fitting(path):
-    """Around the filling of networks and optimisers from a state: what does not fit becomes one line."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()
-        raise UserError(f"{path} does not fit this training ({' '.join(text)[:200]}); choose another --output") from None
-
-
-def refuse_nonfinite(step, numbers, path):
-    """A `UserError` where the loss or a weight, of tensors of any shape, is not finite: before a state of it takes the place of the good one at `path`."""
-    norms = torch.stack([torch.linalg.vector_norm(tensor.detach().float()) for tensor in numbers])
-    if not norms.isfinite().all():
-        kept = f"; the last good state is kept in {path}" if path.exists() else ""
-        raise UserError(f"the loss or the weights are not finite at step {step}; try a smaller --lr, or --dtype fp32, and another --output{kept}")
 
 
 # --- how a training is watched ---

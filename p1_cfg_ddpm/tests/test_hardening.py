@@ -17,7 +17,7 @@ from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS, load_model
-from p1_cfg_ddpm.train import load_state
+from p1_cfg_ddpm.state import load_state
 
 from .tools import check_crowded_and_killed, quick
 

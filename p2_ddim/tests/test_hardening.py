@@ -13,7 +13,7 @@ from p2_ddim.evaluate import read_pairs
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
 from p2_ddim.pictures import read_picture
-from p2_ddim.train import load_state
+from p2_ddim.state import load_state
 
 from .tools import check_crowded_and_killed, quick
 

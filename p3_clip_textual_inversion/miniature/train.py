@@ -17,21 +17,19 @@ from pathlib import Path
 
 import torch
 
-from ..files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
+from ..files import UserError, check_flags, fingerprint, lock, run, writable_folder
 from ..provenance import HelpFormatter
+from ..state import load_state, refuse_nonfinite, restore, save_state
 from ..training import (
     Log,
     add_arguments,
     averaged_copy,
     ema_update,
     first_line_of,
-    fitting,
     guarded,
     is_flat,
-    load_state,
     make_optimizer,
     prepare,
-    refuse_nonfinite,
 )
 from .models import PARTS, through
 from .world import Drawings
@@ -93,7 +91,7 @@ def train(args, folder):
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["made_of"] = fingerprint(args.drawings, *(path for path in (args.clip, args.vae) if path))
     state_file = folder / "state.pt"
-    state = load_state(state_file, settings) if state_file.exists() else None
+    state = load_state(state_file, settings, ("step", "history", "recent", "model", "averaged", "optimizer", "gone")) if state_file.exists() else None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # the shapes stay
     if device.type == "cpu":  # over so few tokens the fused attention's backward pass takes six to ten times as long in bf16 as the plain one's
@@ -101,19 +99,14 @@ def train(args, folder):
     part = PARTS[args.part](args, Drawings(args.drawings, device), device)
     net = part.model.to(device).train()
     averaged, optimizer = averaged_copy(net), accelerator.prepare(make_optimizer(net, args.lr, part.weight_decay, (0.9, 0.98)))
-    step, history, gone = 0, [], 0.0  # gone: seconds of training before
+    step, history, recent, gone = 0, [], [], 0.0  # gone: seconds of training before
     if state:
-        with fitting(state_file):
-            net.load_state_dict(state["model"])
-            averaged.load_state_dict(state["averaged"])
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            step, history, gone = state["step"], state["history"], state["gone"]
+        step, history, recent = restore(state_file, state, accelerator, model=net, averaged=averaged, optimizer=optimizer)
+        gone = state["gone"]
     model, part.through = (torch.compile(net), torch.compile(through)) if args.compile else (net, through)
     first_line_of(accelerator, dtype, f"{args.part}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters,"
                                       + (f" going on at step {step}," if step else ""))
-    log, recent = Log(accelerator, folder, f"training {args.part}", args, step, history), []
+    log = Log(accelerator, folder, f"training {args.part}", args, step, history)
     started = saved = time.perf_counter()
     keep = sorted(share for share in args.keep if share > progress_of(step, gone, args))
     with guarded("lower --batch-size"):
@@ -152,10 +145,8 @@ def train(args, folder):
             flat = is_flat(history, args.stop_when_flat)
             if now - saved >= args.save_every or done >= 1 or flat:
                 refuse_nonfinite(step, list(net.parameters()), state_file)
-                with atomic_path(state_file) as temporary:
-                    torch.save({"model": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                "scaler": accelerator.scaler and accelerator.scaler.state_dict(), "history": history, "recent": [],
-                                "gone": gone + now - started, "settings": settings}, temporary)
+                save_state(state_file, accelerator, settings, step, history, recent, model=net, averaged=averaged, optimizer=optimizer,
+                           gone=gone + now - started)
                 part.export(averaged, folder)
                 saved = time.perf_counter()
             if flat:

@@ -27,7 +27,7 @@ from p3_clip_textual_inversion.inference import DrawConfig
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import SAMPLERS, leading
-from p3_clip_textual_inversion.training import load_state
+from p3_clip_textual_inversion.state import load_state
 
 from .tools import check_crowded_and_killed, check_same, quick
 

@@ -10,7 +10,7 @@ import torch
 from p3_clip_textual_inversion.data import read_captions
 from p3_clip_textual_inversion.files import LOCK, UserError
 from p3_clip_textual_inversion.model import check_schedule, variant
-from p3_clip_textual_inversion.training import data_fingerprint, held, load_state, refuse_others
+from p3_clip_textual_inversion.state import data_fingerprint, held, load_state, refuse_others
 
 NAMES, TEXTS = ["00.jpg", "01.png"], ["a <new1>", "two <new1>"]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from p1_cfg_ddpm import classifier, model, training
+from p1_cfg_ddpm import classifier, model, state
 from p1_cfg_ddpm import data as digits
 from p1_cfg_ddpm import files as files1
 from p1_cfg_ddpm import pictures as pictures1
@@ -175,7 +175,7 @@ READERS = {
     "P1 digit": digits.read_image,
     "P1 model": model.load_model,
     "P1 classifier": classifier.load_classifier,
-    "state": lambda path: training.load_state(path, {}),
+    "state": lambda path: state.load_state(path, {}),
     "P1 list of labels": digits.read_csv,
     "P2 network": unet.load_unet,
     "P2 noise": noises.read_noise,

@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
-SHARED = ("guard.py", "files.py", "tensors.py", "pictures.py", "provenance.py", "device.py", "estimate.py", "samplers.py", "training.py",
+SHARED = ("guard.py", "files.py", "tensors.py", "pictures.py", "provenance.py", "device.py", "estimate.py", "samplers.py", "training.py", "state.py",
           "tests/tools.py")
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
-from p1_cfg_ddpm import data, files, pictures, provenance, tensors, training
+from p1_cfg_ddpm import data, files, pictures, provenance, state, tensors
 from p3_clip_textual_inversion import custom_diffusion, model
 from p3_clip_textual_inversion import files as files3
 from p3_clip_textual_inversion.formats import checkpoint, hugging_face, identity, open_clip_folder, words
@@ -117,7 +117,7 @@ READERS = {  # what reads it, and a file that it takes
     "foreign tensors": (checkpoint.read_checkpoint, saved({"state_dict": {"a": torch.ones(2)}, "callbacks": (1, "x")})),
     "safetensors": (tensors.load_weights, save({"a": torch.ones(2)}, {"config": '{"b": 1}'})),
     "model": (identity.identify, save({"conv_in.weight": torch.ones(2)})),
-    "state": (lambda path: training.load_state(path, {"lr": 1}), saved(STATE)),
+    "state": (lambda path: state.load_state(path, {"lr": 1}), saved(STATE)),
     "word": (words.read_words, saved({"string_to_param": {"*": torch.ones(1, 8)}, "name": "a"})),
     "projections": (lambda path: custom_diffusion.read_weights(path, NETWORK), saved({"attn2.to_k.weight": torch.ones(2, 2)})),
     "npz of digits": (lambda path: data.load_archive(path, "train", ("svhn",)), numpy_bytes(np.savez_compressed, svhn_train=DIGITS, svhn_train_label=[1, 2])),
@@ -236,7 +236,7 @@ def test_a_torch_file_of_anything(tmp_path, content):
 
     path = tmp_path / "a.pt"
     path.write_bytes(saved(content))
-    for read in (load_classifier, read_noise, load_unet, checkpoint.read_checkpoint, words.read_words, lambda path: training.load_state(path, {"lr": 1}),
+    for read in (load_classifier, read_noise, load_unet, checkpoint.read_checkpoint, words.read_words, lambda path: state.load_state(path, {"lr": 1}),
                  lambda path: custom_diffusion.read_weights(path, NETWORK), lambda path: words.gather([path], ["<new1>"], width=8)):
         with contextlib.suppress(UserError2):
             answer(read, path)
