@@ -143,7 +143,8 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
     refuse_others(folder / "state.pt", [*results.values(), *beside])
     needed = ("step", "history", "recent", "trained", "best")
     state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None
-    if state and state["step"] >= config.steps and all(path.exists() for path in [*results.values(), *(beside if config.lora else ())]):
+    projected = [folder / "projections.safetensors"] if config.custom_diffusion else []
+    if state and state["step"] >= config.steps and all(path.exists() for path in [*results.values(), *(beside if config.lora else ()), *projected]):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
@@ -248,10 +249,10 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
         for path in beside if config.lora else ():  # what learned together is beside each word
             save_lora(path, weights, metadata)
             save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
-        for concept, part in zip(concepts, learned.rows.detach().split(config.vectors)):
+        for path in projected:
+            save_weights(path, weights_of(parts.unet), metadata)
+        for concept, part in zip(concepts, learned.rows.detach().split(config.vectors)):  # last: where these are, the rest is
             save_embedding(results[concept.token], concept.token, part, metadata)
-        if config.custom_diffusion:
-            save_weights(folder / "projections.safetensors", weights_of(parts.unet), metadata)
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
 
 

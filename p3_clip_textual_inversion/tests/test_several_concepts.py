@@ -39,6 +39,9 @@ def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, con
     set_weights(parts.unet, read_weights(tmp_path / "0+1" / "projections.safetensors", parts.unet))
     assert torch.equal(parts.unet.state_dict()[next(iter(after))], after[next(iter(after))])
     assert all(torch.equal(parts.unet.state_dict()[name], tensor) for name, tensor in everything_else.items())
+    written = (tmp_path / "0+1" / "projections.safetensors").read_bytes()
+    (tmp_path / "0+1" / "projections.safetensors").unlink()  # killed before it was written
+    assert call(f"{PACKAGE}.train", *arguments)[0] == 0 and (tmp_path / "0+1" / "projections.safetensors").read_bytes() == written
 
 
 def test_projections_that_do_not_fit_are_named(tiny_sd, tmp_path):
