@@ -54,7 +54,7 @@ def read_noises(folder, read=read_noise):
     return noises
 
 
-def read_pairs(folder, num_steps):
+def read_noise_pairs(folder, num_steps):
     """({name: float64 [2, 3, H, W]}, {name: (lowest, highest) value of the picture}) of files that p2_invert made, for belm with this many steps.
 
     (None, {}) for a folder of plain noises."""

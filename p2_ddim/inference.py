@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import read_noises, read_pairs
+from .data import read_noise_pairs, read_noises
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
@@ -173,7 +173,7 @@ def main():
 
 def read_states(folder, config):
     """({name: noise, or for belm a pair of states}, {name: range of the picture}) of a folder."""
-    noises, ranges = read_pairs(folder, config.num_steps) if config.sampler == "belm" else (None, {})
+    noises, ranges = read_noise_pairs(folder, config.num_steps) if config.sampler == "belm" else (None, {})
     return noises or read_noises(folder), ranges
 
 

@@ -35,7 +35,7 @@ from .device import DTYPES, autocast, describe, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, read_json, run, writable_file, write_json
 from .guard import command as command_of
-from .inference import DrawConfig, draw
+from .inference import DrawConfig, generate
 from .model import load_stable_diffusion
 from .objective import Loss
 from .provenance import HelpFormatter
@@ -107,9 +107,9 @@ def zero_shot_speed(name, way, dtype, device, count):
 def drawing_speed(dtype, device):
     parts = load_stable_diffusion(device=device)
     config = DrawConfig(num_steps=25, guidance_weight=MINIATURE.drawing.guidance_weight, dtype=dtype, batch_size=8)
-    list(draw(parts, ["a fox"] * 8, list("abcdefgh"), replace(config, num_steps=2)))  # warm-up
+    list(generate(parts, ["a fox"] * 8, list("abcdefgh"), replace(config, num_steps=2)))  # warm-up
     started = time.perf_counter()
-    list(draw(parts, ["a fox"] * 8, list("abcdefgh"), config))
+    list(generate(parts, ["a fox"] * 8, list("abcdefgh"), config))
     return {"seconds_per_picture": (time.perf_counter() - started) / 8}
 
 

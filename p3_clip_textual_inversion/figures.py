@@ -20,7 +20,7 @@ from .defaults import input_of
 from .device import progress
 from .embedding import add_words, expand, nearest_words, read_embeddings
 from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
-from .inference import add_arguments, draw, load, settings_of
+from .inference import add_arguments, generate, load, settings_of
 from .model import MINI_SD
 from .pictures import chart, read_picture, save_image, sheet
 from .provenance import HelpFormatter
@@ -109,14 +109,14 @@ def draw_figures(args, config, device, concepts, vectors, runs, examples):
         words.append((f"examples of {concept.token}", examples[concept.number]))
         for prompt in concept.prompts:
             names = [f"{concept.token}/{prompt}/{i}" for i in range(5)]  # those of inference
-            words.append((prompt, [Image.fromarray(p) for p in draw(parts, [expand(prompt, counts)] * 5, names, config)]))
+            words.append((prompt, [Image.fromarray(p) for p in generate(parts, [expand(prompt, counts)] * 5, names, config)]))
         at = slice(first[concept.token], first[concept.token] + counts[concept.token])
         final = learned.rows.data[at].clone()
         shown = list(runs[concept.number][1])[::2]
         row = []
         for step in shown:
             learned.rows.data[at] = runs[concept.number][1][step].to(device)
-            row += [Image.fromarray(p) for p in draw(parts, [expand(concept.prompts[0], counts)], [f"{concept.token}/{concept.prompts[0]}/0"], config)]
+            row += [Image.fromarray(p) for p in generate(parts, [expand(concept.prompts[0], counts)], [f"{concept.token}/{concept.prompts[0]}/0"], config)]
         learned.rows.data[at] = final
         steps.append((f"{concept.prompts[0]}: after {', '.join(map(str, shown))} steps", row))
     save_image(sheet([row[:5] for _, row in words], titles=[title for title, _ in words], side=128), args.output / "p3_words.png")

@@ -91,18 +91,18 @@ def states(parts, cond, names, config, guided=Guided):
     return config.states(model, parts.alpha_bar, noise)
 
 
-def draw(parts, prompts, names, config=None, plans=None, progress=None):
+def generate(parts, prompts, names, config=None, plans=None, progress=None):
     """Yields a picture uint8 numpy [H, W, 3] for each prompt, from the noise of (config.seed, its name); the same whatever the batch size.
 
     prompts: with learned words already written out (embedding.expand), as in the negative prompt. plans: of `regions.plans_of`: none, no regions.
     progress: a tqdm that counts pictures. A batch that memory cannot hold is halved."""
-    for _, picture in draw_share(parts, prompts, names, config, plans, progress):
+    for _, picture in generate_share(parts, prompts, names, config, plans, progress):
         yield picture
 
 
 @torch.inference_mode()
-def draw_share(parts, prompts, names, config=None, plans=None, progress=None, share=(0, 1)):
-    """Yields (number of the prompt, picture) as `draw`, of one of several processes. share: (rank, processes): which whole batches are its own."""
+def generate_share(parts, prompts, names, config=None, plans=None, progress=None, share=(0, 1)):
+    """Yields (number of the prompt, picture) as `generate`, of one of several processes. share: (rank, processes): which whole batches are its own."""
     config, plans = config or DrawConfig(), plans or {}
     hidden = encoded(parts, [*prompts, *texts_of(plans)])
 
@@ -227,10 +227,10 @@ def main():
         for k in range(len(entry.prompts)):
             writable_folder((args.output / entry.picture(k, 0)).parent)
     with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
-        draw_all(args, config, device, model, entries, vectors, initials, started, share)
+        draw(args, config, device, model, entries, vectors, initials, started, share)
 
 
-def draw_all(args, config, device, model, entries, vectors, initials, started, share):
+def draw(args, config, device, model, entries, vectors, initials, started, share):
     """The grader's files, or this process's share of them: those that are not there yet, whole and made in this way. They are drawn in the batches that they
     would always be in: the last bits of a picture depend on those beside it."""
     jobs = {e.picture(k, i): (e, k, i) for e in entries for k in range(len(e.prompts)) for i in range(args.num_images)}
@@ -267,7 +267,7 @@ def draw_all(args, config, device, model, entries, vectors, initials, started, s
                 paths, texts, noises = zip(*run)
                 if loras:
                     added.use(added_to(own[paths[0]]))
-                for job, picture in draw_share(parts, texts, noises, config, plans, bar, share):
+                for job, picture in generate_share(parts, texts, noises, config, plans, bar, share):
                     if paths[job] in missing:
                         save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())
     print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"

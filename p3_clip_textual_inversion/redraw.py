@@ -12,8 +12,7 @@ from .embedding import expand, model_name
 from .files import UserError, fingerprint, note, run
 from .formats.identity import identify, weights_fingerprint
 from .formats.words import gather, own_words
-from .inference import DrawConfig, expanded, noise_name, prepare
-from .inference import draw as draw_pictures
+from .inference import DrawConfig, expanded, generate, noise_name, prepare
 from .lora import add_loras
 from .model import MINI_SD
 from .provenance import redraw
@@ -50,7 +49,7 @@ def draw(made, name, batch, where, args):
         batch = {other: own for other, own in batch.items() if own.get("lora") == batch[name]["lora"]}
     prompts, counts = expanded(batch, batch, vectors), {word: len(rows) for word, rows in vectors.items()}
     plans, config = plans_of(prompts, config, counts), replace(config, negative_prompt=expand(config.negative_prompt, counts))
-    pictures = draw_pictures(parts, prompts, [noise_name(own) for own in batch.values()], config, plans)
+    pictures = generate(parts, prompts, [noise_name(own) for own in batch.values()], config, plans)
     return dict(zip(batch, pictures))[name]
 
 

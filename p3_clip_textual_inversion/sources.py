@@ -9,7 +9,7 @@ from .concepts import kind_of
 from .data import read_captions, side_by_side, varied
 from .device import progress
 from .embedding import expand
-from .inference import check_lengths, draw
+from .inference import check_lengths, generate
 from .pictures import read_pictures
 
 HELD = 2  # crops of each example that are kept from learning
@@ -97,7 +97,7 @@ def make_sources(parts, concepts, config, row, side, drawing):
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(config.prior)]
         with progress(total=config.prior, unit="picture", desc="drawing ordinary pictures") as bar:
-            drawn = np.stack(list(draw(parts, captions, [f"prior/{i}" for i in range(config.prior)], drawing, progress=bar)))
+            drawn = np.stack(list(generate(parts, captions, [f"prior/{i}" for i in range(config.prior)], drawing, progress=bar)))
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
         sources += [ordinary] * len(sources)  # half of each batch
     return sources

@@ -28,7 +28,7 @@ from .defaults import fill_in, input_of, of_model, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .formats.identity import identify, weights_fingerprint
-from .inference import DrawConfig, draw
+from .inference import DrawConfig, generate
 from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
 from .model import MINI_SD, load_stable_diffusion
 from .objective import Best, Loss
@@ -230,7 +230,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
         if step % max(config.steps // 10, 1) == 0 or last:
             snapshots[step] = learned.rows.detach().clone()
         if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            pictures = list(draw(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
+            pictures = list(generate(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
             save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
         if step % args.save_every == 0 or last:
             refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")

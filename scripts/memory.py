@@ -128,10 +128,10 @@ def stable_diffusion(dtype, vae_dtype=torch.float32):
 
 
 def p3_infer(batch, dtype):
-    from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.inference import DrawConfig, generate
 
     parts = stable_diffusion(dtype, torch.float32 if dtype == torch.float32 else torch.float16)
-    list(draw(parts, ["a photo of a dog on a hill"] * batch, [str(i) for i in range(batch)], DrawConfig(num_steps=2, batch_size=batch, dtype=dtype)))
+    list(generate(parts, ["a photo of a dog on a hill"] * batch, [str(i) for i in range(batch)], DrawConfig(num_steps=2, batch_size=batch, dtype=dtype)))
 
 
 def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=("pictures", "step", "samples")):
@@ -139,7 +139,7 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=
     from p3_clip_textual_inversion.custom_diffusion import projections as projections_of
     from p3_clip_textual_inversion.defaults import SD_V1
     from p3_clip_textual_inversion.embedding import add_words
-    from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.inference import DrawConfig, generate
     from p3_clip_textual_inversion.lora import add_lora
     from p3_clip_textual_inversion.objective import Loss
     from p3_clip_textual_inversion.sources import encode
@@ -163,18 +163,18 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=
             x0, eps = (torch.randn(batch, 4, 64, 64, device=GPU) for _ in range(2))
             step(optimizer, dtype, loss, x0, torch.zeros(batch, dtype=torch.long, device=GPU), eps, *ids)
     if "samples" in only:
-        list(draw(parts, ["a <new1>"] * 4, list("abcd"), DrawConfig(num_steps=2, batch_size=4, dtype=dtype)))
+        list(generate(parts, ["a <new1>"] * 4, list("abcd"), DrawConfig(num_steps=2, batch_size=4, dtype=dtype)))
 
 
 def p3_several(batch, dtype):
     """The drawings of p3_several.sh, with CLIP beside them; its trainings are those of p3_train, in processes of their own."""
-    from p3_clip_textual_inversion.inference import DrawConfig, draw
+    from p3_clip_textual_inversion.inference import DrawConfig, generate
     from p3_clip_textual_inversion.regions import plans_of
 
     judge = clip("ViT-B-32")
     parts = stable_diffusion(torch.float32)
     config, prompt = DrawConfig(num_steps=2, batch_size=batch, dtype=dtype, regions="auto"), "a dog next to a cat"
-    list(draw(parts, [prompt] * batch, [str(i) for i in range(batch)], config, plans_of([prompt], config, {})))
+    list(generate(parts, [prompt] * batch, [str(i) for i in range(batch)], config, plans_of([prompt], config, {})))
     del judge
 
 

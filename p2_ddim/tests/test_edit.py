@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from p2_ddim import edit, inference
-from p2_ddim.data import MINI_DATA, read_noise, read_pairs
+from p2_ddim.data import MINI_DATA, read_noise, read_noise_pairs
 from p2_ddim.files import RESULTS, UserError
 from p2_ddim.inference import DrawConfig
 from p2_ddim.interpolation import mix, slerp
@@ -61,15 +61,15 @@ def test_what_is_no_pair_is_refused_in_one_line(call, files):
                    {"steps": torch.zeros(2)}):
         torch.save(whole | damage, files / "noises" / "0.pt")
         with pytest.raises(UserError, match="is not a file of p2_invert"):
-            read_pairs(files / "noises", 3)
+            read_noise_pairs(files / "noises", 3)
         with pytest.raises(UserError, match="is not a file of p2_invert"):
             read_noise(files / "noises" / "0.pt")
     torch.save(torch.zeros(1, 3, 16, 16), files / "noises" / "0.pt")
     with pytest.raises(UserError, match="mixes files of p2_invert with plain noises"):
-        read_pairs(files / "noises", 3)
+        read_noise_pairs(files / "noises", 3)
     for path in (files / "noises").glob("[12].pt"):
         path.unlink()
-    assert read_pairs(files / "noises", 3) == (None, {})  # plain noises: belm begins with DDIM's step
+    assert read_noise_pairs(files / "noises", 3) == (None, {})  # plain noises: belm begins with DDIM's step
     call(inference, files / "noises", files / "plain", files / "UNet.pt", "--sampler", "belm", "--steps", 3)
     assert (files / "plain" / "0.png").exists()
 

@@ -30,7 +30,7 @@ from ..embedding import add_words, expand, initial_rows
 from ..evaluate import add_judge_arguments, best_of, clip_scores, judge_of
 from ..files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
 from ..formats.words import gather
-from ..inference import add_arguments, draw, load, settings_of
+from ..inference import add_arguments, generate, load, settings_of
 from ..lora import add_loras, find_loras
 from ..measures import drift
 from ..model import MINI_SD
@@ -59,7 +59,7 @@ def score_way(checkpoint, concepts, vectors, count, config, device, grader, refe
         for k, prompt in enumerate(concept.prompts):
             text = expand(prompt, counts) if vectors else prompt.replace(concept.token, concept.src_image)
             names = [f"{concept.token}/{prompt}/{i}" for i in range(count)]  # the same noises for every way
-            pictures = [Image.fromarray(picture) for picture in draw(parts, [text] * count, names, config, progress=bar)]
+            pictures = [Image.fromarray(picture) for picture in generate(parts, [text] * count, names, config, progress=bar)]
             features = grader.of_pictures(pictures)
             rest = 100 * features @ grader.of_texts([rest_of(prompt, concept.token)])[0]
             results.append((*clip_scores(features, references[concept.number], directions[k]), rest, pictures))
@@ -82,12 +82,12 @@ def drifts_of(checkpoint, row, loras, config, device, grader):
 
     loras: {way: {word: file}}"""
     parts, prompts = load(checkpoint, device, config), [row.templates["object"][-1].format(word) for word in row.ordinary]
-    originals, moved = list(draw(parts, prompts, prompts, config)), {}
+    originals, moved = list(generate(parts, prompts, prompts, config)), {}
     for way, files in loras.items():
         added, moved[way] = add_loras(parts, files, 1.0), {}
         for words in dict.fromkeys([*((word,) for word in files), tuple(files)]):
             added.use(words)
-            moved[way][" + ".join(words)] = drift(list(draw(parts, prompts, prompts, config)), originals, grader)
+            moved[way][" + ".join(words)] = drift(list(generate(parts, prompts, prompts, config)), originals, grader)
         added.use(())
     return moved
 

@@ -31,7 +31,7 @@ from ..evaluate import add_judge_arguments, judge_of
 from ..files import MINI, UserError, check_flags, lock, run, writable_folder, write_json
 from ..formats.identity import weights_fingerprint
 from ..guard import command as command_of
-from ..inference import add_arguments, draw, load, settings_of, work_of
+from ..inference import add_arguments, generate, load, settings_of, work_of
 from ..measures import DRAWS, percentiles
 from ..model import MINI_SD
 from ..pictures import picture_files, read_picture, save_image, sheet
@@ -119,7 +119,7 @@ def draw_plain(args, config, device, model, texts):
     parts = load(args.checkpoint, device, config)
     with progress(total=len(names), unit="picture", desc="drawing classes' names") as bar:
         prompts, noises = [own[name]["prompt"] for name in names], [f"{own[name]['prompt']}/{own[name]['number']}" for name in names]
-        for name, picture in zip(names, draw(parts, prompts, noises, config, progress=bar)):
+        for name, picture in zip(names, generate(parts, prompts, noises, config, progress=bar)):
             if name not in there:
                 writable_folder((folder / name).parent)
                 save_image(picture, folder / name, made.with_own(own[name]).as_json())

@@ -27,7 +27,7 @@ from ..evaluate import add_judge_arguments, judge_of
 from ..files import ROOT, UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
 from ..formats.identity import weights_fingerprint
 from ..formats.words import gather
-from ..inference import add_arguments, draw, load, settings_of
+from ..inference import add_arguments, generate, load, settings_of
 from ..lora import add_loras, find_loras
 from ..measures import drift, wilson
 from ..model import MINI_SD
@@ -122,7 +122,7 @@ def draw_method(method, args, concepts, prompts, model, device, config, bar):
     names = [name for batch in batches_with(missing, list(own), config.batch_size) for name in batch]
     texts, noises = [expand(own[name]["prompt"], counts) for name in names], [own[name]["noise"] for name in names]  # noises alike for all methods
     bar.update(len(own) - len(names))
-    for name, picture in zip(names, draw(parts, texts, noises, config, plans_of(texts, config, counts), bar)):
+    for name, picture in zip(names, generate(parts, texts, noises, config, plans_of(texts, config, counts), bar)):
         if name in missing:
             save_image(picture, folder / name, made.with_own(own[name]).as_json())
     return [[folder / name for name in own if Path(name).parts[0] == part] for part in ("ordinary", *map(str, range(len(prompts))))]
@@ -140,7 +140,7 @@ def known_words(args, config, parts, grader):
         started = time.perf_counter()
         plans = plans_of(prompts, replace(config, regions=regions), {})
         with progress(total=len(prompts), unit="picture", desc=f"known {way}") as bar:
-            pictures = [Image.fromarray(p) for p in draw(parts, prompts, [f"known/{i}" for i in range(len(pairs))], config, plans, bar)]
+            pictures = [Image.fromarray(p) for p in generate(parts, prompts, [f"known/{i}" for i in range(len(pairs))], config, plans, bar)]
         seconds = (time.perf_counter() - started) / len(pairs)
         halves = (grader.of_pictures([half for picture in pictures for half in half_crops(picture)]) @ directions.T).argmax(1).reshape(-1, 2)
         hits = sum(sorted(found) == sorted(pair) for found, pair in zip(halves.tolist(), pairs))
@@ -215,7 +215,7 @@ def compare(args, config, device, model, concepts, methods, others, labels):
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")
     args.ordinary_prompts = [args.row.templates["object"][-1].format(word) for word in args.row.ordinary]
     untouched = load(args.checkpoint, device, config)
-    originals = list(draw(untouched, args.ordinary_prompts, args.ordinary_prompts, config))
+    originals = list(generate(untouched, args.ordinary_prompts, args.ordinary_prompts, config))
     known = known_words(args, config, untouched, grader)
     del untouched
     results, drifts, shown = {}, {}, {}

@@ -19,7 +19,7 @@ from PIL import Image
 from ..clip import load_clip
 from ..device import DTYPES, pick_device, pick_dtype, progress
 from ..files import MINI, ROOT, check_flags, run, writable_folder, write_json
-from ..inference import DrawConfig, draw
+from ..inference import DrawConfig, generate
 from ..measures import share
 from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image, to_uint8
@@ -98,7 +98,7 @@ class Artist:
         started = time.perf_counter()
         names = names or [f"score/{i}" for i in range(len(texts))]
         with progress(total=len(texts), unit="picture", desc="drawing") as bar:
-            pictures = np.stack(list(draw(self.parts, list(texts), names, self.config, progress=bar)))
+            pictures = np.stack(list(generate(self.parts, list(texts), names, self.config, progress=bar)))
         self.seconds, self.count = self.seconds + time.perf_counter() - started, self.count + len(texts)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 

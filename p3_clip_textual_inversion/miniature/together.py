@@ -24,7 +24,7 @@ from ..experiments.finders import in_company
 from ..experiments.subjects import read_benchmark
 from ..files import MINI, ROOT, check_flags, lock, run, writable_folder, write_json
 from ..formats.words import gather
-from ..inference import add_arguments, draw, load, settings_of
+from ..inference import add_arguments, generate, load, settings_of
 from ..measures import share
 from ..model import MINI_SD
 from ..pictures import read_pictures, save_image, sheet
@@ -117,7 +117,7 @@ def drawn(parts, way, names, counts, config, label):
         found = plans_of([prompt], replace(config, regions=given), counts) if boxes else {}
         plans |= {text: [region._replace(box=None) for region in regions] if boxes == ATTENTION else regions for text, regions in found.items()}
     with progress(total=len(prompts), unit="picture", desc=f"{label}, {way}") as bar:
-        return [Image.fromarray(p) for p in draw(parts, prompts, [f"{size}/{i}" for i in range(len(prompts))], config, plans, bar)]
+        return [Image.fromarray(p) for p in generate(parts, prompts, [f"{size}/{i}" for i in range(len(prompts))], config, plans, bar)]
 
 
 def compositions(examples, sets, boxes, rng):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from p3_clip_textual_inversion.experiments import dino, dreambench, subjects
 from p3_clip_textual_inversion.files import MINI, UserError
-from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.inference import DrawConfig, generate
 
 BENCH = MINI / "dreambench"
 
@@ -171,7 +171,7 @@ def test_a_missing_picture_of_a_classs_name_is_drawn_in_its_batch(tiny_sd, tmp_p
     """And those beside it, which are there, stay."""
     args = types.SimpleNamespace(checkpoint=str(tiny_sd), output=tmp_path, num_images=1)
     texts, asked = ["a cat", "a dog", "a bus"], []
-    monkeypatch.setattr(dreambench, "draw", lambda parts, prompts, *rest, **options: asked.append(prompts) or draw(parts, prompts, *rest, **options))
+    monkeypatch.setattr(dreambench, "generate", lambda parts, prompts, *rest, **options: asked.append(prompts) or generate(parts, prompts, *rest, **options))
 
     def drawn():
         dreambench.draw_plain(args, DrawConfig(num_steps=1, batch_size=2), torch.device("cpu"), "model", texts)

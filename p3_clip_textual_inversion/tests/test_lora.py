@@ -170,8 +170,8 @@ def test_missing_pictures_of_two_runs_of_the_same_weights_are_not_drawn_together
     content = {"0": {"token_name": "<new2>", "prompt": ["a <new2> and a <new1>", "a <new2>", "a <new1> and a <new2>"]}}
     (tmp_path / "input.json").write_text(json.dumps(content))
     save_file({"<new2>": torch.full((1, WIDTH), 0.1)}, tmp_path / "new2.safetensors")
-    drawn, draw_share = [], inference.draw_share
-    monkeypatch.setattr(inference, "draw_share", lambda parts, texts, names, *rest: drawn.append(names) or draw_share(parts, texts, names, *rest))
+    drawn, generate_share = [], inference.generate_share
+    monkeypatch.setattr(inference, "generate_share", lambda parts, texts, names, *rest: drawn.append(names) or generate_share(parts, texts, names, *rest))
 
     def infer():
         code, _, err = call(f"{PACKAGE}.inference", tmp_path / "input.json", tmp_path / "out", tiny_sd, "--embeddings", places.folder / "whole",

@@ -18,7 +18,7 @@ from p3_clip_textual_inversion.embedding import add_words, expand, installed_fol
 from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.files import MINI
 from p3_clip_textual_inversion.formats.identity import identify
-from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.samplers import ImageNoise
 
@@ -59,7 +59,7 @@ def test_diffusers_loads_it_offline_and_draws_the_same(offline):
     pipeline.set_progress_bar_config(disable=True)
     noise = ImageNoise(0, ["x"], (4, 16, 16))()
     theirs = pipeline("a drawing of a fox", latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np", height=64, width=64).images
-    ours = list(draw(load_stable_diffusion(), ["a drawing of a fox"], ["x"], DrawConfig("ddim", 10, 3.0)))
+    ours = list(generate(load_stable_diffusion(), ["a drawing of a fox"], ["x"], DrawConfig("ddim", 10, 3.0)))
     assert np.abs(ours[0].astype(int) - (theirs[0] * 255).round()).max() <= 1
 
 
@@ -81,7 +81,7 @@ def test_its_text_encoder_is_clips_text_tower():
 def test_it_draws_what_it_is_asked_for(grader):
     """Eight pictures, each recognised among their eight names by the miniature of CLIP more often than not (chance: one)."""
     names = ["fox", "bus", "banana", "snowman", "rose", "guitar", "red heart", "frog"]
-    pictures = draw(load_stable_diffusion(), [f"a drawing of a {name}" for name in names], names, DrawConfig(guidance_weight=GUIDANCE, num_steps=15))
+    pictures = generate(load_stable_diffusion(), [f"a drawing of a {name}" for name in names], names, DrawConfig(guidance_weight=GUIDANCE, num_steps=15))
     features = grader.of_pictures([Image.fromarray(picture) for picture in pictures])
     assert ((features @ grader.of_texts([f"a drawing of a {name}" for name in names]).T).argmax(1) == torch.arange(8)).sum() >= 5
 
@@ -98,7 +98,7 @@ def test_shipped_words_draw_their_concept(grader, number):
     scores = []
     for parts, word in ((plain, concept.src_image), (learned, concept.token)):
         texts = [expand(prompt.replace(concept.token, word), counts) for prompt in concept.prompts]
-        pictures = [Image.fromarray(p) for p in draw(parts, [text for text in texts for _ in names], names * len(texts), config)]
+        pictures = [Image.fromarray(p) for p in generate(parts, [text for text in texts for _ in names], names * len(texts), config)]
         scores.append(clip_scores(grader.of_pictures(pictures), references, references[0])[0])
     gain = scores[1] - scores[0]
     assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5

@@ -13,7 +13,7 @@ from p3_clip_textual_inversion import diffusion, minimal
 from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.embedding import add_words, expand, initial_rows, read_embedding
 from p3_clip_textual_inversion.files import MINI
-from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.pictures import to_uint8
 from p3_clip_textual_inversion.samplers import ImageNoise
@@ -40,7 +40,7 @@ def both():
 def test_the_same_pictures(both):
     (parts, _), (page, _), written = both
     prompt, names = PROMPT.format(written), ["one", "two"]
-    ours = np.stack(list(draw(parts, [prompt] * 2, names, DrawConfig("ddim", 6, 3.0, batch_size=2))))
+    ours = np.stack(list(generate(parts, [prompt] * 2, names, DrawConfig("ddim", 6, 3.0, batch_size=2))))
     drawn = to_uint8(minimal.draw(page, ImageNoise(0, names, parts.latent_shape())(), prompt, 3.0, 6))
     assert np.abs(drawn.astype(int) - ours).max() <= 1 and ours.std() > 30
 

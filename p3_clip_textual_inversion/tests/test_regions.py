@@ -11,7 +11,7 @@ from p3_clip_textual_inversion import inference
 from p3_clip_textual_inversion.diffusion import Guided, make_alpha_bar
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.inference import DrawConfig, draw, encoded, guidance_and_noise
+from p3_clip_textual_inversion.inference import DrawConfig, encoded, generate, guidance_and_noise
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.places import AUTO, PLACES, arranged, check_regions, plan, read_regions, regions_of
 from p3_clip_textual_inversion.provenance import read_made
@@ -95,7 +95,7 @@ PROMPTS = ["a dog next to a red car", "a cat on the hill", "a red car and a dog"
 
 def pictures(parts, batch_size, prompts=PROMPTS, **options):
     config = DrawConfig(num_steps=3, guidance_weight=2.0, batch_size=batch_size, **options)
-    return list(draw(parts, prompts, [str(PROMPTS.index(prompt)) for prompt in prompts], config, plans_of(prompts, config, {"dog": 1})))
+    return list(generate(parts, prompts, [str(PROMPTS.index(prompt)) for prompt in prompts], config, plans_of(prompts, config, {"dog": 1})))
 
 
 def test_pictures_with_regions_do_not_depend_on_their_batch(parts):

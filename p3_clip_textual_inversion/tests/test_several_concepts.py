@@ -16,7 +16,7 @@ from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embe
 from p3_clip_textual_inversion.experiments import several
 from p3_clip_textual_inversion.experiments.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.files import UserError
-from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.measures import drift, wilson
 from p3_clip_textual_inversion.model import load_stable_diffusion
 
@@ -113,9 +113,9 @@ def test_missing_pictures_are_drawn_in_the_batches_that_they_belong_to(concepts_
 
     def watched(parts, texts, noises, *rest):
         asked.append(list(noises))
-        yield from draw(parts, texts, noises, *rest)
+        yield from generate(parts, texts, noises, *rest)
 
-    monkeypatch.setattr(several, "draw", watched)
+    monkeypatch.setattr(several, "generate", watched)
 
     def drawn():
         config = DrawConfig(num_steps=1, batch_size=3)

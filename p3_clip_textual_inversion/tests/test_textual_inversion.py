@@ -24,7 +24,7 @@ from p3_clip_textual_inversion.embedding import add_words, expand, file_of, init
 from p3_clip_textual_inversion.evaluate import Rule, best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.formats.identity import identify
-from p3_clip_textual_inversion.inference import DrawConfig, draw
+from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.objective import Best, Loss
 from p3_clip_textual_inversion.pictures import read_pictures
@@ -107,13 +107,13 @@ def test_file_loads_into_a_stock_pipeline_and_draws_the_same(parts, tiny_sd, tmp
     theirs = pipeline(["a <new1> on a hill"] * 2, latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np").images
     add_words(parts, read_embeddings(tmp_path))
     prompt = expand("a <new1> on a hill", {"<new1>": 2})
-    ours = list(draw(parts, [prompt] * 2, ["x", "y"], DrawConfig(sampler="ddim", num_steps=10, guidance_weight=3.0)))
+    ours = list(generate(parts, [prompt] * 2, ["x", "y"], DrawConfig(sampler="ddim", num_steps=10, guidance_weight=3.0)))
     assert np.abs(np.stack(ours).astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
 def test_drawing_does_not_depend_on_the_batch(parts):
     prompts, names = ["a", "b c", "a"], ["0", "1", "2"]
-    one, three = (np.stack(list(draw(parts, prompts, names, DrawConfig(num_steps=3, batch_size=size)))) for size in (1, 3))
+    one, three = (np.stack(list(generate(parts, prompts, names, DrawConfig(num_steps=3, batch_size=size)))) for size in (1, 3))
     assert np.abs(one.astype(int) - three).max() <= 1
 
 
