@@ -136,7 +136,7 @@ class Regional(Guided):
 
 
 def regional(parts, plans, hidden):
-    """What `inference.states` takes as `guided` for a batch: `Guided` where no picture has regions. plans: a `plan` for each picture; hidden: {text: states}."""
+    """What `states` takes as `guided` for a batch: `Guided` where no picture has regions. plans: a `plan` for each picture; hidden: {text: states}."""
     if not any(plans):
         return Guided
 

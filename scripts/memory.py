@@ -45,7 +45,9 @@ def step(optimizer, dtype, loss, *args):
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for group in [*optimizer.param_groups, *getattr(optimizer, "adamw", optimizer).param_groups]:
         group["foreach"] = True  # torch's choice on a GPU
-    optimizer.step()
+    muon = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # what `orthogonalised` computes in, on a card whose fast format is `dtype`
+    with mock.patch("p1_cfg_ddpm.training.pick_dtype", lambda *_, **__: muon), mock.patch("p2_ddim.training.pick_dtype", lambda *_, **__: muon):
+        optimizer.step()
     optimizer.zero_grad()
 
 
