@@ -40,7 +40,7 @@ from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
 from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
 from .tensors import fill, is_plain, load_weights, read_tensors
-from .train import Clock, PowerEMA, learning_rate
+from .train import Clock, PowerEMA
 from .training import (
     WATCHING,
     Log,
@@ -50,6 +50,7 @@ from .training import (
     is_flat,
     make_optimizer,
     prepare,
+    share_of_peak,
 )
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
@@ -290,7 +291,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             net.load_state_dict(ema.averages[0])  # tuned is what was averaged, and the average begins anew
         tuning = stage["name"] == "tuning"
         within = min(max((share - 1 + args.tuning) / args.tuning if tuning else share / max(1 - args.tuning, 1e-9), 0), 0.999)
-        rate = args.lr * (TUNED_BY if tuning else 1) * learning_rate(step - stage["began"], within, args)
+        rate = args.lr * (TUNED_BY if tuning else 1) * share_of_peak(step - stage["began"], within, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
         n, options = args.batch_size, {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}

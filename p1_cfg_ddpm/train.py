@@ -41,6 +41,7 @@ from .training import (
     seed_dropout,
     setting,
     share,
+    share_of_peak,
 )
 
 LOG_EVERY = 50
@@ -162,7 +163,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     while not last:
         index, t, eps, drop = share(accelerator, *draw_batch(step, config, len(data), steps_until, device))
         seed_dropout(config.seed, step, accelerator.process_index)
-        rate = config.lr * learning_rate(step, came(), config)
+        rate = config.lr * share_of_peak(step, came(), config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = diffusion.loss(model, to_model(images[index]), digits[index], domains[index], t, eps, drop, config.min_snr_gamma).mean()
@@ -240,11 +241,6 @@ def cumulative_density(diffusion, config, device):
     mean, std = config.log_sigma
     density = moment_density(diffusion.alpha_bar, mean, std) if std > 0 else torch.full_like(diffusion.alpha_bar, 1 / len(diffusion.alpha_bar))
     return density.cumsum(0).float().to(device)
-
-
-def learning_rate(step, share, config):
-    """The share of the peak: linear warm-up, then constant, then linear to zero over the last `--decay` of the training."""
-    return min((step + 1) / max(config.warmup, 1), 1, (1 - share) / max(config.decay, 1e-9))
 
 
 class PowerEMA:

@@ -34,7 +34,6 @@ from .training import (
     first_line_of,
     guarded,
     is_flat,
-    learning_rate,
     make_optimizer,
     prepare,
     seed_dropout,
@@ -191,6 +190,11 @@ def train(config, args, folder, accelerator, dtype):
         with atomic_path(path) as temporary:  # the course's format: a plain state dict in float32
             torch.save({name: tensor.cpu().contiguous() for name, tensor in ema.state_dict().items()}, temporary)
         print(f"wrote {path}\nnext: bash scripts/p2_infer.sh NOISE_DIR OUT {path}")
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then constant, then linear to zero over the last share `decay` of the steps."""
+    return config.lr * min((step + 1) / max(config.warmup, 1), 1, (config.steps - step) / max(config.decay * config.steps, 1))
 
 
 def told(numbers):

@@ -114,9 +114,10 @@ def guarded(advice):
 
 # --- optimiser and averaged weights ---
 
-def learning_rate(step, config):
-    """Linear warm-up (where the configuration has one), then constant, then linear to zero over the last share `decay` of the steps."""
-    return config.lr * min((step + 1) / max(getattr(config, "warmup", 1), 1), 1, (config.steps - step) / max(config.decay * config.steps, 1))
+def share_of_peak(step, done, config):
+    """Of the learning rate: linear warm-up, then constant, then linear to zero over the last share `decay` of the training. done: the share of it that is
+    gone, by steps or by the clock."""
+    return min((step + 1) / max(config.warmup, 1), 1, (1 - done) / max(config.decay, 1e-9))
 
 
 def make_optimizer(net, lr, weight_decay, betas, edges=()):

@@ -18,19 +18,19 @@ def weights_of(unet):
     return {name: module.weight.detach().float().cpu().clone() for name, module in projections(unet).items()}
 
 
-def set_weights(unet, weights):
-    """Puts what `weights_of` or `read_weights` gave into a UNet."""
+def set_projections(unet, weights):
+    """Puts what `weights_of` or `read_projections` gave into a UNet."""
     for name, module in projections(unet).items():
         module.weight.data.copy_(weights[name])
 
 
-def save_weights(path, weights, metadata=None):
+def save_projections(path, weights, metadata=None):
     """Only what changed, under diffusers' own names: `unet.load_state_dict(load_file(path), strict=False)` takes it."""
     save_tensors(path, weights, metadata)
 
 
-def read_weights(path, unet):
-    """{name: weight} of a file that `save_weights` wrote, or of Custom Diffusion's weights as diffusers (pytorch_custom_diffusion_weights.bin) or the paper's
+def read_projections(path, unet):
+    """{name: weight} of a file of `save_projections`, or of Custom Diffusion's weights as diffusers (pytorch_custom_diffusion_weights.bin) or the paper's
     authors (delta*.bin, delta*.ckpt) save them; checked against a UNet."""
     content = read_tensors(path, "file of projections", "keys and values of Custom Diffusion", foreign=True)
     for key in ("unet", "state_dict"):  # the authors' own: beside them lie the words

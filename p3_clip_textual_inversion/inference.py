@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .concepts import read_entries, refuse_examples
-from .custom_diffusion import read_weights, set_weights
+from .custom_diffusion import read_projections, set_projections
 from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
@@ -247,7 +247,7 @@ def draw(args, config, device, model, entries, vectors, initials, started, share
     where |= {"lora": {name: str(path.resolve()) for name, path in args.loras.items()}} if loras else {}
     parts = None
     if args.side or loras:  # before anything is written: only the model knows which will do
-        parts = prepare(args.checkpoint, device, config, vectors, args.projections, initials)
+        parts = load_with_words(args.checkpoint, device, config, vectors, args.projections, initials)
         parts.latent_shape(args.side)
         added = add_loras(parts, args.loras, args.lora_scale)
     there = by_the_first(share, lambda: claim(args.output, made, own, config.batch_size, where, args.overwrite, added_to))
@@ -255,7 +255,7 @@ def draw(args, config, device, model, entries, vectors, initials, started, share
     runs = {name: number for number, (_, run) in enumerate(groupby(own, lambda name: added_to(own[name]))) for name in run}  # of neighbours of the same weights
     jobs = {name: jobs[name] for batch in batches_with(missing, list(jobs), config.batch_size, runs.get) for name in batch}
     if jobs:
-        parts = parts or prepare(args.checkpoint, device, config, vectors, args.projections, initials)
+        parts = parts or load_with_words(args.checkpoint, device, config, vectors, args.projections, initials)
         prompts, names, counts = expanded(own, jobs, vectors), [noise_name(own[name]) for name in jobs], {word: len(rows) for word, rows in vectors.items()}
         plans, config = plans_of(prompts, config, counts), replace(config, negative_prompt=expand(config.negative_prompt, counts))
         check_lengths(parts, [*prompts, *texts_of(plans), config.negative_prompt], counts)
@@ -313,12 +313,12 @@ def load(checkpoint, device, config):
     return parts
 
 
-def prepare(checkpoint, device, config, vectors, projections=None, initials=None):
+def load_with_words(checkpoint, device, config, vectors, projections=None, initials=None):
     """The model, with words and projections. initials: {word: ordinary words to whose rows its vectors are a difference}"""
     parts = load(checkpoint, device, config)
     add_words(parts, {word: rows + initial_rows(parts, initials[word], len(rows)) if word in (initials or {}) else rows for word, rows in vectors.items()})
     if projections:
-        set_weights(parts.unet, read_weights(projections, parts.unet))
+        set_projections(parts.unet, read_projections(projections, parts.unet))
     return parts
 
 

@@ -12,7 +12,7 @@ from .embedding import expand, model_name
 from .files import UserError, fingerprint, note, run
 from .formats.identity import identify, weights_fingerprint
 from .formats.words import gather, own_words
-from .inference import DrawConfig, expanded, generate, noise_name, prepare
+from .inference import DrawConfig, expanded, generate, load_with_words, noise_name
 from .lora import add_loras
 from .model import MINI_SD
 from .provenance import redraw
@@ -43,7 +43,7 @@ def draw(made, name, batch, where, args):
             raise UserError(f"the projections {projections} are no longer there")
         if fingerprint(projections) != made["made_of"]["projections"]:
             note(f"{projections} are others than those of {args.picture}")
-    parts = prepare(checkpoint, pick_device("auto"), config, vectors, projections, initials)
+    parts = load_with_words(checkpoint, pick_device("auto"), config, vectors, projections, initials)
     if batch[name].get("lora"):
         put_loras(parts, batch[name]["lora"], where.get("lora", {}), args.picture)
         batch = {other: own for other, own in batch.items() if own.get("lora") == batch[name]["lora"]}

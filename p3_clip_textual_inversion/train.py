@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .concepts import concepts_of, kind_of, refuse_examples
-from .custom_diffusion import projections, save_weights, weights_of
+from .custom_diffusion import projections, save_projections, weights_of
 from .data import read_captions
 from .defaults import fill_in, input_of, of_model, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
@@ -105,7 +105,7 @@ class TrainConfig:
             raise UserError(f"--seed must be a whole number from 0, of at most 12 digits, not {self.seed}")
 
 
-def fingerprint(folders):
+def pictures_fingerprint(folders):
     """Some digits by which the content of folders is known again."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")):
@@ -138,7 +138,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
     settings = asdict(config) | {
         "pull": pull, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing, "model": model_id, "weights": args.weights,
         "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts), "kinds": ", ".join(kinds),
-        "pictures": fingerprint([concept.folder for concept in concepts])}
+        "pictures": pictures_fingerprint([concept.folder for concept in concepts])}
     beside = [lora_file(path) for path in results.values()]
     refuse_others(folder / "state.pt", [*results.values(), *beside])
     needed = ("step", "history", "recent", "trained", "best")
@@ -250,7 +250,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
             save_lora(path, weights, metadata)
             save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
         for path in projected:
-            save_weights(path, weights_of(parts.unet), metadata)
+            save_projections(path, weights_of(parts.unet), metadata)
         for concept, part in zip(concepts, learned.rows.detach().split(config.vectors)):  # last: where these are, the rest is
             save_embedding(results[concept.token], concept.token, part, metadata)
         print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")

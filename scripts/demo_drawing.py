@@ -170,7 +170,7 @@ class Words:
         for line in check_models({path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}, list(self.rows), self.model):
             print(line)
         self.prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in self.rows.items()}
-        self.parts = (p3.prepare(args.checkpoint, device, self.config, self.rows, None, initials) if self.rows
+        self.parts = (p3.load_with_words(args.checkpoint, device, self.config, self.rows, None, initials) if self.rows
                       else p3.load(args.checkpoint, device, self.config))
         self.counts, self.weights = {word: len(rows) for word, rows in self.rows.items()}, p3.weights_fingerprint(args.checkpoint)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..concepts import kind_of, read_concepts
-from ..custom_diffusion import merge, read_weights, set_weights, weights_of
+from ..custom_diffusion import merge, read_projections, set_projections, weights_of
 from ..data import example_pictures, read_data
 from ..defaults import add_argument, fill_in, input_of
 from ..device import describe, progress
@@ -69,10 +69,10 @@ def prepare(method, args, concepts, device, config):
     files = []
     if weights == "run":
         files = [folder / "+".join(c.number for c in concepts) / "projections.safetensors"]
-        set_weights(parts.unet, read_weights(files[0], parts.unet))
+        set_projections(parts.unet, read_projections(files[0], parts.unet))
     elif weights == "merged":
         files = [folder / concept.number / "projections.safetensors" for concept in concepts]
-        set_weights(parts.unet, merged(parts, concepts, counts, [read_weights(file, parts.unet) for file in files], args.row))
+        set_projections(parts.unet, merged(parts, concepts, counts, [read_projections(file, parts.unet) for file in files], args.row))
     elif weights == "summed":  # they stay in the model for every prompt, also where a prompt has not their word
         loras = find_loras((), origin)
         add_loras(parts, loras, 1.0).use(loras)

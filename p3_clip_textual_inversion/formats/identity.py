@@ -10,8 +10,7 @@ import huggingface_hub
 import torch
 from safetensors import safe_open
 
-from ..files import UserError, existing_file, first_line, read_json
-from ..files import fingerprint as content_fingerprint
+from ..files import UserError, existing_file, fingerprint, first_line, read_json
 from ..tensors import what_is
 from .checkpoint import read_checkpoint
 from .memo import Memo, cache_folder
@@ -64,11 +63,11 @@ def identify(source):
     check_checkpoint(source)
     path = Path(source)
     if os.path.lexists(path) and not os.path.isdir(path):
-        tensors = read_tensors(path, [TOKEN_TABLE[0], FIRST_CONVOLUTION[0]])
+        tensors = read_some(path, [TOKEN_TABLE[0], FIRST_CONVOLUTION[0]])
         unet, vae = (json.loads((CONFIGS / part / "config.json").read_text()) for part in ("unet", "vae"))
     else:
         try:
-            tensors = [read_tensors(part_file(source, part, files), [name])[0] for _, part, name, files in (TOKEN_TABLE, FIRST_CONVOLUTION)]
+            tensors = [read_some(part_file(source, part, files), [name])[0] for _, part, name, files in (TOKEN_TABLE, FIRST_CONVOLUTION)]
             unet, vae = (read_json(part_file(source, part, ("config.json",))) for part in ("unet", "vae"))
         except UserError:
             raise
@@ -79,7 +78,7 @@ def identify(source):
         side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source} does not tell the size of its pictures: {type(error).__name__}: {error}") from None
-    return Identity(side, fingerprint(tensors[0][:VOCABULARY]), fingerprint(tensors[1]), tensors[0].shape[-1])
+    return Identity(side, half_fingerprint(tensors[0][:VOCABULARY]), half_fingerprint(tensors[1]), tensors[0].shape[-1])
 
 
 def weights_fingerprint(source):
@@ -91,11 +90,11 @@ def weights_fingerprint(source):
         parts = [part_file(source, part, names) for _, part, _, names in (TOKEN_TABLE, FIRST_CONVOLUTION)]
     files = [file for part in parts for file in (sorted(part.rglob("*")) if os.path.isdir(part) else [part]) if os.path.isfile(file)]
     if sum(os.path.getsize(file) for file in files) < LARGE:
-        return content_fingerprint(*parts)
-    return Memo(cache_folder() / "weights.json").of(files, lambda: content_fingerprint(*parts))
+        return fingerprint(*parts)
+    return Memo(cache_folder() / "weights.json").of(files, lambda: fingerprint(*parts))
 
 
-def fingerprint(tensor):
+def half_fingerprint(tensor):
     """12 digits of a tensor's values in half precision."""
     return hashlib.sha256(tensor.detach().to(torch.float16).contiguous().numpy().tobytes()).hexdigest()[:12]
 
@@ -117,7 +116,7 @@ def part_file(source, part, names):
     raise reason
 
 
-def read_tensors(path, names):
+def read_some(path, names):
     """The tensors whose names end as these do, of a file that may hold much more: what is not asked for is not read."""
     path = existing_file(path, "checkpoint")
     if what_is(path)[0] == "safetensors":  # whatever its name says

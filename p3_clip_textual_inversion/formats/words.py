@@ -12,8 +12,7 @@ from transformers import CLIPTokenizer
 from ..files import UserError, existing_file, first_line, note
 from ..lora import ENDING, is_lora
 from ..tensors import is_finite, is_plain, read_tensors, what_is
-from .identity import TOKEN_TABLE, VOCABULARY, part_file
-from .identity import read_tensors as read_some
+from .identity import TOKEN_TABLE, VOCABULARY, part_file, read_some
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NAMELESS = ("emb_params", "embedding", "embeddings", "embeds", "learned_embeds", "learned_embedding", "weight", "vector", "vectors", "delta", "difference", "*")

@@ -30,6 +30,7 @@ from ..training import (
     is_flat,
     make_optimizer,
     prepare,
+    share_of_peak,
 )
 from .models import PARTS, through
 from .world import Drawings
@@ -115,7 +116,7 @@ def train(args, folder):
             # everything random about a step is a function of (seed, step), so that a resumed run draws the same numbers
             torch.manual_seed(args.seed * 1_000_003 + step)
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            rate = args.lr * min((step + 1) / max(args.warmup, 1), 1, (1 - done) / max(args.decay, 1e-9))
+            rate = args.lr * share_of_peak(step, done, args)
             optimizer.param_groups[0]["lr"] = rate
             batch = part.batch(generator, args.batch_size)
             with accelerator.autocast():

@@ -305,7 +305,7 @@ def test_a_large_checkpoint_is_read_again_only_when_it_is_another(tmp_path, monk
     path, read = tmp_path / "a.ckpt", []
     monkeypatch.setattr(identity, "LARGE", 5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "content_fingerprint", lambda *paths: read.append(paths) or fingerprint(*paths))
+    monkeypatch.setattr(identity, "fingerprint", lambda *paths: read.append(paths) or fingerprint(*paths))
     path.write_bytes(b"weights")
     before = weights_fingerprint(path)
     assert weights_fingerprint(path) == before == fingerprint(path) and len(read) == 1

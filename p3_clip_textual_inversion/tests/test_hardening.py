@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 
 from p3_clip_textual_inversion.clip import load_pictures
 from p3_clip_textual_inversion.concepts import read_concepts
-from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
+from p3_clip_textual_inversion.custom_diffusion import read_projections, weights_of
 from p3_clip_textual_inversion.data import read_data
 from p3_clip_textual_inversion.diffusion import make_alpha_bar
 from p3_clip_textual_inversion.embedding import check_files, read_embedding, save_embedding
@@ -327,7 +327,7 @@ def test_damaged_projections(tmp_path, unet, length, changes):
             content[position % min(len(content), 4000)] = value  # where its header is
     (tmp_path / "a.safetensors").write_bytes(content)
     try:
-        assert read_weights(tmp_path / "a.safetensors", unet).keys() >= weights_of(unet).keys()
+        assert read_projections(tmp_path / "a.safetensors", unet).keys() >= weights_of(unet).keys()
     except UserError as error:
         assert "\n" not in str(error)
 

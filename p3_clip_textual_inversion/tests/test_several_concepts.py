@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from p3_clip_textual_inversion.concepts import read_concepts
-from p3_clip_textual_inversion.custom_diffusion import merge, read_weights, save_weights, set_weights, weights_of
+from p3_clip_textual_inversion.custom_diffusion import merge, read_projections, save_projections, set_projections, weights_of
 from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embeddings, save_embedding
 from p3_clip_textual_inversion.experiments import several
@@ -36,7 +36,7 @@ def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, con
     assert before.keys() == after.keys() and len(after) == 2 * 16
     assert all((before[name] - after[name]).abs().max() > 1e-5 for name in before)
     everything_else = {name: tensor.clone() for name, tensor in parts.unet.state_dict().items() if name not in after}
-    set_weights(parts.unet, read_weights(tmp_path / "0+1" / "projections.safetensors", parts.unet))
+    set_projections(parts.unet, read_projections(tmp_path / "0+1" / "projections.safetensors", parts.unet))
     assert torch.equal(parts.unet.state_dict()[next(iter(after))], after[next(iter(after))])
     assert all(torch.equal(parts.unet.state_dict()[name], tensor) for name, tensor in everything_else.items())
     written = (tmp_path / "0+1" / "projections.safetensors").read_bytes()
@@ -49,12 +49,12 @@ def test_projections_that_do_not_fit_are_named(tiny_sd, tmp_path):
     weights = weights_of(unet)
     name = next(iter(weights))
     for wrong in ({k: v for k, v in weights.items() if k != name}, weights | {name: torch.zeros(2, 2)}):
-        save_weights(tmp_path / "wrong.safetensors", wrong)
+        save_projections(tmp_path / "wrong.safetensors", wrong)
         with pytest.raises(UserError, match="does not fit this model"):
-            read_weights(tmp_path / "wrong.safetensors", unet)
+            read_projections(tmp_path / "wrong.safetensors", unet)
     (tmp_path / "text.safetensors").write_text("no")
     with pytest.raises(UserError, match="cannot be read as a file of projections: it is a text"):
-        read_weights(tmp_path / "text.safetensors", unet)
+        read_projections(tmp_path / "text.safetensors", unet)
 
 
 def test_merge_keeps_every_concept_and_stays_nearest():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from p3_clip_textual_inversion.custom_diffusion import read_weights, weights_of
+from p3_clip_textual_inversion.custom_diffusion import read_projections, weights_of
 from p3_clip_textual_inversion.embedding import add_words, initial_rows, save_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.formats.words import gather, read_words
-from p3_clip_textual_inversion.inference import DrawConfig, prepare
+from p3_clip_textual_inversion.inference import DrawConfig, load_with_words
 from p3_clip_textual_inversion.model import load_stable_diffusion
 
 ROW, ROWS = torch.arange(8.0)[None] / 8 + 1, torch.arange(16.0).view(2, 8)
@@ -60,7 +60,7 @@ def test_a_difference_is_added_to_the_row_of_its_word(tiny_sd, tmp_path):
     for source in (f"<new1>=cat+{tmp_path / 'd.pt'}", tmp_path / "new1.pt", f"<new1>={tmp_path / 'new1.pt'}"):
         vectors, initials, _ = gather([source], ["<new1>"], (), width)
         assert initials == {"<new1>": "cat"}
-        parts = prepare(tiny_sd, torch.device("cpu"), DrawConfig(), vectors, initials=initials)
+        parts = load_with_words(tiny_sd, torch.device("cpu"), DrawConfig(), vectors, initials=initials)
         cat = initial_rows(load_stable_diffusion(tiny_sd), "cat", 1)
         assert torch.allclose(parts.text_encoder.get_input_embeddings().rows, cat + 0.5)
 
@@ -128,7 +128,7 @@ def test_custom_diffusions_own_files(tiny_sd, tmp_path, kind):
                "original": {original[name]: w for name, w in wanted.items()},
                "state_dict": {"state_dict": {original[name]: w.half() for name, w in wanted.items()}, "embed": torch.ones(1, 8)}}[kind]
     torch.save(content, tmp_path / "delta.bin")
-    found = read_weights(tmp_path / "delta.bin", unet)
+    found = read_projections(tmp_path / "delta.bin", unet)
     assert found.keys() == wanted.keys() and all(torch.allclose(found[name], wanted[name], atol=1e-2 if kind == "state_dict" else 1e-6) for name in wanted)
 
 
@@ -146,7 +146,7 @@ def test_projections_that_change_more_are_refused(tiny_sd, tmp_path):
     unet = load_stable_diffusion(tiny_sd).unet
     torch.save(weights_of(unet) | {"mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight": torch.ones(2, 2)}, tmp_path / "d.bin")
     with pytest.raises(UserError, match=r"also changes .*to_q\.weight"):
-        read_weights(tmp_path / "d.bin", unet)
+        read_projections(tmp_path / "d.bin", unet)
 
 
 def test_words_of_two_sources(tiny_sd, tmp_path):

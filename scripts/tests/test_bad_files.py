@@ -185,7 +185,7 @@ READERS = {
     "P3 word": words.read_words,
     "P3 one word": embedding.read_embedding,
     "P3 words": lambda path: words.gather([path], ["<new1>"]),
-    "P3 projections": lambda path: custom_diffusion.read_weights(path, NETWORK),
+    "P3 projections": lambda path: custom_diffusion.read_projections(path, NETWORK),
     "P3 concepts": concepts.read_concepts,
     "P3 clip": clip.load_weights,
     "P3 merges": clip.read_merges,

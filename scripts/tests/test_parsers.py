@@ -119,7 +119,7 @@ READERS = {  # what reads it, and a file that it takes
     "model": (identity.identify, save({"conv_in.weight": torch.ones(2)})),
     "state": (lambda path: state.load_state(path, {"lr": 1}), saved(STATE)),
     "word": (words.read_words, saved({"string_to_param": {"*": torch.ones(1, 8)}, "name": "a"})),
-    "projections": (lambda path: custom_diffusion.read_weights(path, NETWORK), saved({"attn2.to_k.weight": torch.ones(2, 2)})),
+    "projections": (lambda path: custom_diffusion.read_projections(path, NETWORK), saved({"attn2.to_k.weight": torch.ones(2, 2)})),
     "npz of digits": (lambda path: data.load_archive(path, "train", ("svhn",)), numpy_bytes(np.savez_compressed, svhn_train=DIGITS, svhn_train_label=[1, 2])),
     "npy of digits": (lambda path: data.load_archive(path, "train", ("svhn",)), numpy_bytes(np.save, DIGITS)),
     "cache": (cached, numpy_bytes(np.save, DIGITS[:1])),
@@ -237,7 +237,7 @@ def test_a_torch_file_of_anything(tmp_path, content):
     path = tmp_path / "a.pt"
     path.write_bytes(saved(content))
     for read in (load_classifier, read_noise, load_unet, checkpoint.read_checkpoint, words.read_words, lambda path: state.load_state(path, {"lr": 1}),
-                 lambda path: custom_diffusion.read_weights(path, NETWORK), lambda path: words.gather([path], ["<new1>"], width=8)):
+                 lambda path: custom_diffusion.read_projections(path, NETWORK), lambda path: words.gather([path], ["<new1>"], width=8)):
         with contextlib.suppress(UserError2):
             answer(read, path)
 
