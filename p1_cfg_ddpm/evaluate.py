@@ -143,7 +143,8 @@ def main():
         parser.add_argument(f"--classifier-{domain}", type=Path, default=None,
                             help="the course's Classifier.pth or resnet34_svhn, or a .safetensors of p1_cfg_ddpm.classifier "
                             "(default: the course's, where scripts/download_weights.sh has put it; otherwise the bundled one)")
-    parser.add_argument("--data", type=Path, default=COURSE_DATA, help="training images for the nearest-image check; skipped where there are none")
+    parser.add_argument("--data", type=Path, default=COURSE_DATA, help="training images for the nearest-image check, a folder or a .npz; skipped where "
+                        "there are none")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and the pictures (default: OUT_grade beside OUT)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
@@ -165,7 +166,8 @@ def main():
     save_image(mistakes_picture(found, scores, predictions), report / "mistakes.png")
     print(f"{args.images}, {told(made)}")
     print_table(scores)
-    if args.data.is_dir():
+    compared = args.data.exists()
+    if compared:
         scores["nearest_training_image"], picture = nearest_training_images(found, args.data)
         save_image(picture, report / "nearest.png")
         for domain, s in scores["nearest_training_image"].items():
@@ -173,7 +175,7 @@ def main():
     else:
         print(f"no training images in {args.data}: the nearest-training-image check was skipped")
     write_json(report / "grade.json", scores)
-    print(f"wrote grade.json, mistakes.png{' and nearest.png' if args.data.is_dir() else ''} to {report}")
+    print(f"wrote grade.json, mistakes.png{' and nearest.png' if compared else ''} to {report}")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,14 @@ def test_the_command(call, drawn, tmp_path):
     assert {path.name for path in (tmp_path / "grade").iterdir()} == {"grade.json", "mistakes.png", "nearest.png"}
     with Image.open(tmp_path / "grade" / "mistakes.png") as image:
         assert image.width > 500
+    arrays = {}
+    for domain in DOMAINS:
+        for split in ("train", "val"):
+            data = load_digits(MINI_DATA, split, (domain,))
+            arrays |= {f"{domain}_{split}": data.images, f"{domain}_{split}_label": data.digit}
+    np.savez(tmp_path / "digits.npz", **arrays)  # the same in one file
+    code, out, err = call(GRADE, drawn, "--report", tmp_path / "again", "--data", tmp_path / "digits.npz")
+    assert json.loads((tmp_path / "again" / "grade.json").read_text())["nearest_training_image"] == scores["nearest_training_image"], out + err
 
 
 def test_the_courses_classifier_is_read_safely(call, drawn, tmp_path):
