@@ -23,6 +23,7 @@ from .files import UserError, check_file, finite, first_line, parse_json, read_j
 from .pictures import SETTINGS, read_picture, save_image
 
 RECORD = f".hw2-made-by-{__package__}.json"  # of this problem alone: another one may have the same folder
+BEFORE = ".hw2-made-by.json"  # its name when it was of whichever problem drew last
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ def is_made(content, parts=("settings", "made_of", "of")):
 
 def read_record(folder):
     """The record of a folder, or None: {"made": Made without `of`, "pictures": {name: of}, "batches": [[name, ...], ...], "where": {...}}."""
-    path = Path(folder) / RECORD
-    if not path.exists():
+    path = next((path for name in (RECORD, BEFORE) if (path := Path(folder) / name).exists()), None)
+    if path is None:
         return None
     record = read_json(path, names=True)
     if not (isinstance(record, dict) and is_made(record.get("made"), ("settings", "made_of"))
             and all(isinstance(record.get(key), dict) for key in ("pictures", "where")) and all(isinstance(own, dict) for own in record["pictures"].values())
             and isinstance(record.get("batches"), list) and all(isinstance(batch, list) for batch in record["batches"])):
         raise UserError(f"{path} is not a record of this project's; move it away, or choose another folder")
-    return record
+    return record if path.name == RECORD or record["made"]["program"].startswith(f"{__package__}.") else None
 
 
 def differences(a, b, prefix=""):
@@ -127,7 +128,7 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
 
 def is_apart(path, folder):
     """Whether a file lies in a folder within `folder` that has a record of its own."""
-    return any((within / RECORD).is_file() for within in path.parents if within != folder and within.is_relative_to(folder))
+    return any((within / name).is_file() for name in (RECORD, BEFORE) for within in path.parents if within != folder and within.is_relative_to(folder))
 
 
 def batches_with(missing, names, batch_size, alike=None):
@@ -228,8 +229,8 @@ def redraw(program, draw, description):
     if os.path.lexists(output) and read_made(output) is None:
         raise UserError(f"{output} is there, was not drawn by this project, and is not overwritten; choose another --output")
     for folder in args.picture.resolve().parents[:3]:
-        if (folder / RECORD).is_file():
-            record, name = read_record(folder), args.picture.resolve().relative_to(folder).as_posix()
+        if record := read_record(folder):
+            name = args.picture.resolve().relative_to(folder).as_posix()
             break
     batch = next((batch for batch in reversed(record["batches"] if record else []) if name in batch), [name])
     where = record["where"] if record else {}

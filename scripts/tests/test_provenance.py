@@ -150,6 +150,10 @@ def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package)
     picture = tmp_path / "out" / problem.names[1]
     code, out, err = call(package, "redraw", picture, "--output", again)
     assert code == 0 and "byte for byte" in out and again.read_bytes() == picture.read_bytes(), out + err
+    provenance = importlib.import_module(f"{package}.provenance")
+    (tmp_path / "out" / provenance.RECORD).rename(tmp_path / "out" / provenance.BEFORE)  # as folders of before have it
+    code, out, err = call(package, "redraw", picture, "--output", again)
+    assert code == 0 and "byte for byte" in out and again.read_bytes() == picture.read_bytes(), out + err
 
     def batches(*flags):
         assert call(package, "inference", *(tmp_path / "out" if part == "OUT" else part for part in problem.draw), *flags)[0] == 0
