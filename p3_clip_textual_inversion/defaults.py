@@ -87,7 +87,7 @@ MINIATURE = Defaults(
         style_pull=0.3,  # measured on two styles, of the way from the initial words: 0.55 goes 0.04, 0.3 0.38, 0 0.15 (lr 3e-3, gamma 0.1, 150 steps)
         lr_projections=1e-4, prior=48),
     low_rank=LowRank(  # measured on a penguin: on an earlier miniature, where three seeds of these went 0.85 to 0.91 of the way; on this one
-        lora=8, steps=400, lr_lora=4e-3, pivot=0.3, hold=0.9999),  # two 0.85 and 0.86, and ordinary prompts move by 2.8 grey levels: p3_words.json, p3_lora.json
+        lora=8, steps=400, lr_lora=4e-3, pivot=0.3, hold=0.9999),  # 0.86, 0.85; ordinary prompts move by 2.8 grey levels: p3_words.json, p3_lora.json
     several=Several(
         input=DATA / "mini" / "textual_inversion" / "several.json", ordinary="red apple", ordinary_pictures=DATA / "mini" / "clip_zeroshot",
         other_styles=("twemoji", "openmoji", "fluent emoji flat", "emojione", "noto v1"),
