@@ -35,6 +35,7 @@ def student(tiny_model, tmp_path):
 
 
 def call(monkeypatch, module, *arguments):
+    AcceleratorState._reset_state()  # accelerate holds a process to its first number format
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
 
@@ -113,15 +114,7 @@ def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_p
     assert apart[-1] < 0.985 * apart[0]  # the teacher, which is untrained, draws what is hard to learn
 
 
-@pytest.fixture
-def other_dtype():
-    """accelerate holds a process to its first number format."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-def test_a_student_is_trained_in_bf16(monkeypatch, other_dtype, tiny_checkpoint, tmp_path):
+def test_a_student_is_trained_in_bf16(monkeypatch, tiny_checkpoint, tmp_path):
     """Both stages, on a CPU, where `auto` is bf16 if it has it: autocast there is not a GPU's (it refuses to join tensors of fp16)."""
     call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS[:-1], "bf16", "--steps", 2, "--output", tmp_path / "run")
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["stage"]["name"] == "tuning"

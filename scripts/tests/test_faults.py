@@ -26,7 +26,7 @@ WRITERS = {  # a file's name, and what writes it
     "tensors": ("a.safetensors", lambda path: tensors.save_tensors(path, {"a": torch.arange(5000.0)})),
     "weights": ("w.safetensors", lambda path: tensors.save_weights(path, {"a": torch.arange(5000.0)}, {"b": 1})),
     "a word": ("new1.safetensors", lambda path: embedding.save_embedding(path, "<new1>", torch.ones(2, 8), {"model": "m"})),
-    "projections": ("projections.safetensors", lambda path: custom_diffusion.save_weights(path, {"a": torch.ones(2, 8)}, {})),
+    "projections": ("projections.safetensors", lambda path: custom_diffusion.save_projections(path, {"a": torch.ones(2, 8)}, {})),
     "the report's text": ("report.md", lambda path: importlib.import_module("common").write_whole(path, "after")),
 }
 CALLS = [(os, "open"), (os, "replace"), (os, "close"), (os, "unlink"), (builtins, "open"), (io, "open"), (os.path, "exists")]
