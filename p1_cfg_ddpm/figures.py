@@ -2,7 +2,7 @@
 
     python -m p1_cfg_ddpm.figures        # writes report/figures/p1_*.png
 
-Two grids (rows: the digits 0-9, columns: ten noise inputs, the files {digit}_001 .. _010 of inference), two reverse processes of the first 0
+Two grids (rows: the digits 0-9, columns: ten noise inputs, the files {digit}_001 .. _010 of inference --tries 1), two reverse processes of the first 0
 of those grids (the file 0_001.png), at six moments (reverse) and at all (process), and from the benchmark's results two charts: guidance weight, and
 sampler and steps; from p1_cfg_ddpm.pareto's, one of what was tried.
 """

@@ -24,13 +24,17 @@ from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, 
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
 from .provenance import Made, claim
-from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name, ddim, steps_at
+from .reading import doubt
+from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name, ddim, finish, steps_at
 
 CHECKPOINT = BUNDLED / "small.safetensors"
 STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolated eps leaves coloured spots in the long last leap of few guided steps
-OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta")  # what a student has no choice of
+OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
+
+
+TRIES = {"cpu": 1, "cuda": 4}  # unasked: reading doubles the work, a minute on a CPU of two cores, a second on a GPU
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class DrawConfig:
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
     guidance_parallel: tuple = (1.0, 0.25)  # by domain: the share that is kept of what is parallel to the predicted image's deviation from its mean
     eta: float = 0.0  # of ddim; 0 is deterministic
-    seed: int = 2
+    tries: int = 1  # at an image, while the network reads another digit in it (reading.py); 1 does not read
+    seed: int = 0
 
     def check(self):
         low, high = self.guidance_interval
@@ -59,6 +64,8 @@ class DrawConfig:
             raise UserError(f"--spacing logsnr is for up to 500 steps, not {self.num_steps}; use --spacing trailing")
         if not math.isfinite(self.guidance_weight):
             raise UserError(f"--guidance-weight must be a finite number, not {self.guidance_weight}")
+        if not 1 <= self.tries <= 100:
+            raise UserError(f"--tries must be between 1 and 100, not {self.tries}")
         if not 0 <= self.eta <= 1:
             raise UserError(f"--eta must be between 0 and 1, not {self.eta}")
         if self.eta and self.sampler != "ddim":
@@ -119,18 +126,44 @@ def steps_of(config, diffusion):
     return SPACINGS[config.spacing](diffusion.alpha_bar, config.num_steps)
 
 
-def states(model, diffusion, jobs, config, guide=None):
+def conditions(jobs, device):
+    """(digit, domain) of jobs, int [B] each."""
+    return tuple(torch.tensor(told, device=device) for told in zip(*((job.digit, DOMAINS.index(job.domain)) for job in jobs)))
+
+
+def names_of(jobs, attempt=1):
+    """What the noise of each image is seeded by."""
+    return [job.name if attempt == 1 else f"{job.name}, try {attempt}" for job in jobs]
+
+
+def states(model, diffusion, jobs, config, guide=None, attempt=1):
     """Yields a `State` per step for a batch of jobs; the last one's `x` is the finished images, float [B, 3, 28, 28]."""
     device = next(model.parameters()).device
-    digit = torch.tensor([job.digit for job in jobs], device=device)
-    domain = torch.tensor([DOMAINS.index(job.domain) for job in jobs], device=device)
-    noise = ImageNoise(config.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE), device)
+    digit, domain = conditions(jobs, device)
+    noise = ImageNoise(config.seed, names_of(jobs, attempt), (3, IMAGE_SIZE, IMAGE_SIZE), device)
     if model.config.times:
         student = Distilled(model, diffusion, digit, domain, config.guidance_weight)
         yield from ddim(student, noise(), steps_at(diffusion.alpha_bar, model.config.times))
         return
     guided = Guided(model, diffusion, digit, domain, config.guidance_weight, config.guidance_interval, guide, parallel=config.guidance_parallel)
     yield from by_name(config.sampler, config.eta)(guided, noise(), steps_of(config, diffusion), noise=noise)
+
+
+def draw_again(x, model, diffusion, jobs, config, guide=None):
+    """Draws those of the finished images x [B, 3, 28, 28] again, from another noise, in which the network reads another digit, up to config.tries in all.
+    Returns x with that try of each which it doubts least."""
+    digit, domain = conditions(jobs, x.device)
+    doubts = doubt(model, diffusion, x.clamp(-1, 1), digit, domain, config.seed, [f"{name}, read" for name in names_of(jobs)])
+    for attempt in range(2, config.tries + 1):
+        again = (doubts > 0).nonzero()[:, 0]
+        if not len(again):
+            break
+        some = [jobs[i] for i in again]
+        new = finish(states(model, diffusion, some, config, guide, attempt)).x
+        found = doubt(model, diffusion, new.clamp(-1, 1), digit[again], domain[again], config.seed, [f"{name}, read" for name in names_of(some, attempt)])
+        better = found < doubts[again]
+        x[again[better]], doubts[again[better]] = new[better], found[better]
+    return x
 
 
 @torch.inference_mode()
@@ -142,7 +175,7 @@ def generate(model, diffusion, jobs, config, batch_size, progress=True, guide=No
             for state in states(model, diffusion, batch, config, guide):
                 bar.update(len(batch))
                 last = state
-            return last.x
+            return last.x if config.tries == 1 else draw_again(last.x, model, diffusion, batch, config, guide)
 
         for batch, x in in_batches(jobs, batch_size, draw, "image", "--device cpu", share):
             if not x.isfinite().all():
@@ -178,7 +211,7 @@ def load_with_settings(args):
     """(UNet, Diffusion, `DrawConfig`, batch size, checkpoint) that parsed arguments ask for, checked."""
     if args.student and args.checkpoint:
         raise UserError("--student is the bundled one; give it or --checkpoint, not both")
-    given = {name: getattr(args, name) for name in (*OF_THE_TEACHER, "guidance_weight") if getattr(args, name) is not None}
+    given = {name: value for name in (*OF_THE_TEACHER, "guidance_weight") if (value := getattr(args, name, None)) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     replace(TEACHER, **given).check()
     device = pick_device(args.device)
@@ -188,7 +221,8 @@ def load_with_settings(args):
     checkpoint = args.checkpoint or (STUDENT_CHECKPOINT if args.student else default_checkpoint())
     model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
     if not model.config.times:
-        return model, diffusion, replace(TEACHER, **given, seed=args.seed), batch_size, checkpoint
+        unasked = {"tries": TRIES.get(device.type, 1)} if hasattr(args, "tries") else {}
+        return model, diffusion, replace(TEACHER, **unasked | given, seed=args.seed), batch_size, checkpoint
     for name in OF_THE_TEACHER:
         if name in given:
             flag = name.removeprefix("num_").replace("_", "-")
@@ -206,6 +240,8 @@ def main():
     parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model, or the student of it.")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
+    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself reads another digit "
+                        "in it; takes twice as long; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")
@@ -233,7 +269,12 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
     by_the_first(share, lambda: claim(args.output, made, {f"{job.name}.png": {} for job in jobs}, batch_size, where, args.overwrite, again=True))
     if share == (0, 1) and not model.config.times:
         calls = config.num_steps * math.ceil(len(jobs) / batch_size)
-        announce([(calls, lambda: next(states(model, diffusion, jobs[:batch_size], config)))], model, parameter.device, started, config.num_steps)
+        first = jobs[:batch_size]
+        parts = [(calls, lambda: next(states(model, diffusion, first, config)))]
+        if config.tries > 1:
+            x = torch.zeros(len(first), 3, IMAGE_SIZE, IMAGE_SIZE, device=parameter.device)
+            parts.append((calls / config.num_steps, lambda: doubt(model, diffusion, x, *conditions(first, x.device), config.seed, names_of(first))))
+        announce(parts, model, parameter.device, started, config.num_steps)
     with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
         writing = deque()
         for job, image in generate(model, diffusion, jobs, config, batch_size, share=share):

@@ -30,7 +30,8 @@ def draw(made, name, batch, where, args):
         batch = {name: {}}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in made["settings"].items()}
     dtype = DTYPES[settings.pop("dtype")]
-    settings.setdefault("guidance_parallel", (1.0,) * len(DOMAINS))  # what older records do not name was not there
+    for setting, value in (("guidance_parallel", (1.0,) * len(DOMAINS)), ("tries", 1)):  # what older records do not name was not there
+        settings.setdefault(setting, value)
     if settings["sampler"] != "ddim":
         settings["eta"] = 0.0  # older records may name one, which did nothing
     if "steps" in settings:  # as they called it

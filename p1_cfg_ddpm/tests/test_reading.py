@@ -1,0 +1,95 @@
+"""What the network reads in an image, by hand, and that what it doubts is drawn again."""
+
+import numpy as np
+import pytest
+import torch
+
+from p1_cfg_ddpm import inference, reading
+from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm.inference import DrawConfig, all_jobs, generate
+from p1_cfg_ddpm.provenance import read_made
+
+INFER = "p1_cfg_ddpm.inference"
+
+
+class Templates(torch.nn.Module):
+    """Takes every image for the template of the digit that it is told: its error at digit y is ||x0 - template_y||^2 / sigma^2."""
+
+    null_digit = 10
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.diffusion, self.dtype, self.asked = diffusion, torch.nn.Parameter(torch.zeros(1)), []
+        self.templates = torch.randn(10, 3, 28, 28, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+
+    def forward(self, x, t, digit, domain):
+        self.asked.append((int(t[0]), len(x)))
+        a, s = self.diffusion.coefficients(t)
+        return (a * x - self.templates[digit]) / s
+
+
+def test_the_least_error_is_read():
+    diffusion = Diffusion()
+    model, digit = Templates(diffusion), torch.tensor([3, 4, 5])
+    x0 = torch.stack([model.templates[3], 0.4 * model.templates[4] + 0.6 * model.templates[7], 0.9 * model.templates[5] + 0.1 * model.templates[6]])
+    with torch.inference_mode():
+        found = reading.doubt(model, diffusion, x0, digit, torch.zeros_like(digit), 0, ["a", "b", "c"])
+    # by hand: of 0.4 A + 0.6 B the error as A is 0.36 ||A - B||^2, as B 0.16 ||A - B||^2
+    assert found[0] < -100 and found[1] == pytest.approx(0.36 / 0.16 - 1, rel=1e-3) and found[2] == pytest.approx(-(0.81 / 0.01 - 1), rel=1e-2)
+    assert model.asked == [(reading.TIMES[0], 3)] * 10  # all are clear
+
+
+def test_what_is_not_clear_is_tried_on_a_second_noise():
+    diffusion = Diffusion()
+    model, digit = Templates(diffusion), torch.tensor([3, 4])
+    x0 = torch.stack([model.templates[3], (model.templates[4] + model.templates[7]) / 2])
+    with torch.inference_mode():
+        found = reading.doubt(model, diffusion, x0, digit, torch.zeros_like(digit), 0, ["a", "b"])
+    assert abs(found[1]) < 1e-3 and model.asked == [(reading.TIMES[0], 2)] * 10 + [(reading.TIMES[1], 1)] * 10
+
+
+def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, monkeypatch):
+    """The second image is clear at its third try, the third image never, and least doubted at its second."""
+    doubts = {"a": [-1.0], "b": [0.5, 0.2, -0.1, -9.0], "c": [0.3, 0.1, 0.2, 0.4]}
+    jobs, asked = all_jobs(1, ("svhn",), (0, 1, 2)), []
+
+    def doubt(model, diffusion, x, digit, domain, seed, names):
+        asked.append(names)
+        tries = [int(name.split("try ")[1][0]) if "try" in name else 1 for name in names]
+        return torch.tensor([doubts["abc"[int(d)]][n - 1] for d, n in zip(digit, tries)])
+
+    monkeypatch.setattr(inference, "doubt", doubt)
+    config = DrawConfig(num_steps=2, tries=4)
+    images = [image for _, image in generate(tiny_model, Diffusion(), jobs, config, 3, progress=False)]
+    assert [len(names) for names in asked] == [3, 2, 2, 1]  # the fourth try is the third image's alone
+    with torch.inference_mode():
+        for i, attempt in enumerate((1, 3, 2)):
+            alone = inference.finish(inference.states(tiny_model, Diffusion(), [jobs[i]], config, attempt=attempt)).x
+            assert np.abs(inference.to_uint8(alone)[0].astype(int) - images[i]).max() <= 1
+            assert (np.abs(inference.to_uint8(alone)[0].astype(int) - images[(i + 1) % 3]) > 1).any()
+
+
+def test_an_image_that_is_drawn_again_does_not_depend_on_the_others(tiny_model):
+    config, jobs = DrawConfig(num_steps=2, tries=3), all_jobs(1)[::2]
+    whole, few = ({job.name: image.astype(int) for job, image in generate(tiny_model, Diffusion(), jobs, config, n, progress=False)} for n in (100, 3))
+    once = {job.name: image for job, image in generate(tiny_model, Diffusion(), jobs, DrawConfig(num_steps=2), 100, progress=False)}
+    assert max(np.abs(whole[name] - few[name]).max() for name in whole) <= 1
+    assert 0 < sum((whole[name] != once[name]).any() for name in whole)
+
+
+def test_the_command_reads_where_it_is_asked_to(call, tiny_checkpoint, tmp_path):
+    arguments = ["--checkpoint", tiny_checkpoint, "--images-per-digit", 1, "--digits", 1, "--steps", 2, "--device", "cpu"]
+    for flags, tries in (([], 1), (["--tries", 3], 3)):
+        out = tmp_path / str(tries)
+        code, _, err = call(INFER, out, *arguments, *flags)
+        assert code == 0, err
+        assert read_made(out / "svhn" / "1_001.png")["settings"]["tries"] == tries
+    code, text, err = call("p1_cfg_ddpm.redraw", tmp_path / "3" / "svhn" / "1_001.png", "--output", tmp_path / "again.png")
+    assert code == 0 and "byte for byte" in text, err
+
+
+@pytest.mark.parametrize("flags, message", [(["--tries", 0], "--tries must be between 1 and 100, not 0"),
+                                            (["--tries", 2, "--student"], "--tries is not for student.safetensors")])
+def test_tries_that_are_refused(call, tmp_path, flags, message):
+    code, _, err = call(INFER, tmp_path / "out", *flags)
+    assert code == 1 and message in err and len(err.splitlines()) == 1
