@@ -36,16 +36,7 @@ def test_the_least_error_is_read():
         found = reading.doubt(model, diffusion, x0, digit, torch.zeros_like(digit), 0, ["a", "b", "c"])
     # by hand: of 0.4 A + 0.6 B the error as A is 0.36 ||A - B||^2, as B 0.16 ||A - B||^2
     assert found[0] < -100 and found[1] == pytest.approx(0.36 / 0.16 - 1, rel=1e-3) and found[2] == pytest.approx(-(0.81 / 0.01 - 1), rel=1e-2)
-    assert model.asked == [(reading.TIMES[0], 3)] * 10  # all are clear
-
-
-def test_what_is_not_clear_is_tried_on_a_second_noise():
-    diffusion = Diffusion()
-    model, digit = Templates(diffusion), torch.tensor([3, 4])
-    x0 = torch.stack([model.templates[3], (model.templates[4] + model.templates[7]) / 2])
-    with torch.inference_mode():
-        found = reading.doubt(model, diffusion, x0, digit, torch.zeros_like(digit), 0, ["a", "b"])
-    assert abs(found[1]) < 1e-3 and model.asked == [(reading.TIMES[0], 2)] * 10 + [(reading.TIMES[1], 1)] * 10
+    assert model.asked == [(reading.TIMES[0], 3)] * 10 + [(reading.TIMES[1], 1)] * 10  # two are clearly right
 
 
 def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, monkeypatch):
@@ -74,7 +65,7 @@ def test_an_image_that_is_drawn_again_does_not_depend_on_the_others(tiny_model):
     whole, few = ({job.name: image.astype(int) for job, image in generate(tiny_model, Diffusion(), jobs, config, n, progress=False)} for n in (100, 3))
     once = {job.name: image for job, image in generate(tiny_model, Diffusion(), jobs, DrawConfig(num_steps=2), 100, progress=False)}
     assert max(np.abs(whole[name] - few[name]).max() for name in whole) <= 1
-    assert 0 < sum((whole[name] != once[name]).any() for name in whole)
+    assert any((whole[name] != once[name]).any() for name in whole)
 
 
 def test_the_command_reads_where_it_is_asked_to(call, tiny_checkpoint, tmp_path):
