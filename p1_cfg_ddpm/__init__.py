@@ -5,8 +5,7 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
      1  guard (how a command begins and is interrupted)
      2  files (errors in one line, whole writes, locks), samplers (the update rules), diffusion (schedules, loss, guidance)
      3  pictures (one careful reader), tensors (one careful reader), device (where and in which format)
-     4  model (the conditional UNet), reading (which digit it sees), training (optimisers, averages), state (to go on from),
-        provenance (what made a picture), estimate (how long)
+     4  model (the conditional UNet), reading (which digit it sees), training (optimisers, averages), state (to go on from), provenance, estimate (of time)
      5  data (the course's layout), inference (the graded files)
      6  classifier (the judges), train (the training), redraw (a picture again)
      7  embedding (features without labels), distill (a student of few evaluations)
