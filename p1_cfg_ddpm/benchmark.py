@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="with the default settings, so many seeds are drawn and graded")
     parser.add_argument("--sweep-images-per-digit", type=int, default=20, help="for the ladder and the guidance sweep; fewer is quicker and less exact")
     parser.add_argument("--classic-images-per-digit", type=int, default=3, help="for the 500-step reference; 0 leaves it out")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()

@@ -269,7 +269,7 @@ def check_training_arguments(args):
 
 def main():
     parser = argparse.ArgumentParser(description="Trains the small classifier of one domain.", formatter_class=HelpFormatter)
-    parser.add_argument("--domain", choices=DOMAINS, required=True)
+    parser.add_argument("--domain", choices=DOMAINS, required=True, help="whose digits")
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="residual", help="plain: the second judge")
     parser.add_argument("--data", type=Path, required=True, help="folder with mnistm/ and svhn/ in the course's layout")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/classifier_{domain}.safetensors)")

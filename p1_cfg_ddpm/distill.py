@@ -187,7 +187,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
     parser.add_argument("--tuning", type=float, default=0.25, help="last share of the steps, which are consistency tuning")
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help=f"peak learning rate; {TUNED_BY:g} of it in the tuning")
     parser.add_argument("--warmup", type=int, default=100, help="steps over which the learning rate rises")
     parser.add_argument("--decay", type=float, default=0.7, help="last share of each stage, over which it falls to zero")

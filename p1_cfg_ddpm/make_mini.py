@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--output", type=Path, default=MINI_DATA, help="folder to write mnistm/ and svhn/ into")
     parser.add_argument("--train", type=int, default=20, help="training images per digit and domain")
     parser.add_argument("--val", type=int, default=5, help="validation images per digit and domain")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     args = parser.parse_args()
     check_flags(args, ("train", "val"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")

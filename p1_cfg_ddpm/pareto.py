@@ -100,7 +100,7 @@ def parse_args():
     parser.add_argument("--fresh", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="seeds that tell how good the chosen one is")
     parser.add_argument("--finalists", type=int, default=3, help="points that all seeds measure, beside the default")
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain: 50 are the grader's files")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")

@@ -1,7 +1,7 @@
 """How close a network's faces are to drawn ones: Fréchet distance in the features of a frozen network, high-frequency energy, grain.
 
     python -m p2_ddim.make_mini faces runs/held_out --count 3000 --seed 1
-    python -m p2_ddim.quality UNet.pt --faces runs/held_out
+    python -m p2_ddim.quality UNet.pt                                          # writes report/results/p2_quality.json
 
 All but the last 500 of those faces are the reference; what as many generated ones score is set beside what these 500 drawn ones score, as a ratio. The
 features are those of the bundled miniature of CLIP (hw2_data/mini/clip), which was trained on emoji and never saw these faces.
@@ -15,12 +15,13 @@ import torch
 
 from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, pick_device, pick_dtype
-from .files import ROOT, UserError, check_flags, run, writable_file, write_json
+from .files import RESULTS, ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import QUALITIES, check_size, generate, to_pictures
 from .model import load_unet
 from .provenance import HelpFormatter, command_line
 from .samplers import ImageNoise
 
+HELD_OUT = Path("runs/held_out")  # which make_mini faces draws, as above
 CLIP = ROOT / "hw2_data" / "mini" / "clip"
 
 
@@ -76,20 +77,26 @@ def compare(generated, drawn):
     return rows
 
 
+def check_faces(folder):
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of drawn faces; python -m p2_ddim.make_mini faces {folder} --count 3000 --seed 1 draws some")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI_DATA / "UNet.pt", help="the network's state dict")
-    parser.add_argument("--faces", type=Path, required=True, help="folder of pictures that the network was not trained on")
+    parser.add_argument("--faces", type=Path, default=HELD_OUT, help="folder of drawn faces that the network was not trained on")
     parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")
     parser.add_argument("--quality", choices=list(QUALITIES), nargs="+", default=list(QUALITIES), help="which of p2_infer's ways of drawing")
     parser.add_argument("--side", type=int, default=64, help="of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=50, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--output", type=Path, default=Path("runs/p2_quality.json"), help="the JSON file to write")
+    parser.add_argument("--output", type=Path, default=RESULTS / "p2_quality.json", help="the JSON file to write")
     args = parser.parse_args()
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
+    check_faces(args.faces)
     writable_file(args.output)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

@@ -1,7 +1,7 @@
 """What each sampler makes of how many evaluations of the network: the table that --quality is chosen from.
 
     python -m p2_ddim.make_mini faces runs/held_out --count 3000 --seed 1
-    python -m p2_ddim.sweep --faces runs/held_out       # writes report/results/p2_samplers.json; p2_figures.sh draws it
+    python -m p2_ddim.sweep                                                    # writes report/results/p2_samplers.json; p2_figures.sh draws it
 
 Half an hour of one core; each row is written when it is measured, and the same command again goes on.
 
@@ -26,7 +26,7 @@ from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
 from .provenance import HelpFormatter, command_line
-from .quality import features, frechet_distance
+from .quality import HELD_OUT, check_faces, features, frechet_distance
 from .samplers import SAMPLERS, ImageNoise
 
 MEASURES = ["distance", "clamped", "frechet"]
@@ -45,7 +45,7 @@ def configs(evaluations):
 def parse_args():
     parser = argparse.ArgumentParser(description="Measures every sampler by its number of evaluations.", formatter_class=HelpFormatter)
     parser.add_argument("--measure", choices=MEASURES, nargs="+", default=MEASURES, help="what is measured")
-    parser.add_argument("--faces", type=Path, default=None, help="folder of drawn faces that the network was not trained on; frechet needs it")
+    parser.add_argument("--faces", type=Path, default=HELD_OUT, help="folder of drawn faces that the network was not trained on, for frechet")
     parser.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--count", type=int, default=100, help="faces whose Fréchet distance is measured")
     parser.add_argument("--near", type=int, default=4, help="faces whose distance to the answer of --truth steps is measured")
@@ -53,15 +53,15 @@ def parse_args():
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50], help="of the network, an image")
     parser.add_argument("--side", type=int, default=64, help="of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
-    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=25, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--output", type=Path, default=RESULTS / "p2_samplers.json", help="the JSON file to write")
     args = parser.parse_args()
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("near",), lambda value: value >= 1, "at least 1")
-    if "frechet" in args.measure and not args.faces:
-        raise UserError("--measure frechet needs --faces; python -m p2_ddim.make_mini faces draws some")
+    if "frechet" in args.measure:
+        check_faces(args.faces)
     args.command = command_line("python -m p2_ddim.sweep", parser, args, leave_out=("measure", "device", "output"))
     return args
 

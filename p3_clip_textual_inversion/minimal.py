@@ -132,13 +132,13 @@ FLAGS = {  # the published settings of Stable Diffusion v1; the miniature's are 
     "--model": ("hw2_data/mini/stable_diffusion", "folder, or a name on the hub"), "--word": ("<new1>", "to learn"),
     "--initial": ("dog", "words to begin with"), "--vectors": (1, "rows of the word"), "--steps": (3000, "of learning"),
     "--batch-size": (4, "pictures a step"), "--lr": (5e-4, "learning rate"), "--caption": ("a photo of a {}", "of each picture"),
-    "--prompt": ("a photo of a {}", "to draw"), "--w": (6.5, "guidance weight"), "--clip": ("ViT-B-32-quickgelu", "or a folder"),
+    "--prompt": ("a photo of a {}", "to draw"), "--w": (6.5, "guidance weight"), "--clip": ("ViT-B-32-quickgelu", "of open_clip, or a folder"),
     "--output": ("p3_minimal", "OUTPUT.safetensors will be the word, OUTPUT.png four pictures")}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("learn", "classify"))
+    parser.add_argument("command", choices=("learn", "classify"), help="a word of pictures; or pictures into classes")
     parser.add_argument("folder", help="of pictures to learn from, or of val/ and id2label.json to classify")
     for flag, (default, told) in FLAGS.items():
         parser.add_argument(flag, type=type(default), default=default, help=f"{told} (default: {default})")

@@ -203,11 +203,14 @@ def digest(paths):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells each default once: not where the help tells it itself, nor that there is none, or that a switch is off."""
+    """Tells each default once, as it is typed: not where the help tells it itself, nor that there is none, or that a switch is off."""
 
     def _get_help_string(self, action):
-        untold = action.default is None or action.default is False or "(default:" in action.help
-        return action.help if untold else super()._get_help_string(action)
+        if action.default is None or action.default is False or action.default in ("", [], ()) or "(default:" in action.help:
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def redraw(program, draw, description):

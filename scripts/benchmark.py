@@ -53,8 +53,9 @@ def draw_chart(rows, machines, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(MODULES), default=list(MODULES), help="problems to measure again; the others keep their numbers")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(MODULES), default=list(MODULES),
+                        help="problems to measure again; the others keep their numbers (default: all)")
     parser.add_argument("--render", action="store_true", help="measure nothing, only put the numbers together again")
     args = parser.parse_args()
     for problem in [] if args.render else args.only:

@@ -21,8 +21,8 @@ EXPECTED = {  # path: at least so many files
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HW2_DATA, help="the data folder")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=HW2_DATA, help="the data folder (default: hw2_data)")
     parser.add_argument("--archive", type=Path, default=None, help="a hw2_data.zip that is already here; nothing is downloaded")
     args = parser.parse_args()
     if not problems(args.output):

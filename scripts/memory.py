@@ -298,8 +298,8 @@ def table(results, short=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON (default: report/results/memory.json)")
     parser.add_argument("--render", action="store_true", help="count nothing, only print the table of the JSON")
     args = parser.parse_args()
     if args.render:

@@ -14,8 +14,8 @@ CHALLENGE_IMAGES = 6  # pictures an entry; who takes part draws 25
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "out", help="folder for everything that is made")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "out", help="folder for everything that is made (default: out)")
     args = parser.parse_args()
     out = args.output.resolve()
     try:

@@ -1,9 +1,9 @@
-"""Renders report/text/, Jinja templates in Markdown with the numbers of report/results/*.json, as report/report.md and, by report/template.html, as one
-self-contained page, report/index.html.
+"""Makes the report: report/report.md, and report/index.html, one self-contained page, of report/text/ and the numbers of report/results/*.json.
 
-Before that it draws the figures again and classifies by CLIP (some minutes; --render leaves this out). Where the course's data is in hw2_data/, its face
-network draws P2's figures and is graded, and its pictures are classified too, by OpenAI's CLIP from the hub: a matter for a GPU. Benchmarks and trainings are
-not run again: scripts/benchmark.sh, p3_train.sh, p3_several.sh are.
+The texts are Jinja templates in Markdown; the page is by report/template.html. Before that the figures are drawn again, and CLIP classifies (some minutes;
+--render leaves this out). Where the course's data is in hw2_data/, its face network draws P2's figures and is graded, and its pictures are classified too, by
+OpenAI's CLIP from hw2_data/weights or the hub: a matter for a GPU. Benchmarks and trainings are not run again: scripts/benchmark.sh, p3_train.sh and
+p3_several.sh do that.
 """
 
 import argparse
@@ -254,7 +254,7 @@ def draw_everything(words):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--render", action="store_true", help="only put text, numbers and figures together again")
     parser.add_argument("--words", type=Path, default=None, metavar="DIR", help="a folder of scripts/p3_train.sh, whose figures to draw")
     parser.add_argument("--only", choices=["zero-shot"], default=None, help="draw and measure this part only; the others keep their figures and numbers")

@@ -46,8 +46,8 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
     others = json.loads((tmp_path / "s.json").read_text())["distance"]["rows"]
     assert len(others) == len(left) and not {row["value"] for row in others} & {row["value"] for row in left}
 
-    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments)])
-    with pytest.raises(UserError, match="frechet needs --faces"):
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--faces", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"none is no folder of drawn faces; python -m p2_ddim\.make_mini faces .*none --count 3000"):
         sweep.main()
 
 

@@ -25,7 +25,7 @@ from ..model import MINI_SD, load_stable_diffusion
 from ..pictures import save_image, to_uint8
 from ..provenance import HelpFormatter
 from .painting import compose
-from .world import CLIP_STYLES, COLOURS, GROUNDS, KEPT_OUT, SIDE, UNSEEN_STYLE, Drawings, captions, make_scenes, sample, words
+from .world import CLIP_STYLES, COLOURS, DRAWINGS, GROUNDS, KEPT_OUT, SIDE, UNSEEN_STYLE, Drawings, captions, make_scenes, sample, words
 
 SEED = 10**7
 GUIDANCE = 3.0
@@ -200,7 +200,7 @@ def over(drawn, real):
 
 def main():
     parser = argparse.ArgumentParser(description="Scores the miniature's models of P3.", formatter_class=HelpFormatter)
-    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
+    parser.add_argument("--drawings", type=Path, default=DRAWINGS, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--clip", type=Path, default=MINI / "clip", help="folder of CLIP, the judge")
     parser.add_argument("--judge", type=Path, default=None, help="folder of a second judge")
     parser.add_argument("--sd", type=Path, default=MINI_SD, help="folder of Stable Diffusion")

@@ -33,7 +33,7 @@ from ..training import (
     share_of_peak,
 )
 from .models import PARTS, through
-from .world import Drawings
+from .world import DRAWINGS, Drawings
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "drawings", "steps", "seconds", "save_every", "keep", "compile", "device", "clip", "vae", "start", "validate_every", "report_to",
@@ -43,7 +43,7 @@ FREE_TO_CHANGE = ("output", "drawings", "steps", "seconds", "save_every", "keep"
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("part", choices=list(PARTS), help="what to train")
-    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
+    parser.add_argument("--drawings", type=Path, default=DRAWINGS, metavar="NPZ", help="file that miniature.drawings render wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run: its state, its log and the result")
     parser.add_argument("--clip", type=Path, default=None, help="for unet: folder of the trained CLIP")
     parser.add_argument("--vae", type=Path, default=None, help="for unet: folder of the trained autoencoder")

@@ -28,7 +28,7 @@ from ..pictures import save_image
 from ..provenance import HelpFormatter, command_line
 from .drawings import CONCEPTS, UNKNOWN, Look, write_concepts, write_examples
 from .scores import GUIDANCE, Artist, Eye, grid, halves
-from .world import COLOURS, GROUNDS, PATTERNS, STYLES, UNSEEN_STYLE, Drawings, make_scenes, words
+from .world import COLOURS, DRAWINGS, GROUNDS, PATTERNS, STYLES, UNSEEN_STYLE, Drawings, make_scenes, words
 
 PROMPTS = ("a drawing of a {} on a blue background", "a {} next to a red apple")
 BESIDE = "red-apple"
@@ -138,8 +138,8 @@ def learn(looks, drawings, args, flags):
 def main():
     own, flags = (sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]) if "--" in sys.argv else (sys.argv[1:], [])
     parser = argparse.ArgumentParser(description="Learns words of concepts drawn by seed; scores them.", formatter_class=HelpFormatter)
-    parser.add_argument("--drawings", type=Path, required=True, metavar="NPZ", help="file that miniature.drawings render wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder for examples, words, scores.json and pictures.png")
+    parser.add_argument("--drawings", type=Path, default=DRAWINGS, metavar="NPZ", help="file that miniature.drawings render wrote")
+    parser.add_argument("--output", type=Path, default=None, help="folder for examples, words, scores.json and pictures.png (default: runs/words_KIND_SEED)")
     parser.add_argument("--report", metavar="NAME", default=None, help="keep the scores under this name in report/results/p3_words.json, too")
     parser.add_argument("--kind", choices=["instances", "unseen", "styles", "bundled", "unknown"], default="instances",
                         help="what to learn: see above; the two styles that nothing was trained on; the bundled concepts; of which the kind never seen")
@@ -155,6 +155,7 @@ def main():
     args = parser.parse_args(own)
     check_flags(args, ("count", "pictures", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")
+    args.output = args.output or Path("runs") / f"words_{args.kind}_{args.seed}"
     device, drawings = pick_device(args.device), Drawings(args.drawings)
     looks = {"bundled": list(CONCEPTS), "styles": styles(), "unknown": list(UNKNOWN)}.get(args.kind) or looks_of(args.kind, drawings, args.seed, args.count)
     vectors, *_, origin = gather([learn(looks, drawings, args, flags)], [look.token for look in looks])

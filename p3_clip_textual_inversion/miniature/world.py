@@ -8,6 +8,7 @@ batches of tensors, on whatever device, so that a training never sees the same p
 """
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ COLOURS = {"red": (220, 35, 40), "orange": (250, 130, 10), "yellow": (245, 215, 
 PATTERNS = ("striped", "dotted", "checked")
 SIZES = ("small", "large")
 PLACES = {"on the left": (-0.45, 0.0), "on the right": (0.45, 0.0), "at the top": (0.0, -0.45), "at the bottom": (0.0, 0.45)}  # of a subject alone
+DRAWINGS = Path("runs/emoji.npz")  # which `drawings render` makes; trainings and scores look there
 RELATIONS = ("next to", "above", "below")
 NUMBERS = ("two", "three")
 # Toned styles: luma from one colour to another, which is how prints, stencils and photographs differ. A model that knew only coloured emoji could not be

@@ -98,8 +98,9 @@ def test_help_tells_each_default_once():
     """By the one formatter of the three folders; argparse's own says "(default: None)", also behind a default that is told in words."""
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
     for flag, options in (("--a", {"default": None, "help": "first (default: by size)"}), ("--b", {"default": None, "help": "second"}),
-                          ("--c", {"action": "store_true", "help": "third"}), ("--d", {"default": 4, "help": "fourth"})):
+                          ("--c", {"action": "store_true", "help": "third"}), ("--d", {"default": 4, "help": "fourth"}),
+                          ("--e", {"default": [], "help": "fifth"}), ("--f", {"default": (1, 2), "help": "sixth"})):
         parser.add_argument(flag, **options)
-    assert re.findall(r"\(default.*?\)", parser.format_help()) == ["(default: by size)", "(default: 4)"]
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if not {"tests", "provenance.py"} & set(path.parts)]
+    assert re.findall(r"\(default.*?\)", parser.format_help()) == ["(default: by size)", "(default: 4)", "(default: 1 2)"]
+    files = [path for folder in (*PACKAGES, "scripts") for path in (ROOT / folder).rglob("*.py") if not {"tests", "provenance.py"} & set(path.parts)]
     assert not [path for path in files if "ArgumentDefaultsHelpFormatter" in path.read_text()]

@@ -1,7 +1,12 @@
-"""The shell scripts, the set-up and the download."""
+"""The shell scripts, the commands that anything tells, the set-up and the download."""
 
+import argparse
+import ast
 import importlib
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -40,6 +45,90 @@ def test_a_script_runs_from_any_folder_with_its_arguments(tmp_path):
     assert result.returncode != 0 and result.stderr.strip() == "error: --steps must be between 1 and 1000, not 0"
     result = subprocess.run(["bash", SCRIPTS / "p1_grade.sh", "out here"], check=False, **options)
     assert result.returncode != 0 and result.stderr.startswith("error: out here/mnistm does not exist") and result.stderr.count("\n") == 1
+
+
+class Asked(Exception):
+    """Raised in place of parsing: its argument is the parser."""
+
+
+def asked(parser, *_):
+    raise Asked(parser)
+
+
+def parser_of(name, monkeypatch):
+    """The parser of a module that is a command, as its main makes it."""
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", asked)
+    monkeypatch.setattr(sys, "argv", [name])
+    try:
+        importlib.import_module(name).main()
+    except Asked as caught:
+        return caught.args[0]
+    finally:
+        monkeypatch.undo()
+
+
+def all_of(parser):
+    """The actions of a parser and of those of its commands."""
+    for action in parser._actions:
+        yield action
+        for inner in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from all_of(inner)
+
+
+def texts_of(path):
+    """What a file tells: a page or a shell script as it is; of Python its strings, with {X} for what is put in, and its comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        for name, value in re.findall(r'\b(\w+)="([^"\n]*)"', text):  # as pages shorten their lines
+            text = re.sub(rf"\${name}\b", lambda _, value=value: value, text)
+        return [text.replace("\\\n", " ")]
+    nodes = list(ast.walk(ast.parse(text)))
+    joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    inner = {id(part) for values in joined for part in values}
+    whole = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner]
+    parts = [node.value for node in whole] + ["".join(part.value if isinstance(part, ast.Constant) else "{X}" for part in values) for values in joined]
+    return [part.replace("\\\n", " ") for part in [*parts, *re.findall(r"#.*", text)]]
+
+
+TOLD = re.compile(r"(?:-m ((?:p1_cfg_ddpm|p2_ddim|p3_clip_textual_inversion)(?:\.\w+)+)|(\b[a-z]\w*\.sh)\b)")  # the start of a command
+END = re.compile(r"`|  +#|\n|;| && | \(|\)|\"|, |: |\w+\.sh|$")
+WHOLE = re.compile(r" *(?:[\w$./]*python|\$\(.*\)|bash|accelerate launch \S+ \S+|each \S*python) (?:\.?\.?scripts/)?")  # a line that begins with one
+
+
+@pytest.mark.skipif(not (shutil.which("git") and (SCRIPTS.parent / ".git").exists()), reason="needs git and a clone")
+def test_every_command_that_is_told_has_its_flags(monkeypatch):
+    """In pages, docstrings, messages and comments; a line of its own is all of a command, and parses. Each flag says what it is for."""
+    shell = {}
+    for path in SCRIPTS.glob("*.sh"):
+        started = re.search(r'exec "\$python" "\$scripts/(?:run\.py" (\S+)|(\w+)\.py")(.*) "\$@"', path.read_text())
+        if started and path.name not in ("check.sh", "test.sh"):
+            shell[path.name] = (started[1] or started[2], started[3].split())
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=SCRIPTS.parent, capture_output=True, text=True, check=True).stdout.split("\0")
+    parsers, wrong, lines = {}, [], 0
+    for path in (SCRIPTS.parent / name for name in kept if name.endswith((".md", ".py", ".sh")) and "/tests/" not in name):
+        for text in texts_of(path):
+            for found in TOLD.finditer(text):
+                name, first = shell.get(found[2], (None, ())) if found[2] else (found[1], ())
+                if name is None or importlib.util.find_spec(name).submodule_search_locations:  # a script that is none of these; a room, the start of a name
+                    continue
+                parser = parsers[name] = parsers.get(name) or parser_of(name, monkeypatch)
+                told = text[found.end():END.search(text, found.end()).start()]
+                known = {flag for action in all_of(parser) for flag in action.option_strings}
+                if name.endswith("miniature.words"):
+                    told = told.split(" -- ")[0]  # what follows is p3_train's
+                wrong += [f"{path}: {name} has no {flag}" for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", told) if flag not in known]
+                line = re.split(r"\n|  +#|  +writes| && ", text[found.end():])[0].split(" -- ")[0]
+                if WHOLE.fullmatch(text[:found.start()].rpartition("\n")[2]) and not re.search(r"\{X\}|\[|\.\.\.|\$@", line):
+                    lines += 1
+                    try:
+                        parser.parse_args([*first, *shlex.split(line)])
+                    except (SystemExit, ValueError):
+                        wrong.append(f"{path}: {name} does not take {line}")
+    assert wrong == [], "\n".join(wrong)
+    assert len(parsers) > 45 and lines > 60, (len(parsers), lines)
+    for name, parser in parsers.items():
+        assert not [action.dest for action in all_of(parser) if not (action.help or isinstance(action, argparse._SubParsersAction))], name
+        assert parser.description.rstrip().endswith((".", "?")) or "\n" in parser.description, name
 
 
 def test_setup_knows_what_is_installed(setup):
