@@ -34,12 +34,12 @@ RESULTS = {  # what they may take numbers from, and the command that measures it
     "p2_course": "bash scripts/report.sh",
     "p2_exact": "python -m p2_ddim.edit measure --count 4 --batch-size 4",
     "p2_figures": "bash scripts/p2_figures.sh",
-    "p2_quality": "python -m p2_ddim.quality --faces runs/held_out --dtype bf16",
+    "p2_quality": "python -m p2_ddim.quality --dtype bf16",
     "p2_samplers": "python -m p2_ddim.sweep",
     "p3_benchmark": "bash scripts/p3_benchmark.sh",
     "p3_compare": "python -m p3_clip_textual_inversion.experiments.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2",
     "p3_dreambench": "bash scripts/p3_dreambench.sh",
-    "p3_miniature": "python -m p3_clip_textual_inversion.miniature.scores --drawings runs/emoji.npz --judge runs/judge",
+    "p3_miniature": "python -m p3_clip_textual_inversion.miniature.scores --judge runs/judge",
     "p3_several": "bash scripts/p3_several.sh",
     "p3_together": "python -m p3_clip_textual_inversion.miniature.together",
     "p3_words": "python -m p3_clip_textual_inversion.miniature.words",
@@ -99,8 +99,10 @@ def small(value):
 
 
 def share(value, interval, digits=1, sign=""):
-    """A percentage and its interval."""
-    return Markup("{} ({} to {})").format(*(percent(number, digits, sign) for number in (value, *interval))) if measured(value) else Markup(MISSING)
+    """A percentage and its interval, which stay on one line."""
+    if not measured(value):
+        return Markup(MISSING)
+    return Markup("{} ({} to {})".replace(" ", "\N{NO-BREAK SPACE}")).format(*(percent(number, digits, sign) for number in (value, *interval)))
 
 
 def source(name, results, flags=""):

@@ -37,7 +37,7 @@ def test_numbers_come_from_the_results(report, tmp_path):
     for text, filled in {
         '{{ p1_benchmark.by["50"]|fixed(1) }}': "0.5",
         '{{ p1_benchmark["way, fast"].share|percent }}, {{ p1_benchmark.list[0].x }}, {0..24}': "12.3\xa0%, 2, {0..24}",
-        "{{ share(0.5, [0.4, 0.6], 0, '+') }} {{ p1_benchmark.p|small }} {{ p1_benchmark.many }}": "+50\xa0% (+40\xa0% to +60\xa0%) 1.2e-09 12,345",
+        "{{ share(0.5, [0.4, 0.6], 0, '+') }} {{ p1_benchmark.p|small }} {{ p1_benchmark.many }}": "+50\xa0%\xa0(+40\xa0%\xa0to\xa0+60\xa0%) 1.2e-09 12,345",
         '{{ p1_benchmark.list|map(attribute="x")|mean|fixed(1) }} {{ p1_benchmark.list|map(attribute="x")|lowest }}': "3.5 2",
         "{% for row in p1_benchmark.list %}\n| {{ row.x }} |\n{% endfor %}\nend": "| 2 |\n| 5 |\nend",
         "{{ p2_course.a.b|fixed(3) }}; {{ p1_benchmark.none|percent }}; {{ share(p2_course.a, p2_course.b) }}": "; ".join(["not measured here"] * 3),
@@ -146,10 +146,10 @@ def test_the_page_is_self_contained(report, tmp_path):
     assert "<title>Title</title>" in page and "<table>" in page and "later: not drawn yet" in page and '<a href="#part">Part</a>' in page
     boxes = re.findall(r'viewBox="([^"]*)"', page)
     left = Image.open(tmp_path / "figures" / "strip.png").width - 88
-    assert boxes == [f"{left} 20 88 68", f"{left} 20 44.0 68", "0 0 50 40", "4 24 88 34"], "strip, its first column, the plain picture, the first title's part"
+    assert boxes == [f"{left} 20 88 68", f"{left} 20 40.0 68", "0 0 50 40", "4 24 88 34"], "strip, its first column, plain, the first title's"
     assert re.findall(r"<span>(.*?)</span>", page) == ["t = 9", "t = 1", "x_t", "x0", "x_t", "x0"] and page.count('class="title"') == 1
-    (slider,) = re.findall(r'data-labels="(.*?)" data-box="(.*?)"', page)
-    assert [json.loads(html.unescape(value)) for value in slider] == [["t = 9", "t = 1"], [left, 20, 44.0, 68]]
+    (slider,) = re.findall(r'data-labels="(.*?)" data-box="(.*?)" data-step="(.*?)"', page)
+    assert [json.loads(html.unescape(value)) for value in slider] == [["t = 9", "t = 1"], [left, 20, 40.0, 68], 44.0]
     assert "<figcaption>told &amp; shown</figcaption>" in page
     assert "![a strip](figures/strip.png)\n\n*told & shown*" in text and "*later: not drawn yet*" in text and "none.png" not in text
     assert "it moves: [on the page](index.html)." in text and "[some](figures/titled.png)" in text and "png#" not in text
