@@ -1,5 +1,5 @@
-"""README's table of results, P1's tables of what helped, and the limits that the bundled weights' pages tell, from the JSON that the benchmarks, the report
-and the trials wrote.
+"""README's table of results, P1's tables of what helped, P2's of samplers, and the other pages' sentences with numbers, from the JSON that the benchmarks, the
+report and the trials wrote.
 
     python scripts/results.py        # prints them
 """
@@ -58,8 +58,8 @@ def table(results):
     return "\n".join(lines + [f"| {what} | {number} | `{command}` |" for what, number, command in rows(results)])
 
 
-def limits(results):
-    """{page: the sentence with numbers that its "Limits" begin with}"""
+def sentences(results):
+    """{page: [its sentences with numbers]}, each as it stands there but for line breaks."""
     p1, single = results["p1_benchmark"], results["p3_miniature"]["one subject"]["clip"]
     zero_shot, several, faces = results["p3_zero_shot"], results["p3_several"], results["p2_quality"]
     exact = faces["exact"]
@@ -69,19 +69,54 @@ def limits(results):
         return "; ".join("{:.2f} to {:.2f}".format(*(pick(row[domain][name] for row in p1[kind]) for pick in (min, max))) for domain in ("mnistm", "svhn"))
 
     return {
-        "p1_cfg_ddpm/weights/README.md":
+        "p3_clip_textual_inversion/README.md": p3_sentences(results),
+        "p1_cfg_ddpm/weights/README.md": [
             f"Measured over {len(p1['seeds'])} seeds of 1,000 digits (MNIST-M; SVHN), as many real digits = 1: coverage {span('coverage')}, "
             f"Fréchet distance {span('frechet')}; by the student {span('coverage', 'student')} and {span('frechet', 'student')}. "
-            f"Of the digit that is read worst, the share that is read right: {span('worst_digit')}.",
-        "hw2_data/mini/README.md":
+            f"Of the digit that is read worst, the share that is read right: {span('worst_digit')}."],
+        "hw2_data/mini/README.md": [
             f"Measured: CLIP names {zero_shot['top1']:.1%} of {zero_shot['images']} pictures of the unseen style, and is surer of its answers "
             f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {single['drawn']['share']:.1%} of Stable Diffusion's "
             f"guided pictures for what they are, {single['real']['share']:.1%} of real drawings of the same things; "
             f"with regions two known things are both found in {several['known']['words, regions']['both']:.0%} of pictures, "
             f"two learned apart in {several['methods']['words learned apart, regions']['a <new1> next to a <new3>']['both']:.0%}. "
             f"{faces['count']} faces by the course's convention: Fréchet distance {exact['frechet']['ratio']:.1f}, energy of high frequencies "
-            f"{exact['high_frequency']['ratio']:.2f} (as many drawn ones = 1), grain of {exact['grain']['generated']:.1f} grey levels in flat places.",
+            f"{exact['high_frequency']['ratio']:.2f} (as many drawn ones = 1), grain of {exact['grain']['generated']:.1f} grey levels in flat places."],
     }
+
+
+def p3_sentences(results):
+    words, lora, several, together, both = (results[f"p3_{name}"] for name in ("words", "lora", "several", "together", "both"))
+    bundled, others, unseen = words["bundled"]["concepts"], words["instances, seed 2"], words["unseen, seed 2"]
+    best = fmean(row["best words"]["share_of_the_way"] for row in others["concepts"].values())
+    subject, style, penguin = (bundled[f"<new{i}>"]["learned"]["share_of_the_way"] for i in (1, 2, 4))
+    rest = min(row["rest"]["lowest"] / row["rest"]["initial"] for row in results["p3_compare"]["summary"])
+    low, lower = (words[f"a kind never seen, with weights of low rank{seed}"]["concepts"]["<new4>"]["learned"] for seed in ("", ", another seed"))
+    moved = lora["drift"]["learned (runs/lora)"]["<new4>"]["grey_levels"]
+    pair, apart, known = "a <new1> next to a <new3>", "words learned apart", several["known"]
+    two, three = (together[size]["ways"] for size in ("two", "three"))
+    names = [way["known"]["share"] for way in (two["words"], two["boxes by the prompt"], three["words"], three["boxes given"])]
+    dream = results["p3_dreambench"]["summary"]["subjects"]
+    learned, name, real = dream["learned words"], dream["class names, nothing learned"], dream["real pictures"]
+    return [
+        f"On the miniature: {subject:.2f} for the shipped subject, {style:.2f} for the style; for {len(others['concepts'])} others, drawn by a seed that chose "
+        f"nothing, {others['mean']:.2f} in the mean and {others['least']:.2f} the least (the best words: {best:.2f} in the mean); for known kinds in a style "
+        f"never seen {unseen['mean']:.2f}, the least {unseen['least']:.2f}; for a penguin, a kind never seen, {penguin:.2f}. The rest of a prompt keeps "
+        f"{rest:.0%} of the initial words' score at least.",
+        f"On the miniature the penguin comes {low['share_of_the_way']:.2f} and {lower['share_of_the_way']:.2f} of the way on two seeds (by the word alone "
+        f"{penguin:.2f}); beside an apple it is found in {low['both_beside']['share']:.0%} and {lower['both_beside']['share']:.0%}.",
+        f"Programs that leave them in the model move ordinary prompts by {moved:.1f} grey levels.",
+        f"On the miniature two known things are both found in {known['words, regions']['both']:.0%} of pictures ({known['words']['both']:.0%} without boxes), "
+        f"two words learned apart in {several['methods'][f'{apart}, regions'][pair]['both']:.0%} ({several['methods'][apart][pair]['both']:.0%}), in "
+        f"{known['times']:.2f} times the time.",
+        f"two are there in {two['boxes by the prompt']['learned']['share']:.0%} with boxes by the prompt's words, {two['words']['learned']['share']:.0%} "
+        f"without, three in {three['boxes given']['learned']['share']:.0%} with boxes given, {three['words']['learned']['share']:.0%} without; known words in "
+        f"{min(names):.0%} to {max(names):.0%}.",
+        f"on classes that set nothing, {both['accepted']['share']:.0%} of real compositions are taken, and {both['wrongly_accepted']['share']:.1%} of pictures "
+        f"that lack one or blend both.",
+        f"learned words have a CLIP-I of {learned['clip_i']['mean']:.3f} where the class's name has {name['clip_i']['mean']:.3f} and real pictures "
+        f"{real['clip_i']['mean']:.3f}, and a CLIP-T of {learned['clip_t']['mean']:.3f} where it has {name['clip_t']['mean']:.3f}",
+    ]
 
 
 def scores(row):
@@ -102,7 +137,7 @@ def flags(row, default):
 
 
 def p1_tables(results):
-    """{page: [tables]} of P1: default and student, the settings of the bundled network, all other trials."""
+    """Of P1's page: default and student, the settings of the bundled network, all other trials."""
     p1, pareto, trials = (results[name] for name in ("p1_benchmark", "p1_pareto", "p1_trials"))
     head, unflagged = ["accuracy, %", "second judges, %", "Fréchet", "coverage"], pareto["default"]
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
@@ -119,12 +154,30 @@ def p1_tables(results):
     others = [["trial", "flags", *head, ""]]
     others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]
                if "--student" not in row["flags"]]
-    return {"p1_cfg_ddpm/README.md": [lines_of(rows) for rows in (default, settings, others)]}
+    return [lines_of(rows) for rows in (default, settings, others)]
 
 
 def pareto_evaluations(pareto):
     """Of the default, an image."""
     return next(row["evaluations"] for row in pareto["rows"] if all(row[name] == value for name, value in pareto["default"].items() if name != "seed"))
+
+
+def p2_table(results):
+    """Of P2's page: how far each sampler is from the answer of very many steps."""
+    measured, rows = results["p2_samplers"]["distance"], {}
+    for row in measured["rows"]:
+        if row["spacing"] == "trailing":
+            rows.setdefault(row["sampler"], []).append(row)
+    asked = [row["asked"] for row in next(iter(rows.values()))]
+    head = [f"grey levels from the answer of {measured['truth_steps']:,} steps, no clamp, {measured['faces']} faces"]
+    head += [f"{asked[0]} evaluations", *map(str, asked[1:])]
+    names = {"heun": f"heun ({', '.join(str(row['evaluations']) for row in rows['heun'])})", "unipc": "**unipc**"}
+    return lines_of([head, *([names.get(sampler, sampler), *(f"{row['value']:.1f}" for row in some)] for sampler, some in rows.items())])
+
+
+def tables(results):
+    """{page: [its tables]}"""
+    return {"p1_cfg_ddpm/README.md": p1_tables(results), "p2_ddim/README.md": [p2_table(results)]}
 
 
 def lines_of(rows):
@@ -136,10 +189,10 @@ def lines_of(rows):
 def main():
     results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
     print(table(results))
-    for page, tables in p1_tables(results).items():
-        print(f"\n{page}:\n", *tables, sep="\n\n")
-    for page, text in limits(results).items():
-        print(f"\n{page}: {text}")
+    for page, some in tables(results).items():
+        print(f"\n{page}:", *some, sep="\n\n")
+    for page, some in sentences(results).items():
+        print(f"\n{page}:", *some, sep="\n\n")
 
 
 if __name__ == "__main__":
