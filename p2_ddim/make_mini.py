@@ -1,7 +1,7 @@
 """Makes the miniature of P2. Needs node, npm and `scripts/requirements-dev.txt`.
 
-    python -m p2_ddim.make_mini faces runs/faces --count 12000       # drawn faces to train on
-    python -m p2_ddim.make_mini miniature runs/p2/UNet.pt            # hw2_data/mini/face: noise, GT, UNet.pt
+    python -m p2_ddim.make_mini faces runs/faces                  # drawn faces to train on
+    python -m p2_ddim.make_mini miniature runs/p2/UNet.pt         # hw2_data/mini/face: noise, GT, UNet.pt
 
 The faces are DiceBear's "personas" (by Draftbit, CC BY 4.0): skin, hair, eyes, mouth, beard, clothes and background vary independently. The
 miniature's reference images are drawn by diffusers, with the same weights: an implementation that is not ours.
