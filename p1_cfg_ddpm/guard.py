@@ -14,6 +14,7 @@ def begin():
     if sys.argv[:1] == ["-m"]:  # what Python puts there while it imports the package of a module that it will run
         keep_out_the_working_folder()
         open_streams()
+        refuse_empty(sys.argv[1:])
         quiet_interrupts()
 
 
@@ -77,6 +78,14 @@ def open_streams():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Stream(stream, forgiving))
+
+
+def refuse_empty(arguments):
+    """An empty argument is mostly a variable of the shell that was never set, as in `infer.sh "$OUT"`; as a path it would be the folder one stands in."""
+    for before, argument in zip(["", *arguments], arguments):
+        if not argument and not before.endswith("prompt"):
+            sys.exit(f"error: {'the value of ' + before if before.startswith('--') else 'an argument'} is empty, as a variable that was never set is; "
+                     "write it out (for the folder that you stand in: .)")
 
 
 def stop(*_):

@@ -90,3 +90,17 @@ def test_what_cannot_be_installed_ends_in_one_line(install, tmp_path):
         with pytest.raises(SystemExit, match=f"error: .*{said}") as error:
             install(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", ["p1_cfg_ddpm.inference", "p2_ddim.inference", "p3_clip_textual_inversion.inference"])
+def test_an_empty_argument_is_no_folder(module, tmp_path):
+    """A variable of the shell that was never set: as a folder it was the one that one stands in. An empty prompt is one."""
+    def said(*arguments):
+        done = subprocess.run([sys.executable, SCRIPTS / "run.py", module, *arguments], check=False, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stderr
+
+    for arguments, what in ((["", "--device", "cpu"], "an argument"), (["out", "--device", ""], "the value of --device")):
+        code, text = said(*arguments)
+        assert code == 1 and text.startswith(f"error: {what} is empty") and len(text.splitlines()) == 1
+    assert said("--help", "--negative-prompt", "")[0] == 0
+    assert not list(tmp_path.iterdir())
