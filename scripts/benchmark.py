@@ -16,7 +16,7 @@ def summary(results):
     for name, rate in results.get("p1", {}).get("formats", {}).items():
         rows.append(("P1", f"digit network, {name}", rate, "images/s"))
     for row in results.get("p1", {}).get("ladder", []):
-        rows.append(("P1", f"1,000 digits, {row['sampler']}, {row['steps']} steps, {row['spacing']}", 1000 / row["images_per_second"], "s"))
+        rows.append(("P1", f"1,000 digits, {row['sampler']}, {row['num_steps']} steps, {row['spacing']}", 1000 / row["images_per_second"], "s"))
     for name, row in results.get("p2", {}).get("ways", {}).items():
         rows.append(("P2", f"256x256 face, {name}", row["seconds_per_image"], "s"))
     units = {"pictures_per_second": "pictures/s", "steps_per_second": "steps/s", "seconds_per_picture": "s/picture"}
@@ -38,7 +38,7 @@ def draw_chart(rows, machines, path):
     for axis, (unit, group) in zip(axes[:, 0], units.items()):
         bars = axis.barh([f"{problem}  {way}" for problem, way, _, _ in group][::-1], [value for _, _, value, _ in group][::-1],
                          color=[f"C{problem[1]}" for problem, *_ in group][::-1])
-        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        axis.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", padding=3, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.12)
         axis.set_title(unit, loc="left", fontsize=10)

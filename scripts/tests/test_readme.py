@@ -2,6 +2,7 @@
 
 import re
 
+from benchmark import summary
 from check import broken_links
 from common import ROOT, read_json
 from results import RESULTS, sentences, table, tables
@@ -22,6 +23,12 @@ def test_its_results_are_the_measured_ones():
         assert not [sentence for sentence in told if sentence not in text], f"{page}: python scripts/results.py prints its sentences"
     for page, told in tables(results).items():
         assert all(rows in (ROOT / page).read_text() for rows in told), f"{page}: python scripts/results.py prints its tables"
+
+
+def test_the_summary_of_the_benchmarks_is_of_those_that_are_there():
+    results = {problem: read_json(RESULTS / f"{problem}_benchmark.json") for problem in ("p1", "p2", "p3")}
+    told = read_json(RESULTS / "summary.json")
+    assert told["rows"] == [list(row) for row in summary(results)], "report/results/summary.json is older: bash scripts/benchmark.sh --render"
 
 
 def test_each_script_that_it_names_is_there_and_each_that_is_there_is_named():
