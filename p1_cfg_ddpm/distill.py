@@ -25,6 +25,7 @@ student leaps to from r, it shall leap to from t. Its own leap from r, without g
 import argparse
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,24 +35,13 @@ from .device import compile_blocks, progress
 from .diffusion import Distilled, Guided
 from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
-from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
-from .pictures import to_model
+from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, save_model
 from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
-from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
-from .tensors import fill, is_plain, load_weights, read_tensors
-from .train import Clock, PowerEMA
-from .training import (
-    WATCHING,
-    Log,
-    add_arguments,
-    first_line_of,
-    guarded,
-    is_flat,
-    make_optimizer,
-    prepare,
-    share_of_peak,
-)
+from .state import add_row, data_fingerprint, held, load_state, refuse_others, settings_of
+from .tensors import is_plain, read_tensors
+from .train import NEEDED, Clock, batch_of, make_run, on_device, save_run
+from .training import WATCHING, Log, add_arguments, due, first_line_of, guarded, is_flat, optimizer_step, prepare, share_of_peak
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
 CLEAN = -1  # the time after the last
@@ -227,111 +217,122 @@ def main():
 
 
 def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffusion):
-    device = accelerator.device
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings["teacher_weights"] = fingerprint(args.teacher, *([args.guide] if args.guide else []))
-    settings["init"] = args.init and fingerprint(args.init)
-    data = load_digits(args.data, "train") if args.tuning > 0 else None
-    settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
-    state_file, path = folder / "state.pt", folder / "model.safetensors"
-    refuse_others(state_file, [path])
-    needed = ("step", "history", "recent", "model", "ema", "optimizer", "stage")
-    state = load_state(state_file, settings, needed, defaults=args.defaults) if state_file.exists() else None
-    timesteps = list(steps_of(config, diffusion).t)
-    times = student_times(timesteps, diffusion.alpha_bar, args.leaps)
-    points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
+    """Trains a student, supervised and then in the tuning, from the run's last state where there is one; leaves model.safetensors.
 
-    torch.manual_seed(args.seed)
-    net = UNet(replace(SIZES[args.size], times=tuple(times)))
-    if args.init and not state:
-        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
-    net.to(device=device, memory_format=torch.channels_last)
-    ema = PowerEMA(net, [args.ema])
-    student, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
-    step, history, recent, stage = 0, [], [], {"name": "supervised", "began": 0}
-    if state:
-        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
-        stage = state["stage"]
+    args: all flags; clock: `Clock` of --minutes; config: `DrawConfig`, with which the network `teacher` draws, and `guide` or None beside it."""
+    device, state_file = accelerator.device, folder / "state.pt"
+    data, settings, state = read_inputs(args, state_file)
+    times = student_times(list(steps_of(config, diffusion).t), diffusion.alpha_bar, args.leaps)
+    run = make_run(replace(SIZES[args.size], times=tuple(times)), [args.ema], args, accelerator, state_file, settings, state)
+    stage = state["stage"] if state else {"name": "supervised", "began": 0}
     if args.compile:
-        compile_blocks(net, Block)
         compile_blocks(teacher, Block)
     first_line_of(accelerator, dtype, f"a {args.size} student of {args.teacher}, called at t = {', '.join(map(str, times))},"
-                  + (f" going on at step {step}," if step else ""))
+                  + (f" going on at step {run.step}," if run.step else ""))
+    paths, held_out = make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, settings["teacher_weights"])
+    digits = on_device(data, device) if data else None
+    guided = partial(teacher_step, teacher, guide, diffusion, config)
+    starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
+    log = Log(accelerator, folder, "distilling P1", args, run.step, run.history)
+    began = min(clock.share(), 0.99)  # the paths have taken these of the minutes
+
+    def came():  # what share of the training is done
+        return (clock.share() - began) / (1 - began) if args.minutes else run.step / args.steps
+
+    last = came() >= 1 or is_flat(run.history, args.stop_when_flat)
+    while not last:
+        done = came()
+        if stage["name"] == "supervised" and done >= 1 - args.tuning and args.tuning > 0:
+            stage = {"name": "tuning", "began": run.step}
+            run.net.load_state_dict(run.ema.averages[0])  # tuned is what was averaged, and the average begins anew
+        tuning, within = stage["name"] == "tuning", share_of_stage(stage["name"], done, args.tuning)
+        rate = args.lr * (TUNED_BY if tuning else 1) * share_of_peak(run.step - stage["began"], within, args)
+        if tuning:
+            index, t, eps, w = draw_noised(run.step, args, len(data), times[0], device)
+            with accelerator.autocast():
+                loss = consistency_loss(run.model, guided, diffusion, starts, ends, *batch_of(digits, index), w, t, eps, within).mean()
+        else:
+            index, leg = draw_leaps(run.step, args, len(paths["w"]), len(times), device)
+            loss = supervised_loss(run.model, diffusion, paths, starts, ends, index, leg).mean()
+        optimizer_step(accelerator, run.model, run.optimizer, loss, rate)
+        run.step += 1
+        run.ema.update(run.net, run.step - stage["began"])
+        run.recent.append(loss.detach())
+        log.bar.update()
+
+        over = came() >= 1
+        validating = len(held_out["w"]) and due(args.validate_every, run.step, over)
+        if validating or due(LOG_EVERY, run.step, over):
+            add_row(run, log, rate, {"validation": grey_levels_apart(run.ema.network(), diffusion, held_out, times)} if validating else {})
+        last = over or is_flat(run.history, args.stop_when_flat)
+        if due(args.save_every, run.step, last):
+            save_run(run, accelerator, stage=stage)
+            export(run, args, diffusion, folder, stage)
+    log.close()
+    path = export(run, args, diffusion, folder, stage)  # also where nothing was left to learn: the run may have been killed before it
+    print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+
+
+def read_inputs(args, state_file):
+    """(digits for the tuning, as `load_digits`, or None without it; what the run is known by; its state, or None where it begins)"""
+    settings = settings_of(args, FREE_TO_CHANGE, teacher_weights=fingerprint(args.teacher, *([args.guide] if args.guide else [])),
+                           init=args.init and fingerprint(args.init))
+    data = load_digits(args.data, "train") if args.tuning > 0 else None
+    settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
+    refuse_others(state_file, [state_file.with_name("model.safetensors")])
+    return data, settings, load_state(state_file, settings, (*NEEDED, "stage"), defaults=args.defaults) if state_file.exists() else None
+
+
+def make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, weights):
+    """(the teacher's paths that the student sees, those it never sees: a tenth, 500 at most), each as `all_paths`. weights: of the teacher, as digits."""
+    timesteps = list(steps_of(config, diffusion).t)
+    points = sorted({t for leaps in LEAPS for t in student_times(timesteps, diffusion.alpha_bar, leaps)}, reverse=True)
 
     def draw(count, generator):
         with accelerator.autocast():
             return draw_paths(teacher, guide, diffusion, config, timesteps, points, count, args.max_weight, generator)
 
-    def teacher_step(x, t, r, digit, domain, w):
-        low, high = (edge * diffusion.config.num_timesteps for edge in config.guidance_interval)
-        weight = (w * ((low <= t) & (t <= high)))[:, None, None, None]
-        output = Guided(teacher, diffusion, digit, domain, w, guide=guide, parallel=config.guidance_parallel).extrapolated(x, t, weight)
-        return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
+    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, accelerator.device,
+                      f"{weights}, w up to {args.max_weight:g}, {config}")
+    seen = args.paths - min(args.paths // 10, 500)
+    return ({name: part[:, some] if name == "x" else part[some] for name, part in paths.items()} for some in (slice(seen), slice(seen, None)))
 
-    paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, device,
-                      f"{settings['teacher_weights']}, w up to {args.max_weight:g}, {config}")
-    seen = args.paths - (unseen := min(args.paths // 10, 500))
-    held_out = {name: part[:, seen:] if name == "x" else part[seen:] for name, part in paths.items()}
-    real = [torch.from_numpy(a).to(device) for a in (data.images, data.digit, data.domain)] if data else None
-    starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
-    log = Log(accelerator, folder, "distilling P1", args, step, history)
-    began = min(clock.share(), 0.99)  # the paths have taken these of the minutes
 
-    def came():
-        return (clock.share() - began) / (1 - began) if args.minutes else step / args.steps
+def share_of_stage(name, done, tuning):
+    """How much of a stage is done, 0..0.999, where `done` of the training is, whose last share `tuning` is the tuning."""
+    share = (done - 1 + tuning) / tuning if name == "tuning" else done / max(1 - tuning, 1e-9)
+    return min(max(share, 0), 0.999)
 
-    def export():
-        save_model(path, ema.network(net.config, device).half(), diffusion, settings | {"teacher": args.teacher.name, "steps": step, "stage": stage["name"]})
 
-    last = came() >= 1 or is_flat(history, args.stop_when_flat)
-    while not last:
-        share = came()
-        if stage["name"] == "supervised" and share >= 1 - args.tuning and args.tuning > 0:
-            stage = {"name": "tuning", "began": step}
-            net.load_state_dict(ema.averages[0])  # tuned is what was averaged, and the average begins anew
-        tuning = stage["name"] == "tuning"
-        within = min(max((share - 1 + args.tuning) / args.tuning if tuning else share / max(1 - args.tuning, 1e-9), 0), 0.999)
-        rate = args.lr * (TUNED_BY if tuning else 1) * share_of_peak(step - stage["began"], within, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        n, options = args.batch_size, {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
-        if tuning:
-            index = torch.randint(len(real[0]), (n,), **options)
-            t, eps = torch.randint(times[0] + 1, (n,), **options), torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, **options)
-            w = torch.rand(n, **options) * args.max_weight
-            w[::2] = args.guidance_weight
-            x0, digit, domain = (part[index] for part in real)
-            with accelerator.autocast():
-                loss = consistency_loss(student, teacher_step, diffusion, starts, ends, to_model(x0), digit, domain, w, t, eps, within).mean()
-        else:
-            index, leg = torch.randint(seen, (n,), **options), torch.randint(len(times), (n,), **options)
-            loss = supervised_loss(student, diffusion, paths, starts, ends, index, leg).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        ema.update(net, step - stage["began"])
-        log.bar.update()
-        recent.append(loss.detach())
+def draw_leaps(step, args, num_paths, num_leaps, device):
+    """Everything random about a supervised step, a function of (seed, step): (which path, which of its leaps), int [batch_size] each."""
+    options = {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
+    return torch.randint(num_paths, (args.batch_size,), **options), torch.randint(num_leaps, (args.batch_size,), **options)
 
-        last = came() >= 1
-        validating = args.validate_every and unseen and (step % args.validate_every == 0 or last)
-        if step % LOG_EVERY == 0 or last or validating:
-            refuse_nonfinite(step, recent, state_file)
-            numbers = {"loss": torch.stack(recent).mean().item(), "lr": rate}
-            if validating:  # in grey levels, between the student's images and the teacher's from the same noise
-                numbers["validation"] = grey_levels_apart(ema.network(net.config, device), diffusion, held_out, times)
-            log.add(step, **numbers)
-            recent = []
-            last = last or is_flat(history, args.stop_when_flat)
-        if step % args.save_every == 0 or last:
-            refuse_nonfinite(step, [*net.parameters(), *ema.averages[0].values()], state_file)
-            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer, stage=stage)
-            export()
-    log.close()
-    export()  # also where nothing was left to learn: the run may have been killed between its last state and this
-    print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+
+def draw_noised(step, args, num_images, latest, device):
+    """Everything random about a step of the tuning, likewise: (image index, t of 0..latest, eps, w), each of length batch_size."""
+    n, options = args.batch_size, {"generator": torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), "device": device}
+    index = torch.randint(num_images, (n,), **options)
+    t, eps = torch.randint(latest + 1, (n,), **options), torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, **options)
+    w = torch.rand(n, **options) * args.max_weight
+    w[::2] = args.guidance_weight
+    return index, t, eps, w
+
+
+def teacher_step(teacher, guide, diffusion, config, x, t, r, digit, domain, w):
+    """The teacher's guided DDIM step of x, [B, 3, H, W], from t to r, int [B]; w float [B]: its guidance weights."""
+    low, high = (edge * diffusion.config.num_timesteps for edge in config.guidance_interval)
+    weight = (w * ((low <= t) & (t <= high)))[:, None, None, None]
+    output = Guided(teacher, diffusion, digit, domain, w, guide=guide, parallel=config.guidance_parallel).extrapolated(x, t, weight)
+    return leap(diffusion, x, diffusion.x0_and_eps(output, x, t)[0].clamp(-1, 1), t, r)
+
+
+def export(run, args, diffusion, folder, stage):
+    """Writes the averaged student in half precision; returns its path."""
+    path = folder / "model.safetensors"
+    save_model(path, run.ema.network().half(), diffusion, run.settings | {"teacher": args.teacher.name, "steps": run.step, "stage": stage["name"]})
+    return path
 
 
 if __name__ == "__main__":

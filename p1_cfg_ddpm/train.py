@@ -8,7 +8,7 @@
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_mod
 from .pictures import save_image, to_model, to_uint8
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, dpmpp_2m, finish, trailing
-from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
+from .state import add_row, data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
 from .tensors import fill, load_weights
 from .training import (
     WATCHING,
@@ -33,10 +33,12 @@ from .training import (
     add_arguments,
     add_settings,
     configured,
+    due,
     first_line_of,
     guarded,
     is_flat,
     make_optimizer,
+    optimizer_step,
     prepare,
     seed_dropout,
     setting,
@@ -46,6 +48,7 @@ from .training import (
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_every", "compile", *WATCHING)  # between a run and its continuation
+NEEDED = ("step", "history", "recent", "model", "ema", "optimizer")  # of a state
 ADVICE = "lower --batch-size, or choose a smaller --size"
 
 
@@ -112,93 +115,122 @@ def main():
 
 
 def train(config, args, clock, folder, accelerator, dtype):
-    """config: `TrainConfig`; args: where its digits and its results are, and what is seen on the way."""
-    device = accelerator.device
-    state_file = folder / "state.pt"
+    """Trains until --steps or --minutes are over or the validation is flat, from the run's last state where there is one; leaves the averages' files.
+
+    config: `TrainConfig`; args: where its digits and its results are, and what is seen on the way; clock: `Clock` of --minutes."""
+    device, state_file = accelerator.device, folder / "state.pt"
     refuse_others(state_file, [folder / "model.safetensors"])
     with accelerator.local_main_process_first():
-        data, held_out = (load_digits(args.data, split) for split in ("train", "val"))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings["pictures"] = data_fingerprint(data.images, data.digit, data.domain)
-    last = None if args.minutes else config.steps
-    state = load_state(state_file, settings, ("step", "history", "recent", "model", "ema", "optimizer"), last, args.defaults) if state_file.exists() else None
-    (images, digits, domains), kept = ([torch.from_numpy(a).to(device) for a in (part.images, part.digit, part.domain)] for part in (data, held_out))
+        data, val = (load_digits(args.data, split) for split in ("train", "val"))
+    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(data.images, data.digit, data.domain))
+    state = load_state(state_file, settings, NEEDED, None if args.minutes else config.steps, args.defaults) if state_file.exists() else None
+    digits, held_out = on_device(data, device), on_device(val, device)
 
-    torch.manual_seed(config.seed)
-    net = UNet(SIZES[config.size]).to(device=device, memory_format=torch.channels_last)
-    if args.init and not state:
-        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
-        net.to(device=device, memory_format=torch.channels_last)
     diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))
-    ema = PowerEMA(net, config.ema)
-    model, optimizer = accelerator.prepare(net, make_optimizer(net, config.lr, config.weight_decay, (0.9, 0.99), edges=("stem", "head")))
-    step, history, recent = 0, [], []
-    if state:
-        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
-    if args.compile:
-        compile_blocks(net, Block)
-
-    first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
-                  "parameters" + (f", going on at step {step}," if step else ""))
-    log = Log(accelerator, folder, "training P1", args, step, history)
-    validate = Validation(len(held_out), (3, IMAGE_SIZE, IMAGE_SIZE), num_timesteps=diffusion.config.num_timesteps)
+    run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state)
+    first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M "
+                  "parameters" + (f", going on at step {run.step}," if run.step else ""))
+    log = Log(accelerator, folder, "training P1", args, run.step, run.history)
     steps_until = cumulative_density(diffusion, config, device)
 
     def came():  # what share of the training is done
-        return clock.share() if args.minutes else step / config.steps
+        return clock.share() if args.minutes else run.step / config.steps
 
-    averaged, all_told = None, torch.zeros(1, dtype=torch.bool, device=device)
-
-    def validation_loss(index, t, eps):
-        x0, digit, domain = (part[index] for part in kept)
-        return diffusion.loss(averaged, to_model(x0), digit, domain, t, eps, all_told)
-
-    def export():
-        for number, length in enumerate(config.ema):  # half precision: half the size, no measurable difference
-            name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
-            facts = {**settings, "init": args.init and args.init.name, "ema": length, "steps": step, "images": len(data)}
-            save_model(folder / name, ema.network(net.config, device, number).half(), diffusion, facts)
-
-    last = came() >= 1 or is_flat(history, args.stop_when_flat)
+    last = came() >= 1 or is_flat(run.history, args.stop_when_flat)
     while not last:
-        index, t, eps, drop = share(accelerator, *draw_batch(step, config, len(data), steps_until, device))
-        seed_dropout(config.seed, step, accelerator.process_index)
-        rate = config.lr * share_of_peak(step, came(), config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = diffusion.loss(model, to_model(images[index]), digits[index], domains[index], t, eps, drop, config.min_snr_gamma).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        ema.update(net, step)
+        index, t, eps, drop = share(accelerator, *draw_batch(run.step, config, len(data), steps_until, device))
+        seed_dropout(config.seed, run.step, accelerator.process_index)
+        rate = config.lr * share_of_peak(run.step, came(), config)
+        loss = diffusion.loss(run.model, *batch_of(digits, index), t, eps, drop, config.min_snr_gamma).mean()
+        optimizer_step(accelerator, run.model, run.optimizer, loss, rate)
+        run.step += 1
+        run.ema.update(run.net, run.step)
+        run.recent.append(accelerator.reduce(loss.detach(), "mean"))
         log.bar.update()
-        recent.append(accelerator.reduce(loss.detach(), "mean"))
 
-        done = came() >= 1
-        validating = args.validate_every and (step % args.validate_every == 0 or done)
-        if step % LOG_EVERY == 0 or done or validating:
-            refuse_nonfinite(step, recent, state_file)
-            numbers = {"loss": torch.stack(recent).mean().item(), "lr": rate}
-            if validating:
-                averaged = ema.network(net.config, device)
-                numbers |= validate(validation_loss, accelerator, config.batch_size)
-            log.add(step, **numbers)
-            recent = []
-        last = done or is_flat(history, args.stop_when_flat)
-        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            save_image(sample_grid(ema.network(net.config, device), diffusion, device, config.seed), folder / f"samples_{step:06d}.png")
-        if accelerator.is_main_process and (step % args.save_every == 0 or last):
-            refuse_nonfinite(step, [*recent, *net.parameters(), *ema.averages[0].values()], state_file)
-            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer)
-            if not last:
-                export()
+        over = came() >= 1
+        validating = due(args.validate_every, run.step, over)
+        if validating or due(LOG_EVERY, run.step, over):
+            add_row(run, log, rate, validate(run.ema.network(), diffusion, held_out, accelerator, config.batch_size) if validating else {})
+        last = over or is_flat(run.history, args.stop_when_flat)
+        if accelerator.is_main_process and due(args.sample_every, run.step, last):
+            save_image(sample_grid(run.ema.network(), diffusion, device, config.seed), folder / f"samples_{run.step:06d}.png")
+        if accelerator.is_main_process and due(args.save_every, run.step, last):
+            save_run(run, accelerator)
+            export(run, config, args, diffusion, folder, len(data))
     log.close()
     if accelerator.is_main_process:
-        export()  # also where nothing was left to learn: the run may have been killed between its last state and this
-        path = folder / "model.safetensors"
-        print(f"wrote {path} after {step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+        path = export(run, config, args, diffusion, folder, len(data))  # also where nothing was left to learn: the run may have been killed before it
+        print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+
+
+def on_device(data, device):
+    """The tensors (images uint8 [N, 28, 28, 3], digit int [N], domain int [N]) of what `load_digits` has read."""
+    return [torch.from_numpy(array).to(device) for array in (data.images, data.digit, data.domain)]
+
+
+def batch_of(digits, index):
+    """(x0 float32 [B, 3, 28, 28] in [-1, 1], digit int [B], domain int [B]) of those in the places `index`, int [B], of `on_device`."""
+    images, digit, domain = (part[index] for part in digits)
+    return to_model(images), digit, domain
+
+
+@dataclass
+class Run:
+    """A training on its way: what its steps change, and how it is known when it goes on."""
+
+    state_file: Path
+    settings: dict  # what decides it
+    net: UNet
+    model: torch.nn.Module  # the network too, wrapped for this machine and its processes: what the loss calls
+    optimizer: torch.optim.Optimizer
+    ema: "PowerEMA"  # the averages of its weights, which are the result
+    step: int = 0
+    history: list = field(default_factory=list)  # the rows of log.csv
+    recent: list = field(default_factory=list)  # losses of the steps since the last row, float32 []
+
+
+def make_run(shape, lengths, args, accelerator, state_file, settings, state):
+    """A `Run` from its beginning, or from where its state is. shape: `UNetConfig`; lengths: of `PowerEMA`; args: --seed, --init and the optimiser's."""
+    torch.manual_seed(args.seed)
+    net = UNet(shape)
+    if args.init and not state:
+        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
+    net.to(device=accelerator.device, memory_format=torch.channels_last)
+    ema = PowerEMA(net, lengths)
+    model, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
+    run = Run(state_file, settings, net, model, optimizer, ema)
+    if state:
+        run.step, run.history, run.recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
+    if args.compile:
+        compile_blocks(net, Block)
+    return run
+
+
+def save_run(run, accelerator, **more):
+    """Writes what `make_run` goes on from, if it is finite; more: what else the state keeps."""
+    refuse_nonfinite(run.step, [*run.recent, *run.net.parameters(), *run.ema.averages[0].values()], run.state_file)
+    save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer, **more)
+
+
+def validate(net, diffusion, held_out, accelerator, batch_size):
+    """The losses, of `Validation`, of an averaged network on held-out digits (of `on_device`), none of which is without its condition."""
+    all_told = torch.zeros(1, dtype=torch.bool, device=accelerator.device)
+
+    def loss(index, t, eps):
+        return diffusion.loss(net, *batch_of(held_out, index), t, eps, all_told)
+
+    validation = Validation(len(held_out[0]), (3, IMAGE_SIZE, IMAGE_SIZE), num_timesteps=diffusion.config.num_timesteps)
+    return validation(loss, accelerator, batch_size)
+
+
+def export(run, config, args, diffusion, folder, num_images):
+    """Writes each average of the weights, in half precision: half the size, no measurable difference. Returns the path of the first, the result."""
+    for number, length in enumerate(config.ema):
+        name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
+        facts = {**run.settings, "init": args.init and args.init.name, "ema": length, "steps": run.step, "images": num_images}
+        save_model(folder / name, run.ema.network(number).half(), diffusion, facts)
+    return folder / "model.safetensors"
 
 
 class Clock:
@@ -250,6 +282,7 @@ class PowerEMA:
     def __init__(self, net, lengths):
         # the width of t^gamma on [0, 1] is ((gamma + 1) / (gamma + 2)^2 / (gamma + 3))^(1/2), eq. 27
         self.gammas = [np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max() for length in lengths]
+        self.shape = net.config
         self.averages = [{name: tensor.detach().clone() for name, tensor in net.state_dict().items()} for _ in lengths]
 
     @torch.no_grad()
@@ -259,11 +292,11 @@ class PowerEMA:
         for gamma, average in zip(self.gammas, self.averages):
             torch._foreach_lerp_(list(average.values()), current, 1 - (1 - 1 / step) ** (gamma + 1))
 
-    def network(self, config, device, number=0):
-        """A network of its own with one of the averages, in eval mode."""
-        net = UNet(config)
+    def network(self, number=0):
+        """A network of its own with one of the averages, in eval mode, where they are."""
+        net = UNet(self.shape)
         net.load_state_dict(self.averages[number])
-        return net.to(device=device, memory_format=torch.channels_last).eval()
+        return net.to(device=next(iter(self.averages[number].values())).device, memory_format=torch.channels_last).eval()
 
     def state_dict(self):
         return self.averages

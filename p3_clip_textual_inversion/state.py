@@ -4,6 +4,7 @@ where it is another's. The same file in the three folders."""
 import hashlib
 import os
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ def refuse_others(state_file, results):
     there = [path for path in results if os.path.lexists(path)]
     if there and not state_file.exists():
         raise UserError(f"{there[0]} is there without its run's state ({state_file}) and is not overwritten; choose another --output, or move it away")
+
+
+def settings_of(args, free, **more):
+    """What a run is known by when it goes on: its flags, but those of the names `free`, and `more`."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in free} | more
 
 
 def data_fingerprint(*arrays):
@@ -84,6 +90,14 @@ def fitting(path):
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()
         raise UserError(f"{path} does not fit this training ({' '.join(text)[:200]}); choose another --output") from None
+
+
+def add_row(run, log, rate, measured):
+    """Ends a stretch of a training: its losses' mean, the learning rate and what was measured, {name: number}, become a row of the log. A `UserError` where
+    a loss is not finite. run: what has step, recent and state_file; log: training.py's `Log`."""
+    refuse_nonfinite(run.step, run.recent, run.state_file)
+    log.add(run.step, loss=torch.stack(run.recent).mean().item(), lr=rate, **measured)
+    run.recent = []
 
 
 def refuse_nonfinite(step, numbers, path):

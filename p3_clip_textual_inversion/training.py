@@ -130,6 +130,16 @@ def make_optimizer(net, lr, weight_decay, betas, edges=()):
     return MuonAdamW(*groups, lr, weight_decay, betas)
 
 
+def optimizer_step(accelerator, model, optimizer, loss, rate):
+    """One step against the gradient of `loss`, a mean, at the learning rate `rate`; a gradient longer than 1 is shortened to that."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on convolution kernels, each taken as a matrix [out, in * k * k]: the step is the momentum with its singular values made
     (about) equal, as large as an AdamW step (Liu et al. 2025, eq. 4); AdamW on the rest. torch.optim.Muon goes through the matrices one by one; here
@@ -209,6 +219,11 @@ def ema_update(averaged, net, step, decay):
 
 
 # --- how a training is watched ---
+
+def due(every, step, last):
+    """Whether it is time, after so many steps, for what is done `every` so many (0: never) and after the last one."""
+    return every > 0 and (step % every == 0 or last)
+
 
 class Validation:
     """The loss of a network at `count` fixed moments, evenly over all t, with a fixed noise each: two values differ by the network alone.

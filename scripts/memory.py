@@ -61,7 +61,7 @@ def p1_train(size, batch, dtype, lengths=(0.1,), steps=2, digits=DIGITS):
     with GPU:
         net = models.UNet(models.SIZES[size]).to(memory_format=torch.channels_last)
     ema, diffusion, optimizer = PowerEMA(net, lengths), Diffusion(), make_optimizer(net, 2e-3, 0.01, (0.9, 0.99), edges=("stem", "head"))
-    averaged = ema.network(net.config, GPU)  # since the last validation
+    averaged = ema.network()  # a validation's: counted beside the steps, though a step no longer holds it
     ints = torch.zeros(batch, dtype=torch.long, device=GPU)
     for number in range(1, steps + 1):
         eps = torch.randn(batch, 3, 28, 28, device=GPU)

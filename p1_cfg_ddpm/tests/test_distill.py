@@ -16,6 +16,7 @@ from p1_cfg_ddpm.files import UserError
 from p1_cfg_ddpm.inference import TEACHER, all_jobs, generate, load_generator, steps_of
 from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
 from p1_cfg_ddpm.samplers import SAMPLERS
+from p1_cfg_ddpm.train import PowerEMA
 
 SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--paths", 24, "--batch-size", 8, "--steps", 8, "--tuning", 0.5, "--teacher-steps", 4, "--warmup", 1,
             "--validate-every", 4, "--device", "cpu", "--dtype", "fp32"]
@@ -42,8 +43,8 @@ def call(monkeypatch, module, *arguments):
 
 def stopping_after(monkeypatch, steps):
     """The training breaks off in the step after so many."""
-    update, left = distill.PowerEMA.update, iter(range(steps))
-    monkeypatch.setattr(distill.PowerEMA, "update", lambda self, net, step: (update(self, net, step), next(left)))
+    update, left = PowerEMA.update, iter(range(steps))
+    monkeypatch.setattr(PowerEMA, "update", lambda self, net, step: (update(self, net, step), next(left)))
 
 
 def test_the_target_lands_where_the_path_is():
