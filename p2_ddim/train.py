@@ -5,7 +5,7 @@
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .model import Block, UNet, UNetConfig, load_unet
 from .pictures import save_image
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, finish
-from .state import data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
+from .state import add_row, data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
 from .training import (
     WATCHING,
     Log,
@@ -30,11 +30,13 @@ from .training import (
     add_settings,
     averaged_copy,
     configured,
+    due,
     ema_update,
     first_line_of,
     guarded,
     is_flat,
     make_optimizer,
+    optimizer_step,
     prepare,
     seed_dropout,
     setting,
@@ -43,6 +45,7 @@ from .training import (
 
 LOG_EVERY = 50
 FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "compile", *WATCHING)  # between a run and its continuation
+NEEDED = ("step", "history", "recent", "model", "ema", "optimizer")  # of a state
 ADVICE = "lower --batch-size or --image-size, or use more processes; --dtype bf16 or fp16 takes less than fp32"
 
 
@@ -111,19 +114,87 @@ def main():
 
 
 def train(config, args, folder, accelerator, dtype):
-    """config: `TrainConfig`; args: where its pictures and its results are, and what is seen on the way."""
-    device = accelerator.device
-    state_file = folder / "state.pt"
+    """Trains until --steps are over or the validation is flat, from the run's last state where there is one; leaves UNet.pt.
+
+    config: `TrainConfig`; args: where its pictures and its results are, and what is seen on the way."""
+    device, state_file = accelerator.device, folder / "state.pt"
     refuse_others(state_file, [folder / "UNet.pt"])
     pictures = torch.from_numpy(read_faces(args.data, config.image_size))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings["pictures"] = data_fingerprint(pictures.numpy())
-    needed = ("step", "history", "recent", "model", "ema", "optimizer")
-    state = load_state(state_file, settings, needed, config.steps, args.defaults) if state_file.exists() else None
+    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(pictures.numpy()))
+    state = load_state(state_file, settings, NEEDED, config.steps, args.defaults) if state_file.exists() else None
+    faces, held_out = (part.to(device) for part in parted(pictures, config))
+
+    alpha_bar = make_alpha_bar().float().to(device)
+    run = make_run(config, args, accelerator, state_file, settings, state)
+    first_line_of(accelerator, dtype, f"{len(faces)} pictures from {args.data}, UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M parameters"
+                  + (f", going on at step {run.step}," if run.step else ""))
+    log = Log(accelerator, folder, "training P2", args, run.step, run.history)
+
+    last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
+    while not last:
+        index, t, eps, flip = share(accelerator, *draw_batch(run.step, config, len(faces), device))
+        seed_dropout(config.seed, run.step, accelerator.process_index)
+        rate = learning_rate(run.step, config)
+        loss = diffusion.loss(run.model, alpha_bar, batch_of(faces, index, flip), t, eps, config.max_weight).mean()
+        optimizer_step(accelerator, run.model, run.optimizer, loss, rate)
+        ema_update(run.ema, run.net, run.step, config.ema)
+        run.step += 1
+        run.recent.append(accelerator.reduce(loss.detach(), "mean"))
+        log.bar.update()
+
+        over = run.step == config.steps
+        validating = due(args.validate_every, run.step, over)
+        if validating or due(LOG_EVERY, run.step, over):
+            add_row(run, log, rate, validate(run.ema, alpha_bar, held_out, config, accelerator) if validating else {})
+        last = over or is_flat(run.history, args.stop_when_flat)
+        if accelerator.is_main_process and due(args.sample_every, run.step, last):
+            save_image(sample_grid(run.ema, config, device, dtype), folder / f"samples_{run.step:06d}.png")
+        if due(args.save_every, run.step, last):
+            save_run(run, accelerator)
+    log.close()
+    if accelerator.is_main_process:
+        path = export(run, folder)
+        print(f"wrote {path}\nnext: bash scripts/p2_infer.sh NOISE_DIR OUT {path}")
+
+
+def parted(pictures, config):
+    """(those to learn from, those that validation keeps for itself), by chance; where none are kept it measures on some of the first.
+
+    pictures: uint8 [N, H, W, 3]."""
     kept = round(config.held_out * len(pictures)) if len(pictures) > 1 else 0
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
-    images, held_out = (pictures[part].to(device) for part in (order[kept:].sort().values, order[:kept] if kept else order[:256]))
+    return pictures[order[kept:].sort().values], pictures[order[:kept] if kept else order[:256]]
 
+
+def layout_of(device):
+    """channels-last is the faster layout for a GPU's tensor cores; on a CPU the backward pass of GroupNorm is slow in it."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def batch_of(faces, index, flip=None):
+    """float32 [B, 3, H, W] in [-1, 1] of uint8 faces, [N, H, W, 3], in the places `index`, int [B], mirrored where `flip`, bool [B], is set."""
+    x0 = to_range(faces[index])
+    x0 = x0 if flip is None else torch.where(flip[:, None, None, None], x0.flip(3), x0)
+    return x0.contiguous(memory_format=layout_of(x0.device))
+
+
+@dataclass
+class Run:
+    """A training on its way: what its steps change, and how it is known when it goes on."""
+
+    state_file: Path
+    settings: dict  # what decides it
+    net: UNet
+    model: torch.nn.Module  # the network too, wrapped for this machine and its processes: what the loss calls
+    optimizer: torch.optim.Optimizer
+    ema: UNet  # with the averages of its weights, which are the result
+    step: int = 0
+    history: list = field(default_factory=list)  # the rows of log.csv
+    recent: list = field(default_factory=list)  # losses of the steps since the last row, float32 []
+
+
+def make_run(config, args, accelerator, state_file, settings, state):
+    """A `Run` from its beginning, with the weights of --init where it is given, or from where its state is."""
     torch.manual_seed(config.seed)
     net = UNet(config.unet)
     if args.init and not state:
@@ -132,64 +203,38 @@ def train(config, args, folder, accelerator, dtype):
             raise UserError(f"{args.init} is another network: --widths {told(begun.config.widths)} --attention {told(begun.config.attention)} "
                             f"--blocks {begun.config.num_blocks}")
         net.load_state_dict(begun.state_dict())
-    # channels-last is the faster layout for a GPU's tensor cores; on a CPU the backward pass of GroupNorm is slow in it
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    net = net.to(device=device, memory_format=layout)
+    net.to(device=accelerator.device, memory_format=layout_of(accelerator.device))
     ema = averaged_copy(net)
-    alpha_bar = make_alpha_bar().float().to(device)
-    optimizer = make_optimizer(net, config.lr, config.weight_decay, (0.9, 0.99), edges=("down1.", "out."))
-    model, optimizer = accelerator.prepare(net, optimizer)
-    step, history, recent = 0, [], []
+    model, optimizer = accelerator.prepare(net, make_optimizer(net, config.lr, config.weight_decay, (0.9, 0.99), edges=("down1.", "out.")))
+    run = Run(state_file, settings, net, model, optimizer, ema)
     if state:
-        step, history, recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
-
+        run.step, run.history, run.recent = restore(state_file, state, accelerator, model=net, ema=ema, optimizer=optimizer)
     if args.compile:
         compile_blocks(net, Block)
+    return run
 
-    def loss_of(network, x0, t, eps):
-        return diffusion.loss(network, alpha_bar, x0.contiguous(memory_format=layout), t, eps, config.max_weight)
 
-    first_line_of(accelerator, dtype, f"{len(images)} pictures from {args.data}, UNet of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
-                  + (f", going on at step {step}," if step else ""))
-    log = Log(accelerator, folder, "training P2", args, step, history)
-    validate = Validation(len(held_out), (3, config.image_size, config.image_size), num_timesteps=NUM_TIMESTEPS)
-    while step < config.steps and not is_flat(history, args.stop_when_flat):
-        index, t, eps, flip = share(accelerator, *draw_batch(step, config, len(images), device))
-        seed_dropout(config.seed, step, accelerator.process_index)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        x0 = to_range(images[index])
-        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
-        loss = loss_of(model, x0, t, eps).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_update(ema, net, step, config.ema)
-        step += 1
-        log.bar.update()
-        recent.append(accelerator.reduce(loss.detach(), "mean"))
+def save_run(run, accelerator):
+    """Writes what `make_run` goes on from, if it is finite."""
+    refuse_nonfinite(run.step, [*run.recent, *run.net.parameters(), *run.ema.parameters()], run.state_file)
+    save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer)
 
-        validating = args.validate_every and (step % args.validate_every == 0 or step == config.steps)
-        if step % LOG_EVERY == 0 or step == config.steps or validating:
-            refuse_nonfinite(step, recent, state_file)
-            numbers = {"loss": torch.stack(recent).mean().item(), "lr": learning_rate(step - 1, config)}
-            if validating:
-                numbers |= validate(lambda index, t, eps: loss_of(ema, to_range(held_out[index]), t, eps), accelerator, config.batch_size)
-            log.add(step, **numbers)
-            recent = []
-        last = step == config.steps or is_flat(history, args.stop_when_flat)
-        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            save_image(sample_grid(ema, config, device, dtype), folder / f"samples_{step:06d}.png")
-        if step % args.save_every == 0 or last:
-            refuse_nonfinite(step, [*recent, *net.parameters(), *ema.parameters()], state_file)
-            save_state(state_file, accelerator, settings, step, history, recent, model=net, ema=ema, optimizer=optimizer)
-    log.close()
-    if accelerator.is_main_process:
-        path = folder / "UNet.pt"
-        with atomic_path(path) as temporary:  # the course's format: a plain state dict in float32
-            torch.save({name: tensor.cpu().contiguous() for name, tensor in ema.state_dict().items()}, temporary)
-        print(f"wrote {path}\nnext: bash scripts/p2_infer.sh NOISE_DIR OUT {path}")
+
+def validate(net, alpha_bar, held_out, config, accelerator):
+    """The losses, of `Validation`, of the averaged network on the faces that are kept for it."""
+    def loss(index, t, eps):
+        return diffusion.loss(net, alpha_bar, batch_of(held_out, index), t, eps, config.max_weight)
+
+    validation = Validation(len(held_out), (3, config.image_size, config.image_size), num_timesteps=NUM_TIMESTEPS)
+    return validation(loss, accelerator, config.batch_size)
+
+
+def export(run, folder):
+    """Writes the averaged weights in the course's format, a plain state dict in float32; returns their path."""
+    path = folder / "UNet.pt"
+    with atomic_path(path) as temporary:
+        torch.save({name: tensor.cpu().contiguous() for name, tensor in run.ema.state_dict().items()}, temporary)
+    return path
 
 
 def learning_rate(step, config):
