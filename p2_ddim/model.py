@@ -141,7 +141,7 @@ class UNet(nn.Module):
         return [module for key, module in self.named_children() if key.rstrip("0123456789") == name]
 
     def forward(self, x, t):
-        # The first and the last layer always in float32: the first steps magnify an error of eps 140 times in x0, and with it half precision's rounding of
+        # The first and the last layer always in float32: the first steps magnify an error of eps 130 times in x0, and with it half precision's rounding of
         # the noise on the way in and of eps on the way out. What lies between may round.
         first, *down = self.stage("down")
         with torch.autocast(x.device.type, enabled=False):

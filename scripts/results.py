@@ -70,6 +70,9 @@ def sentences(results):
 
     return {
         "p3_clip_textual_inversion/README.md": p3_sentences(results),
+        "p2_ddim/README.md": [
+            f"a Fréchet distance of {faces['good']['frechet']['ratio']:.1f} and {faces['draft']['frechet']['ratio']:.1f} times that of drawn ones, "
+            f"`exact` {exact['frechet']['ratio']:.1f}"],
         "p1_cfg_ddpm/weights/README.md": [
             f"Measured over {len(p1['seeds'])} seeds of 1,000 digits (MNIST-M; SVHN), as many real digits = 1: coverage {span('coverage')}, "
             f"Fréchet distance {span('frechet')}; by the student {span('coverage', 'student')} and {span('frechet', 'student')}. "
