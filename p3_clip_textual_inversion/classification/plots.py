@@ -128,7 +128,7 @@ def draw_confusion(data, outcome, directions, path):
         near, far, at = margin, margin + count * cell, margin + i * cell
         draw.line((near, at, far, at), (230, 232, 235))
         draw.line((at, near, at, far), (230, 232, 235))
-    draw.text((6, 6), "rows: true\ncolumns: guessed", "black", font(10))
+    draw.text((6, 6), "rows: true\ncolumns:\nguessed", "black", font(10))
     save_image(sheet, path)
 
 
