@@ -34,7 +34,7 @@ OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolate
 OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
 
 
-TRIES = {"cpu": 1, "cuda": 4}  # unasked: reading doubles the work, a minute on a CPU of two cores, a second on a GPU
+TRIES = {"cpu": 1, "cuda": 4}  # unasked: reading more than doubles the work, minutes on a slow CPU
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DrawConfig:
     guidance_interval: tuple = (0.0, 1.0)  # guide only at these noise levels, t/T
     guidance_parallel: tuple = (1.0, 0.25)  # by domain: the share that is kept of what is parallel to the predicted image's deviation from its mean
     eta: float = 0.0  # of ddim; 0 is deterministic
-    tries: int = 1  # at an image, while the network reads another digit in it (reading.py); 1 does not read
+    tries: int = 1  # at an image, while the network is not sure to see its digit in it (reading.py); 1 does not look
     seed: int = 0
 
     def check(self):
@@ -150,8 +150,8 @@ def states(model, diffusion, jobs, config, guide=None, attempt=1):
 
 
 def draw_again(x, model, diffusion, jobs, config, guide=None):
-    """Draws those of the finished images x [B, 3, 28, 28] again, from another noise, in which the network reads another digit, up to config.tries in all.
-    Returns x with that try of each which it doubts least."""
+    """Draws those of the finished images x [B, 3, 28, 28] again, from another noise, in which the network is not sure to see their digit, up to config.tries
+    in all. Returns x with that try of each which it doubts least."""
     digit, domain = conditions(jobs, x.device)
     doubts = doubt(model, diffusion, x.clamp(-1, 1), digit, domain, config.seed, [f"{name}, read" for name in names_of(jobs)])
     for attempt in range(2, config.tries + 1):
@@ -240,8 +240,9 @@ def main():
     parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model, or the student of it.")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
-    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself reads another digit "
-                        "in it; takes twice as long; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
+    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
+                        "its digit in it: fewer are misread, for more than twice the time; 1: never; not for students "
+                        "(default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")

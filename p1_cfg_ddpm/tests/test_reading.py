@@ -34,9 +34,11 @@ def test_the_least_error_is_read():
     x0 = torch.stack([model.templates[3], 0.4 * model.templates[4] + 0.6 * model.templates[7], 0.9 * model.templates[5] + 0.1 * model.templates[6]])
     with torch.inference_mode():
         found = reading.doubt(model, diffusion, x0, digit, torch.zeros_like(digit), 0, ["a", "b", "c"])
-    # by hand: of 0.4 A + 0.6 B the error as A is 0.36 ||A - B||^2, as B 0.16 ||A - B||^2
-    assert found[0] < -100 and found[1] == pytest.approx(0.36 / 0.16 - 1, rel=1e-3) and found[2] == pytest.approx(-(0.81 / 0.01 - 1), rel=1e-2)
-    assert model.asked == [(reading.TIMES[0], 3)] * 10 + [(reading.TIMES[1], 1)] * 10  # two are clearly right
+    # by hand: of 0.4 A + 0.6 B the error as A is 0.36 ||A - B||^2, as B 0.16 ||A - B||^2, on any noise
+    (first, sure), (second, enough) = reading.SURE
+    assert found[0] < -100 and found[2] == pytest.approx(sure - (0.81 / 0.01 - 1), rel=1e-2)
+    assert found[1] == pytest.approx(enough + (0.36 / 0.16 - 1), rel=1e-3)
+    assert model.asked == [(first, 3)] * 10 + [(second, 1)] * 10  # two are sure at once
 
 
 def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, monkeypatch):
