@@ -134,7 +134,7 @@ def commands(folder):
         "P1 train, two": (f"{p1}.train", [*tiny, "--batch-size", 4, "--steps", 2, "--sample-every", 0, "--output", out / "p1two"]),
         "P1 classifier": (f"{p1}.classifier", ["--domain", "mnistm", "--epochs", 1, "--batch-size", 10, "--data", digits, "--output",
                                                out / "judge.safetensors"]),
-        "P1 inference": (f"{p1}.inference", [out / "digits", "--steps", 2, "--images-per-digit", 2, "--checkpoint", out / "p1/model.safetensors"]),
+        "P1 inference": (f"{p1}.inference", [out / "digits", "--steps", 2, "--images-per-digit", 1, "--checkpoint", out / "p1/model.safetensors"]),
         "P1 evaluate": (f"{p1}.evaluate", [out / "digits"]),
         "P1 figures": (f"{p1}.figures", ["--steps", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
         "P1 benchmark": (f"{p1}.benchmark", ["--images-per-digit", 1, "--seeds", 1, "--sweep-images-per-digit", 1, "--classic-images-per-digit", 0,

@@ -44,6 +44,12 @@ def test_every_command_runs_on_a_gpu(results, card, name):
         assert not re.search(r"\bcpu\b", results[card][name]["said"]), results[card][name]["said"]
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_digits_that_are_doubted_are_drawn_again_on_a_gpu(results, card):
+    """Unasked, as each drawing says at its end; not by a student."""
+    assert "tries 4" in results[card]["P1 inference"]["said"] and "tries" not in results[card]["P1 inference, student"]["said"]
+
+
 def test_no_entry_point_is_forgotten():
     """Every module that can be run, but for the tests', is tried on the simulated GPU, or is told with the reason why not."""
     files = [path for package in PACKAGES for path in (gpu_commands.ROOT / package).rglob("*.py") if not {"tests", "guard.py"} & set(path.parts)]
