@@ -34,7 +34,7 @@ OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolate
 OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
 
 
-TRIES = {"cpu": 1, "cuda": 4}  # unasked: reading more than doubles the work, minutes on a slow CPU
+TRIES = {"cpu": 1, "cuda": 4}  # unasked: it triples the work, minutes on a slow CPU
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
     parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
-                        "its digit in it: fewer are misread, for more than twice the time; 1: never; not for students "
+                        "its digit in it: a third as many are misread, for three times the work; 1: never; not for students "
                         "(default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
