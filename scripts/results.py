@@ -146,6 +146,8 @@ def p1_tables(results):
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
     default = [[seeds, "evaluations", *head], ["the default", str(pareto_evaluations(pareto)), *scores(p1["seeds"])],
                [f"`--student`, w {p1['student'][0]['guidance_weight']:g} (its default)", str(p1["student"][0]["num_steps"]), *scores(p1["student"])],
+               *([f"`{row['flags']}`, seeds {row['seeds'][0]} to {row['seeds'][-1]}", f"{row['evaluations']:.0f}", *scores(row)] for row in trials["rows"]
+                 if "--tries" in row["flags"]),
                *([f"`{row['flags']}`", "1", *scores(row)] for row in trials["rows"] if "--student" in row["flags"])]
     settings = [["seed 0, by `python -m p1_cfg_ddpm.pareto`", "evaluations", *head]]
     for row in pareto["rows"]:
@@ -156,7 +158,7 @@ def p1_tables(results):
         settings += [[f"`{flags(row, unflagged)}`, mean of seeds {many[0]} to {many[-1]}", str(row["evaluations"]), *scores(row)] for row in pareto[name]]
     others = [["trial", "flags", *head, ""]]
     others += [[row["trial"], f"`{row['flags']}`" if row["flags"] else "", *scores(row), row["verdict"]] for row in trials["rows"]
-               if "--student" not in row["flags"]]
+               if "--student" not in row["flags"] and "--tries" not in row["flags"]]
     return [lines_of(rows) for rows in (default, settings, others)]
 
 
