@@ -141,7 +141,7 @@ def measure(way, batch_size, side, repeats, device):
     if channels_last:
         x = torch.randn(n, 3, side, side, device=device)
         kinds = by_kind(unet, lambda: model.eps(x, 500), repeats, device)
-        row["arithmetic"] = shares_of_peak(kinds, matrix_peak(DTYPES[dtype], device), a_step)
+        row["arithmetic"] = shares_of_peak(kinds, matrix_peak(DTYPES[dtype], device, repeats=repeats), a_step)
     return row
 
 
