@@ -74,7 +74,7 @@ def test_a_command_computes_fp32_exactly_and_a_training_need_not(tf32_on, tmp_pa
     ("p2_ddim.inference", "draw", (ROOT / "hw2_data/mini/face/noise", "OUT", "UNet.pt"), False),
     ("p2_ddim.inference", "draw", (ROOT / "hw2_data/mini/face/noise", "OUT", "UNet.pt", "--tf32"), True),
     ("p2_ddim.figures", "load_unet", ("--output", "OUT"), False), ("p2_ddim.benchmark", "measure", ("--way", "this project, fp32"), False),
-    ("p2_ddim.quality", "load_unet", ("--faces", "x", "--output", "OUT/x.json"), False),
+    ("p2_ddim.quality", "load_unet", ("--faces", ".", "--output", "OUT/x.json"), False),
     ("p2_ddim.sweep", "load_unet", ("--measure", "distance", "--output", "OUT/x.json"), False)])
 def test_p2_is_exact_unless_told(tf32_on, monkeypatch, tmp_path, module, hook, arguments, expected):
     monkeypatch.chdir(tmp_path)
