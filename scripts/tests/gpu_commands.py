@@ -128,6 +128,8 @@ def commands(folder):
     one_word = [*words, "--concepts", 0, "--sample-every", 0, "--validate-every", 100]
     drawings = ["--drawings", folder / "drawings.npz", "--batch-size", 4]
     draw = ["--num-images", 1, "--steps", 2, "--batch-size", 4]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    half = "bf16" if torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return {
         "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),
         "P1 train, six": (f"{p1}.train", [*tiny, "--batch-size", 4, "--steps", 6, "--sample-every", 0, "--output", out / "p1six"]),
@@ -153,7 +155,7 @@ def commands(folder):
         "P2 figures": (f"{p2}.figures", ["--noise", folder / "noise", "--checkpoint", out / "p2/UNet.pt", "--steps", 2, "--iterations", 1,
                                          "--round-trips", 2, "--pairs", 2, "--seeds", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
         # simulated, its matrix product of the machine's peak takes a quarter of an hour in bf16 on a processor that has none
-        "P2 benchmark": (f"{p2}.benchmark", ["--way", f"this project, {'bf16' if torch.cuda.is_available() else 'fp32'}", "--side", 32, "--batch-size", 1,
+        "P2 benchmark": (f"{p2}.benchmark", ["--way", f"this project, {half}", "--side", 32, "--batch-size", 1,
                                              "--repeats", 1]),
         "P2 edit invert": (f"{p2}.edit", ["invert", folder / "faces", out / "inverted", out / "p2/UNet.pt", "--steps", 2]),
         "P2 edit morph": (f"{p2}.edit", ["morph", *(folder / "faces" / f"{i}.png" for i in range(3)), out / "morph", "--checkpoint", out / "p2/UNet.pt",
