@@ -6,7 +6,7 @@ The map; a file imports only from floors with a lower number, and a room (/), wh
      2  files (errors in one line, whole writes, locks), samplers (the update rules), diffusion (loss, guidance), measures (intervals, calibration)
      3  concepts (input.json, prompts.json), pictures, tensors (careful readers), device (where, in which format), places (of things), defaults (a row a model)
      4  data (their pictures), training, state (to go on from), provenance (of a picture), estimate (how long), custom_diffusion, lora (weights beside words)
-     5  formats/ (models and words as other programs save them), objective (a word's loss, and the best state by it)
+     5  formats/ (models and words as other programs save them), objective (a word's loss, what learns by it, the best state)
      6  clip (CLIP and its features), embedding (the token table with new rows)
      7  model (Stable Diffusion's five parts, from anywhere), regions (where things are drawn), classification/ (what zero_shot is made of)
      8  inference (the graded files), evaluate (the grade), zero_shot (classification)

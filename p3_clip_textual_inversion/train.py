@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,32 +23,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .concepts import concepts_of, kind_of, refuse_examples
-from .custom_diffusion import projections, save_projections, weights_of
+from .custom_diffusion import save_projections, weights_of
 from .data import read_captions
 from .defaults import fill_in, input_of, of_model, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
 from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
 from .formats.identity import identify, weights_fingerprint
 from .inference import DrawConfig, generate
-from .lora import add_lora, free_directions, keep_free, lora_file, save_kohya, save_lora
+from .lora import lora_file, save_kohya, save_lora
 from .model import MINI_SD, load_stable_diffusion
-from .objective import Best, Loss
+from .objective import NEEDED, hold_back, make_run, on_cpu, pull_of_step, save_run, set_rates
 from .pictures import read_pictures, save_image
 from .provenance import HelpFormatter
 from .sources import draw_batch, make_held, make_sources
-from .state import fitting, held, load_state, refuse_nonfinite, refuse_others, restore, save_state
-from .training import (
-    Log,
-    add_arguments,
-    add_settings,
-    configured,
-    first_line_of,
-    guarded,
-    is_flat,
-    prepare,
-    setting,
-    share,
-)
+from .state import add_row, held, load_state, refuse_others
+from .training import Log, add_arguments, add_settings, configured, due, first_line_of, guarded, is_flat, prepare, setting, share
 
 LOG_EVERY = 20
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
@@ -113,147 +103,139 @@ def pictures_fingerprint(folders):
     return digest.hexdigest()[:12]
 
 
-def pull_of_step(pull, strength, total):
-    """The share of the way back to the initial words that one step goes, where a whole run goes `pull` of it, however many steps it has: 1 - pull is the
-    product of all steps' 1 - share. strength: of the step, 0..1; total: the sum of all steps' strengths."""
-    return 1 - (1 - pull) ** (strength / total)
-
-
-def on_cpu(snapshots):
-    """{step: rows}, brought from the GPU in one copy."""
-    return {at: rows.clone() for at, rows in zip(snapshots, torch.stack(list(snapshots.values())).cpu())}
-
-
 def learn(concepts, config, args, row, model_id, accelerator, dtype):
-    """Learns concepts in one run; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT.
+    """Learns concepts in one run, from its last state where there is one; writes it into OUTPUT/{numbers}/ and each word's file into OUTPUT.
 
     config: `TrainConfig`; args: where it all is, and what is seen on the way; row: the model's `Defaults`; model_id: its name."""
-    numbers, words = "+".join(concept.number for concept in concepts), ", ".join(concept.token for concept in concepts)
-    folder = writable_folder(args.output / numbers)
-    results = {concept.token: file_of(args.output, concept.token) for concept in concepts}
-    kinds = [kind_of(concept, config.kind) for concept in concepts]
-    pull = config.pull
-    if pull is None:
-        pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
-    settings = asdict(config) | {
-        "pull": pull, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing, "model": model_id, "weights": args.weights,
-        "tokens": words, "src_images": ", ".join(concept.src_image for concept in concepts), "kinds": ", ".join(kinds),
-        "pictures": pictures_fingerprint([concept.folder for concept in concepts])}
-    beside = [lora_file(path) for path in results.values()]
-    refuse_others(folder / "state.pt", [*results.values(), *beside])
-    needed = ("step", "history", "recent", "trained", "best")
-    state = load_state(folder / "state.pt", settings, needed, defaults=args.defaults) if (folder / "state.pt").exists() else None
-    projected = [folder / "projections.safetensors"] if config.custom_diffusion else []
-    if state and state["step"] >= config.steps and all(path.exists() for path in [*results.values(), *(beside if config.lora else ()), *projected]):
+    results, words = results_of(concepts, args.output), ", ".join(concept.token for concept in concepts)
+    settings, state_file = word_settings(concepts, config, args, row, model_id), results.folder / "state.pt"
+    refuse_others(state_file, [*results.words, *results.lora])
+    state = load_state(state_file, settings, NEEDED, defaults=args.defaults) if state_file.exists() else None
+    if state and state["step"] >= config.steps and results.are_there(config):
         accelerator.print(f"{words} {'are' if len(concepts) > 1 else 'is'} learned already: see {args.output}")
         return
 
     accelerator.free_memory()  # of the concept before, whose model it would keep
-    device = accelerator.device
-    parts = load_stable_diffusion(args.checkpoint, device, dtype)
+    parts = load_stable_diffusion(args.checkpoint, accelerator.device, dtype)
     side = config.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
     drawing = DrawConfig(num_steps=20, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(config.init, config.init), config.vectors, generator)
-            for concept in concepts}
-    learned = add_words(parts, rows)
-    sources, held = make_sources(parts, concepts, config, row, side, drawing), make_held(parts, concepts, config, row, side)
+    rows = add_words(parts, first_rows(parts, concepts, config)).rows
+    sources, held_out = make_sources(parts, concepts, config, row, side, drawing), make_held(parts, concepts, config, row, side)
     if not args.sample_every:
         parts.vae.to("cpu")  # no longer needed
     if args.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
         parts.unet.train()  # diffusers checkpoints in training mode only; there is no dropout
-    trained = {"rows": learned.rows}
-    if config.custom_diffusion:
-        for name, module in projections(parts.unet).items():
-            trained[name] = module.float().weight.requires_grad_(True)  # float32, like whatever an optimiser changes; autocast still computes in `dtype`
-    if config.lora:
-        weights = add_lora(parts.unet, config.lora, config.seed)
-        trained |= weights
-        free = free_directions(parts, row.templates["object"], config.hold)
-    initial = learned.rows.detach().clone()
-    lengths = initial.norm(dim=1, keepdim=True)
-    step, history, recent, snapshots = 0, [], [], {0: learned.rows.detach().clone()}
-    if state:
-        with fitting(folder / "state.pt"):
-            for name, parameter in trained.items():
-                parameter.data.copy_(state["trained"][name])
-            snapshots = {at: rows.to(device) for at, rows in state["snapshots"].items()}
-    others = [parameter for name, parameter in trained.items() if name != "rows"]
-    groups = [{"params": [learned.rows], "share": 1.0}]
-    groups += [{"params": others, "share": (config.lr_lora if config.lora else config.lr_projections) / config.lr}] if others else []
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
-    loss_of = Loss(parts, config.min_snr_gamma or None)
-    best = Best(loss_of, parts, held, accelerator, config.batch_size, state["best"] if state else None)
-    model, optimizer = accelerator.prepare(loss_of, optimizer)
-    if state:
-        step, history, recent = restore(folder / "state.pt", state, accelerator, optimizer=optimizer)
-    else:
-        best.update(0, trained)
-
-    first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in trained.values()):,} numbers, "
+    run = make_run(parts, rows, held_out, config, row, accelerator, state_file, settings, state)
+    first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in run.trained.values()):,} numbers, "
                                       f"from {sum(len(source.means) for source in sources)} latents,")
-    shown = [expand(row.templates[kind_of(c, config.kind)][-1].format(c.token), {c.token: config.vectors}) for c in concepts]
+    train(run, parts, sources, concepts, config, args, row, drawing, accelerator)
+    run.best.put_back(run.trained)
+    if accelerator.is_main_process:
+        accelerator.print(run.best.told(words))
+        export(run, results, concepts, config, parts)
+        print(f"wrote {', '.join(map(str, results.words))}; the run is in {results.folder}")
+
+
+def train(run, parts, sources, concepts, config, args, row, drawing, accelerator):
+    """Takes the steps of a `Run` until there are --steps, or the validation is flat.
+
+    parts: Stable Diffusion with the words; sources: what they learn from; drawing: `DrawConfig` of the samples; the rest as in `learn`."""
+    folder, rows = run.state_file.parent, run.trained["rows"]
+    log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, run.step, run.history)
     strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
     every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
-    log = Log(accelerator, folder, f"learning {words}", args, step, history)
-    while step < config.steps and not is_flat(history, args.stop_when_flat):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # so that a resumed run draws the same numbers
-        for group in optimizer.param_groups:
-            waits = config.lora and group is not optimizer.param_groups[0] and step < config.pivot * config.steps
-            group["lr"] = 0.0 if waits else group["share"] * config.lr * strengths[step]
+    last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
+    while not last:
+        strength = strengths[run.step]
+        set_rates(run, config, strength)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)  # so that a resumed run draws the same numbers
         for _ in range(config.accumulate):
             x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, config.batch_size, generator))
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(run.model):
                 with accelerator.autocast():
-                    loss = model(x0, t, eps, *loss_of.ids(texts))
+                    loss = run.model(x0, t, eps, *run.loss.ids(texts))
                 accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            recent.append(accelerator.reduce(loss.detach(), "mean"))
-        if config.lora:
-            keep_free(weights, free)
-        with torch.no_grad():
-            learned.rows.lerp_(initial, pull_of_step(pull, strengths[step], sum(strengths)))
-            if config.norm == "keep":
-                learned.rows.mul_(lengths / learned.rows.norm(dim=1, keepdim=True))
-        step += 1
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            run.recent.append(accelerator.reduce(loss.detach(), "mean"))
+        hold_back(run, config, pull_of_step(run.settings["pull"], strength, sum(strengths)))
+        run.step += 1
         log.bar.update()
-        validating = every and (step % every == 0 or step == config.steps)
-        if step % LOG_EVERY == 0 or step == config.steps or validating:
-            refuse_nonfinite(step, recent, folder / "state.pt")
-            numbers = {"loss": torch.stack(recent).mean().item(), "lr": config.lr * strengths[step - 1], "norm": learned.rows.norm(dim=1).mean().item()}
-            log.add(step, **numbers, **(best.update(step, trained) if validating else {}))
-            recent = []
-        last = step == config.steps or is_flat(history, args.stop_when_flat)
-        if step % max(config.steps // 10, 1) == 0 or last:
-            snapshots[step] = learned.rows.detach().clone()
-        if accelerator.is_main_process and args.sample_every and (step % args.sample_every == 0 or last):
-            pictures = list(generate(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
-            save_image(Image.fromarray(np.concatenate(pictures, axis=1)), folder / f"samples_{step:06d}.png")
-        if step % args.save_every == 0 or last:
-            refuse_nonfinite(step, [*recent, *trained.values()], folder / "state.pt")
-            save_state(folder / "state.pt", accelerator, settings, step, history, recent, trained={name: p.detach() for name, p in trained.items()},
-                       optimizer=optimizer, snapshots=on_cpu(snapshots), best={"losses": best.losses, "kept": best.kept})
+
+        over = run.step == config.steps
+        validating = due(every, run.step, over)
+        if validating or due(LOG_EVERY, run.step, over):
+            add_row(run, log, config.lr * strength, {"norm": rows.norm(dim=1).mean().item()} | (run.best.update(run.step, run.trained) if validating else {}))
+        last = over or is_flat(run.history, args.stop_when_flat)
+        if due(max(config.steps // 10, 1), run.step, last):
+            run.snapshots[run.step] = rows.detach().clone()
+        if accelerator.is_main_process and due(args.sample_every, run.step, last):
+            save_image(sample_row(parts, concepts, config, row, drawing), folder / f"samples_{run.step:06d}.png")
+        if due(args.save_every, run.step, last):
+            save_run(run, accelerator)
     log.close(last=False)
-    for name, parameter in trained.items():
-        parameter.data.copy_(best.kept[name])
-    if accelerator.is_main_process:
-        accelerator.print(best.told(words))
-        write_json(folder / "history.json", history)
-        write_json(folder / "validation.json", {"kept_step": best.step, "losses": best.losses})
-        with atomic_path(folder / "snapshots.safetensors") as temporary:
-            save_file({f"{at:06d}": tensor for at, tensor in on_cpu(snapshots).items()}, temporary, metadata={"words": words})
-        metadata = {name: str(value) for name, value in settings.items() if value is not None}
-        for path in beside if config.lora else ():  # what learned together is beside each word
-            save_lora(path, weights, metadata)
-            save_kohya(folder / f"{path.stem}_kohya.safetensors", weights, metadata)
-        for path in projected:
-            save_projections(path, weights_of(parts.unet), metadata)
-        for concept, part in zip(concepts, learned.rows.detach().split(config.vectors)):  # last: where these are, the rest is
-            save_embedding(results[concept.token], concept.token, part, metadata)
-        print(f"wrote {', '.join(map(str, results.values()))}; the run is in {folder}")
+
+
+def word_settings(concepts, config, args, row, model_id):
+    """What a run is known by when it goes on: the configuration with the pull that it means, the model, the concepts and their pictures."""
+    kinds = [kind_of(concept, config.kind) for concept in concepts]
+    pull = config.pull
+    if pull is None:
+        pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
+    return asdict(config) | {
+        "pull": pull, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing, "model": model_id, "weights": args.weights,
+        "tokens": ", ".join(concept.token for concept in concepts), "src_images": ", ".join(concept.src_image for concept in concepts),
+        "kinds": ", ".join(kinds), "pictures": pictures_fingerprint([concept.folder for concept in concepts])}
+
+
+class Results(NamedTuple):
+    """Where a run leaves what."""
+
+    folder: Path  # its state, samples and history
+    words: list  # a file for each concept
+    lora: list  # beside each of them, with --lora
+    projections: Path  # with --custom-diffusion
+
+    def are_there(self, config):
+        return all(path.exists() for path in [*self.words, *(self.lora if config.lora else ()), *([self.projections] if config.custom_diffusion else ())])
+
+
+def results_of(concepts, output):
+    """The `Results` of concepts that learn together, whose folder is there from now on."""
+    folder, words = writable_folder(output / "+".join(concept.number for concept in concepts)), [file_of(output, concept.token) for concept in concepts]
+    return Results(folder, words, [lora_file(path) for path in words], folder / "projections.safetensors")
+
+
+def first_rows(parts, concepts, config):
+    """{token: float32 [vectors, dim]} to start from: --init, by default what input.json says of each concept."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(config.init, config.init), config.vectors, generator)
+            for concept in concepts}
+
+
+def sample_row(parts, concepts, config, row, drawing):
+    """A picture of four drawings of each concept, beside each other."""
+    shown = [expand(row.templates[kind_of(c, config.kind)][-1].format(c.token), {c.token: config.vectors}) for c in concepts]
+    pictures = list(generate(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
+    return Image.fromarray(np.concatenate(pictures, axis=1))
+
+
+def export(run, results, concepts, config, parts):
+    """Writes what was measured, the weights that learned, and last, so that where these are the rest is, the words."""
+    write_json(results.folder / "history.json", run.history)
+    write_json(results.folder / "validation.json", {"kept_step": run.best.step, "losses": run.best.losses})
+    with atomic_path(results.folder / "snapshots.safetensors") as temporary:
+        save_file({f"{at:06d}": tensor for at, tensor in on_cpu(run.snapshots).items()}, temporary, metadata={"words": run.settings["tokens"]})
+    metadata = {name: str(value) for name, value in run.settings.items() if value is not None}
+    for path in results.lora if config.lora else ():  # what learned together is beside each word
+        save_lora(path, run.weights, metadata)
+        save_kohya(results.folder / f"{path.stem}_kohya.safetensors", run.weights, metadata)
+    if config.custom_diffusion:
+        save_projections(results.projections, weights_of(parts.unet), metadata)
+    for concept, path, rows in zip(concepts, results.words, run.trained["rows"].detach().split(config.vectors)):
+        save_embedding(path, concept.token, rows, metadata)
 
 
 def parse_args():

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import inference, train, training
+from p3_clip_textual_inversion import inference, state, train, training
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import check_files, file_of, install, read_embedding, save_embedding
 from p3_clip_textual_inversion.experiments import compare, several
@@ -56,7 +56,7 @@ def places(tiny_sd, tmp_path_factory):
 
         with patch.context() as inner:
             inner.setattr(torch, "save", lambda content, path: (write(content, path), saved.append(torch.load(path)["trained"])))
-            inner.setattr(train, "refuse_nonfinite", lambda step, *_: step == 3 and (_ for _ in ()).throw(KeyboardInterrupt))
+            inner.setattr(state, "refuse_nonfinite", lambda step, *_: step == 3 and (_ for _ in ()).throw(KeyboardInterrupt))
             inner.setattr(train, "LOG_EVERY", 1)
             with pytest.raises(KeyboardInterrupt):
                 learn(folder / "stopped")
