@@ -113,6 +113,11 @@ ELSEWHERE = {  # entry points that are not tried here, and why
     "p3_clip_textual_inversion.miniature.drawings": "uses no GPU", "p3_clip_textual_inversion.miniature.together": "draws and judges, as several"}
 
 
+REAL, PROCESSOR = torch.cuda.is_available(), getattr(torch.cpu, "get_capabilities", dict)()  # asked before any GPU is simulated
+# its product of two large matrices, the machine's peak, takes minutes where a processor without bf16 simulates the GPU
+HALF = "bf16" if REAL or PROCESSOR.get("avx512_bf16") or PROCESSOR.get("amx_bf16") else "fp32"
+
+
 def left_out(name, card):
     return ONCE.get(name, card) != card
 
@@ -128,8 +133,6 @@ def commands(folder):
     one_word = [*words, "--concepts", 0, "--sample-every", 0, "--validate-every", 100]
     drawings = ["--drawings", folder / "drawings.npz", "--batch-size", 4]
     draw = ["--num-images", 1, "--steps", 2, "--batch-size", 4]
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    half = "bf16" if torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return {
         "P1 train": (f"{p1}.train", [*tiny, "--steps", 2, "--sample-every", 2, "--output", out / "p1"]),
         "P1 train, six": (f"{p1}.train", [*tiny, "--batch-size", 4, "--steps", 6, "--sample-every", 0, "--output", out / "p1six"]),
@@ -154,9 +157,7 @@ def commands(folder):
         "P2 evaluate": (f"{p2}.evaluate", [out / "faces", out / "faces2"]),
         "P2 figures": (f"{p2}.figures", ["--noise", folder / "noise", "--checkpoint", out / "p2/UNet.pt", "--steps", 2, "--iterations", 1,
                                          "--round-trips", 2, "--pairs", 2, "--seeds", 2, "--output", out / "figures", "--results", out / "p2_figures.json"]),
-        # simulated, its matrix product of the machine's peak takes a quarter of an hour in bf16 on a processor that has none
-        "P2 benchmark": (f"{p2}.benchmark", ["--way", f"this project, {half}", "--side", 32, "--batch-size", 1,
-                                             "--repeats", 1]),
+        "P2 benchmark": (f"{p2}.benchmark", ["--way", f"this project, {HALF}", "--side", 32, "--batch-size", 1, "--repeats", 1]),
         "P2 edit invert": (f"{p2}.edit", ["invert", folder / "faces", out / "inverted", out / "p2/UNet.pt", "--steps", 2]),
         "P2 edit morph": (f"{p2}.edit", ["morph", *(folder / "faces" / f"{i}.png" for i in range(3)), out / "morph", "--checkpoint", out / "p2/UNet.pt",
                                          "--steps", 2, "--frames", 2, "--dtype", "auto"]),
@@ -246,13 +247,12 @@ def main():
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     folder.mkdir(parents=True, exist_ok=True)
-    real = torch.cuda.is_available()
-    if not real:
+    if not REAL:
         torch.inference_mode = torch.no_grad  # before anything is imported that asks for it
     make_inputs(folder)
     make_narrow()
     mode = contextlib.nullcontext()
-    if not real:
+    if not REAL:
         torch.set_num_threads(1)
         mode = simulated_gpu.install(card == "ampere")
     elif card == "turing":
@@ -265,7 +265,7 @@ def main():
             if re.search(only, name) and not left_out(name, card):
                 results[name] = call(module, arguments)
                 print(f"{name}: {results[name]['code']} in {results[name]['seconds']} s", flush=True)
-                (folder / "results.json").write_text(json.dumps({"real": real, "commands": results}))
+                (folder / "results.json").write_text(json.dumps({"real": REAL, "commands": results}))
 
 
 if __name__ == "__main__":
