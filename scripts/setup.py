@@ -28,6 +28,8 @@ for line in sys.argv[1:]:
     try:
         if numbers(version(name)) < numbers(oldest):
             sys.exit(1)
+        if name == "torchvision" and version(name).partition("+")[2] != version("torch").partition("+")[2]:  # one of them a CPU build
+            import torchvision  # which often fails then, and ends this
     except PackageNotFoundError:
         sys.exit(1)
 """
@@ -54,6 +56,9 @@ def main():
         if not has_pip(python):  # none yet, or one whose making was interrupted
             make_venv(venv)
         install(python, files)
+        if not meets(python, requirements):
+            fail(f"torch and torchvision in {Path(python).parent.parent} do not fit together, as one of them is a CPU build: install both anew from one "
+                 "package index, or set VENV to a new folder")
     print(python)
 
 

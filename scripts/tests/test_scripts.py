@@ -137,6 +137,25 @@ def test_setup_knows_what_is_installed(setup):
     assert not setup.meets(sys.executable, ["no-such-package>=1"])
 
 
+def test_setup_finds_a_torchvision_of_another_build(setup, monkeypatch, tmp_path, capsys):
+    """A CPU build of torch, and the index's torchvision on it, meet every version: nothing of P3 could be imported."""
+    for name, version in (("torch", "9.0+cpu"), ("torchvision", "9.0")):
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    module = tmp_path / "torchvision.py"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for text, good in (("", True), ("raise RuntimeError('operator torchvision::nms does not exist')", False)):
+        module.write_text(text)
+        assert setup.meets(sys.executable, ["torch>=2.9", "torchvision>=0.24"]) == good
+    monkeypatch.setattr(setup, "install", lambda *_: None)
+    monkeypatch.setattr(setup, "has_pip", lambda _: True)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setenv("VENV", str(tmp_path / "venv"))
+    with pytest.raises(SystemExit, match="torch and torchvision in .*venv do not fit together"):
+        setup.main()
+    assert not capsys.readouterr().out
+
+
 def test_setup_refuses_an_old_python(setup, monkeypatch):
     monkeypatch.setattr(setup.sys, "argv", ["setup.py"])
     monkeypatch.setattr(setup, "OLDEST_PYTHON", (99, 0))
