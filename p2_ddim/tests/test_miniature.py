@@ -1,6 +1,7 @@
 """The bundled miniature, through the commands that users run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,13 +20,17 @@ def network():
     return load_unet(MINI_DATA / "UNet.pt")
 
 
-@pytest.mark.parametrize("dtype, limit", [("fp32", 0.5), ("bf16", 5)])
-def test_the_references_are_reached(call, tmp_path, dtype, limit):
+@pytest.mark.parametrize("dtype, limit, count", [("fp32", 0.5, 10), ("bf16", 5, 3)])  # bf16 takes minutes on a processor that has none
+def test_the_references_are_reached(call, tmp_path, dtype, limit, count):
     """They were made by diffusers."""
-    code, out, err = call("p2_ddim.inference", MINI_DATA / "noise", tmp_path / "out", MINI_DATA / "UNet.pt", "--dtype", dtype)
-    assert code == 0 and "wrote 10 images" in out, err
-    code, out, err = call("p2_ddim.evaluate", tmp_path / "out", MINI_DATA / "GT", "--report", tmp_path / "grade")
-    assert code == 0 and "10 of 10 pass" in out, err
+    for folder in ("noise", "GT"):
+        (tmp_path / folder).mkdir()
+        for path in sorted((MINI_DATA / folder).iterdir())[:count]:
+            shutil.copy(path, tmp_path / folder)
+    code, out, err = call("p2_ddim.inference", tmp_path / "noise", tmp_path / "out", MINI_DATA / "UNet.pt", "--dtype", dtype)
+    assert code == 0 and f"wrote {count} images" in out, err
+    code, out, err = call("p2_ddim.evaluate", tmp_path / "out", tmp_path / "GT", "--report", tmp_path / "grade")
+    assert code == 0 and f"{count} of {count} pass" in out, err
     assert json.loads((tmp_path / "grade" / "grade.json").read_text())["mean_mse"] < limit
 
 
