@@ -151,7 +151,7 @@ def test_setup_finds_a_torchvision_of_another_build(setup, monkeypatch, tmp_path
     monkeypatch.setattr(setup, "has_pip", lambda _: True)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     monkeypatch.setenv("VENV", str(tmp_path / "venv"))
-    with pytest.raises(SystemExit, match="torch and torchvision in .*venv do not fit together"):
+    with pytest.raises(SystemExit, match=r"torch and torchvision in .*venv do not fit together"):
         setup.main()
     assert not capsys.readouterr().out
 
