@@ -32,9 +32,8 @@ STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: 
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolated eps leaves coloured spots in the long last leap of few guided steps
 OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
-
-
 TRIES = {"cpu": 1, "cuda": 4}  # unasked: it triples the work, minutes on a slow CPU
+WEIGHT_OF_TRIES = 3.0  # w with them: they find what less guidance leaves misread, and less guidance leaves more variety
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,8 @@ def add_arguments(parser):
                         f"(default: the installed one, or the bundled {CHECKPOINT.name})")
     parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
     parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
-                        f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others)")
+                        f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others, {WEIGHT_OF_TRIES:g} where "
+                        "digits are drawn again)")
     parser.add_argument("--sampler", choices=OFFERED, default=None, help="the update rule; heun asks the network twice a step; "
                         f"not for students, as the next five (default: {TEACHER.sampler})")
     parser.add_argument("--steps", type=int, default=None, dest="num_steps", help=f"steps of the sampler (default: {TEACHER.num_steps})")
@@ -221,7 +221,8 @@ def load_with_settings(args):
     checkpoint = args.checkpoint or (STUDENT_CHECKPOINT if args.student else default_checkpoint())
     model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
     if not model.config.times:
-        unasked = {"tries": TRIES.get(device.type, 1)} if hasattr(args, "tries") else {}
+        tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") else TEACHER.tries)
+        unasked = {"tries": tries, "guidance_weight": WEIGHT_OF_TRIES if tries > 1 else TEACHER.guidance_weight}
         return model, diffusion, replace(TEACHER, **unasked | given, seed=args.seed), batch_size, checkpoint
     for name in OF_THE_TEACHER:
         if name in given:

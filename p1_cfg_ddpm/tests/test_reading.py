@@ -6,7 +6,7 @@ import torch
 
 from p1_cfg_ddpm import inference, reading
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.inference import DrawConfig, all_jobs, generate
+from p1_cfg_ddpm.inference import WEIGHT_OF_TRIES, DrawConfig, all_jobs, generate
 from p1_cfg_ddpm.provenance import read_made
 
 INFER = "p1_cfg_ddpm.inference"
@@ -72,11 +72,12 @@ def test_an_image_that_is_drawn_again_does_not_depend_on_the_others(tiny_model):
 
 def test_the_command_reads_where_it_is_asked_to(call, tiny_checkpoint, tmp_path):
     arguments = ["--checkpoint", tiny_checkpoint, "--images-per-digit", 1, "--digits", 1, "--steps", 2, "--device", "cpu"]
-    for flags, tries in (([], 1), (["--tries", 3], 3)):
-        out = tmp_path / str(tries)
+    for name, flags, tries, weight in (("1", [], 1, 4), ("3", ["--tries", 3], 3, WEIGHT_OF_TRIES), ("w", ["--tries", 2, "--guidance-weight", 5], 2, 5)):
+        out = tmp_path / name
         code, _, err = call(INFER, out, *arguments, *flags)
         assert code == 0, err
-        assert read_made(out / "svhn" / "1_001.png")["settings"]["tries"] == tries
+        settings = read_made(out / "svhn" / "1_001.png")["settings"]
+        assert (settings["tries"], settings["guidance_weight"]) == (tries, weight)
     code, text, err = call("p1_cfg_ddpm.redraw", tmp_path / "3" / "svhn" / "1_001.png", "--output", tmp_path / "again.png")
     assert code == 0 and "byte for byte" in text, err
 

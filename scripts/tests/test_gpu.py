@@ -12,6 +12,8 @@ import pytest
 import simulated_gpu
 import torch
 
+from p1_cfg_ddpm.inference import WEIGHT_OF_TRIES
+
 CARDS = ("ampere", "turing")  # with native bf16, and without
 NAMES = list(gpu_commands.commands(Path()))
 PACKAGES = ("p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion")
@@ -50,8 +52,9 @@ def test_every_command_runs_on_a_gpu(results, card, name):
 
 @pytest.mark.parametrize("card", CARDS)
 def test_digits_that_are_doubted_are_drawn_again_on_a_gpu(results, card):
-    """Unasked, as each drawing says at its end; not by a student."""
-    assert "tries 4" in results[card]["P1 inference"]["said"] and "tries" not in results[card]["P1 inference, student"]["said"]
+    """Unasked, as each drawing says at its end, and with less guidance; not by a student."""
+    assert all(text in results[card]["P1 inference"]["said"] for text in ("tries 4", f"guidance_weight {WEIGHT_OF_TRIES}"))
+    assert "tries" not in results[card]["P1 inference, student"]["said"]
 
 
 def test_no_entry_point_is_forgotten():
