@@ -18,8 +18,8 @@ from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
 from p1_cfg_ddpm.samplers import SAMPLERS
 from p1_cfg_ddpm.train import PowerEMA
 
-SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--paths", 24, "--batch-size", 8, "--steps", 8, "--tuning", 0.5, "--teacher-steps", 4, "--warmup", 1,
-            "--validate-every", 4, "--device", "cpu", "--dtype", "fp32"]
+SETTINGS = ["--size", "tiny", "--data", MINI_DATA, "--paths", 24, "--batch-size", 8, "--steps", 8, "--leaps", 2, "--tuning", 0.5, "--teacher-steps", 4,
+            "--warmup", 1, "--validate-every", 4, "--device", "cpu", "--dtype", "fp32"]
 
 
 @pytest.fixture
