@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import MINI, ROOT, UserError, atomic_path, check_file, first_line
+from .files import MINI, ROOT, UserError, atomic_path, check_file, first_line, where_from
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pictures import decode, read_picture
 
@@ -103,7 +103,8 @@ def read_csv(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}. Expected digits/{{mnistm,svhn}}/{{data/*.png,train.csv,val.csv}}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}. Expected digits/{{mnistm,svhn}}/{{data/*.png,train.csv,val.csv}}"
+                        + where_from(path)) from None
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     if not rows or [column.strip() for column in rows[0]] != ["image_name", "label"]:

@@ -276,7 +276,7 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
         if config.tries > 1:
             x = torch.zeros(len(first), 3, IMAGE_SIZE, IMAGE_SIZE, device=parameter.device)
             parts.append((calls / config.num_steps, lambda: doubt(model, diffusion, x, *conditions(first, x.device), config.seed, names_of(first))))
-        announce(parts, model, parameter.device, started, config.num_steps)
+        announce(parts, model, parameter.device, started, config.num_steps if config.tries == 1 else None)
     with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
         writing = deque()
         for job, image in generate(model, diffusion, jobs, config, batch_size, share=share):

@@ -141,10 +141,8 @@ def is_stale(path):
         os.kill(int(match[2]), 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass
-    except OverflowError:
-        return False
     return False
 
 
@@ -185,8 +183,7 @@ def writable_folder(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
         for path in folder.iterdir():
             if is_stale(path) and path.is_file():
                 path.unlink(missing_ok=True)
@@ -292,7 +289,7 @@ def read_json(path, make=dict, names=False):
             raise ValueError("too large")
         return parse_json(Path(path).read_bytes(), make, names)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}{where_from(path)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: it is not JSON: {'nested too deeply' if isinstance(error, RecursionError) else first_line(error)}") from None
 
@@ -301,33 +298,36 @@ def check_file(path):
     """`OSError` or `ValueError` unless `path` is a regular file that may be read: reading a named pipe would wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, f"it is {kind_of_entry(path)}, expected a file")
-    with open(path, "rb"):
-        pass
+    open(path, "rb").close()
 
 
 def existing_file(path, what):
     """The path of a file that is there and may be read."""
-    path = Path(path)
-    try:
-        check_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no such {what}: {path}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the {what} {path}: {first_line(error)}") from None
-    return path
+    return existing(path, what, check_file)
 
 
 def existing_folder(path, what):
     """The path of a folder that is there and may be listed."""
+    return existing(path, what, lambda path: os.scandir(path).close())
+
+
+def existing(path, what, look):
     path = Path(path)
     try:
-        with os.scandir(path):
-            pass
+        look(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no such {what}: {path}") from None
+        raise UserError(f"no such {what}: {path}{where_from(path)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the {what} {path}: {first_line(error)}") from None
     return path
+
+
+def where_from(path):
+    """How to get what is not there, if it is of the course: the end of a message, which is empty for other paths."""
+    place, data = Path(path).absolute(), MINI.parent
+    if data not in place.parents or MINI in (place, *place.parents) or os.path.lexists(place):
+        return ""
+    return f"; bash scripts/download_{'weights' if data / 'weights' in place.parents else 'data'}.sh fetches what belongs there"
 
 
 def fingerprint(*paths):

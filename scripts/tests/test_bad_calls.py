@@ -121,3 +121,23 @@ def test_the_report_and_the_benchmarks_table_are_written_whole(tmp_path, monkeyp
     with pytest.raises(SystemExit, match=r"error: cannot write .*report\.md: No space left on device"):
         common.write_whole(tmp_path / "report.md", "after")
     assert (tmp_path / "report.md").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("package", ["p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"])
+def test_course_data_that_was_not_downloaded(package, monkeypatch, tmp_path):
+    """The message tells the script that fetches it, but only where that would help: not for other folders, nor for what is bundled."""
+    files = importlib.import_module(f"{package}.files")
+    monkeypatch.setattr(files, "MINI", tmp_path / "hw2_data" / "mini")
+    for look in (lambda path: files.existing_file(path, "checkpoint"), lambda path: files.existing_folder(path, "folder"), files.read_json):
+        for place, script in (("hw2_data/face/UNet.pt", "data"), ("hw2_data/weights/sd-v1-4.ckpt", "weights"), ("hw2_data/mini/UNet.pt", ""), ("face", "")):
+            with pytest.raises(files.UserError) as error:
+                look(tmp_path / place)
+            assert str(error.value).partition("; ")[2] == (f"bash scripts/download_{script}.sh fetches what belongs there" if script else "")
+
+
+def test_digits_that_were_not_downloaded(monkeypatch, tmp_path):
+    from p1_cfg_ddpm import data, files
+
+    monkeypatch.setattr(files, "MINI", tmp_path / "hw2_data" / "mini")
+    with pytest.raises(files.UserError, match=r"val\.csv}; bash scripts/download_data\.sh fetches what belongs there$"):
+        data.load_digits(tmp_path / "hw2_data" / "digits", "train")
