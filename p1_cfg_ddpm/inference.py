@@ -242,7 +242,8 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
     parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
-                        "its digit in it, for three times the work: fewer are misread, and with the lower weight they vary more; 1: never; not for students "
+                        "its digit in it, for three times the work: fewer are misread, and they vary more, by the lower weight, chosen on the "
+                        "bundled network; 1: never; not for students "
                         "(default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
