@@ -135,6 +135,7 @@ def make_run(parts, rows, held_out, config, row, accelerator, state_file, settin
         run.step, run.history, run.recent = restore(state_file, state, accelerator, optimizer=optimizer)
     else:
         best.update(0, trained)
+        refuse_nonfinite(0, [torch.tensor(best.losses[0])], state_file)  # beside which nothing would be better
     return run
 
 

@@ -240,6 +240,15 @@ def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call,
     assert code == 1 and "belongs to a run with other settings (pictures" in err
 
 
+def test_a_model_whose_loss_is_not_finite_on_what_is_kept_learns_nothing(call, concepts_json, tiny_sd, tmp_path, monkeypatch):
+    """As in fp16, where the mean of a batch may stay finite."""
+    loss, run = diffusion.loss, tmp_path / "run"
+    monkeypatch.setattr(diffusion, "loss", lambda *args: loss(*args) * (1 if torch.is_grad_enabled() else float("nan")))
+    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, run), "--concepts", "0")
+    assert code == 1 and "the loss or the weights are not finite at step 0; try" in err.splitlines()[-1], err
+    assert not (run / "new1.safetensors").exists()
+
+
 def test_a_pull_of_one_leaves_the_initial_words(call, parts, concepts_json, tiny_sd, tmp_path):
     code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path, steps=1), "--pull=1", "--norm=free")
     assert code == 0, err
