@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .files import UserError
+from .files import UserError, note
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OLDER_WHEELS = 'pip install "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126'  # CUDA 12.6: cards from sm_50, drivers from 525
@@ -30,7 +30,7 @@ def pick_device(name="auto"):
     if name == "auto":
         reason = gpu_problem()
         if reason:
-            tqdm.write(f"note: computing on the CPU: {reason}", file=sys.stderr)
+            note(f"computing on the CPU: {reason}")
         name = "cpu" if reason is not None else "cuda"
     try:
         device = torch.device(name)
@@ -116,10 +116,14 @@ def fast_dtypes(device):
 
 
 def pick_dtype(name, device, among=("bf16", "fp16")):
-    """"auto" is the first of `among`, the formats in which a command's result is as good, that the device computes fast, otherwise fp32."""
-    if name != "auto":
-        return DTYPES[name]
+    """"auto" is the first of `among`, the formats in which a command's result is as good, that the device computes fast, otherwise fp32.
+
+    A slow one that is asked for is taken, with a note."""
     fast = fast_dtypes(device)
+    if name != "auto":
+        if name not in ("fp32", *fast):
+            note(f"{describe(device)} computes {name} slower than fp32, a processor by far")
+        return DTYPES[name]
     return DTYPES[next((own for own in among if own in fast), "fp32")]
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from p1_cfg_ddpm import benchmark
 from p1_cfg_ddpm.device import cpu_has_bf16, pick_device, pick_dtype
 from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import UserError
@@ -80,6 +81,12 @@ def test_bad_checkpoints_are_refused_in_one_line(tiny_model, tmp_path):
     tiny_model.state_dict = lambda: state
     save_model(path, tiny_model, Diffusion())
     refused(r"missing stem.bias; unexpected stray; head.2.weight is \(1, 16, 3, 3\), expected \(12, 16, 3, 3\)")
+
+
+@pytest.mark.parametrize("fast", [(), ("bf16",)])
+def test_what_a_machine_is_slow_in_is_not_measured(fast, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    assert list(benchmark.formats(tiny_checkpoint, torch.device("cpu"), batch_size=1, repeats=1)) == ["fp32", *fast]
 
 
 def test_device_and_dtype():

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from p2_ddim import sweep
+from p2_ddim import benchmark, sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
 from p2_ddim.diffusion import Denoiser
 from p2_ddim.figures import deviations, spectrum, variety
@@ -82,6 +83,20 @@ def test_arithmetic_is_counted_by_kind_of_layer(unet):
     assert sum(row["share_of_time"] for row in kinds.values()) == pytest.approx(1)
     assert {"3x3 convolutions", "3x3 convolutions, stride 2", "1x1 convolutions", "linear", "attention", "norms"} < set(kinds)
     assert not unet.down1._forward_hooks
+
+
+@pytest.mark.parametrize("fast, ways", [((), 3), (("fp16",), 3), (("bf16",), 4)])
+def test_what_a_machine_is_slow_in_is_not_measured(fast, ways, tmp_path, monkeypatch, capsys):
+    """Where bf16 is emulated a face takes hours."""
+    row = json.dumps({"seconds_per_step": 1, "batch_size": 1, "peak_memory_gb": 1})
+    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(benchmark, "generate", lambda unet, noises, *_, **options: ((k, torch.zeros(3, 64, 64)) for k in noises))
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **options: SimpleNamespace(returncode=0, stdout=row))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device=cpu", f"--output={tmp_path}/b.json"])
+    benchmark.main()
+    results = json.loads((tmp_path / "b.json").read_text())
+    assert len(results["ways"]) == ways and ("this project, bf16" in results["ways"]) == ("bf16" in results["miniature_mse"]) == ("bf16" in fast)
+    assert ("note: left out, as cpu computes it slower than fp32: this project, bf16\n" in capsys.readouterr().err) == ("bf16" not in fast)
 
 
 def test_variety_is_how_far_pictures_are_apart():

@@ -3,7 +3,9 @@
 import csv
 import json
 import shutil
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from p3_clip_textual_inversion import benchmark
 from p3_clip_textual_inversion.benchmark import plain_features, rows_to_keep, write_photographs
 from p3_clip_textual_inversion.classification.outcome import Data, outcome_of, score
 from p3_clip_textual_inversion.classification.plots import choose, draw_confusion, similarity_order
@@ -237,6 +240,19 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             rows_to_keep(path, machine)
+
+
+@pytest.mark.parametrize("fast, rows", [((), 7), (("bf16",), 13)])
+def test_what_a_machine_is_slow_in_is_not_measured(fast, rows, tmp_path, monkeypatch, capsys):
+    """Where bf16 is emulated it would take hours."""
+    row = SimpleNamespace(returncode=0, stdout='{"steps_per_second": 1}')
+    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **options: row)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device=cpu", f"--output={tmp_path}/b.json"])
+    benchmark.main()
+    measured = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert len(measured) == rows and any(name.endswith("bf16") for name in measured) == ("bf16" in fast)
+    assert ("note: left out, as cpu computes them slower than fp32: " in capsys.readouterr().err) == ("bf16" not in fast)
 
 
 def test_bad_data_ends_in_one_line(data):

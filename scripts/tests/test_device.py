@@ -224,6 +224,14 @@ def test_the_number_format_is_one_that_the_card_computes_fast(card, capability, 
     assert devices.name_of(devices.pick_dtype("auto", torch.device("cuda:0"), among)) == expected
 
 
+@pytest.mark.parametrize("capability, name, slow", [((7, 5), "RTX 2080 Ti", ["bf16"]), ((6, 1), "GTX 1080 Ti", ["bf16", "fp16"]), ((8, 0), "A100", [])])
+def test_a_slow_number_format_is_taken_with_a_note(card, capability, name, slow, capsys):
+    card(capability, f"NVIDIA {name}")
+    for asked, dtype in devices.DTYPES.items():
+        assert devices.pick_dtype(asked, torch.device("cuda:0")) == dtype
+        assert (f"{name}) computes {asked} slower than fp32" in capsys.readouterr().err) == (asked in slow)
+
+
 # --- half precision and several processes ---
 
 @pytest.mark.parametrize("fast, expected", [(("bf16",), torch.bfloat16), (("bf16", "fp16"), torch.bfloat16), (("fp16",), torch.float32), ((), torch.float32)])
