@@ -260,9 +260,9 @@ def check_training_arguments(args):
     if not -10**12 < args.seed < 10**12:
         raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, among=("bf16",))
-    if dtype == torch.float16:
+    if args.dtype == "fp16":
         raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
+    dtype = pick_dtype(args.dtype, device, among=("bf16",))
     use_tf32(True)
     return device, dtype
 

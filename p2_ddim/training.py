@@ -64,9 +64,9 @@ def prepare(args, folder, accumulate=1):
     if "RANK" not in os.environ:
         os.environ.pop("WORLD_SIZE", None)  # left there by something else: accelerate would wait for processes that never come
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if dtype == torch.float16 and device.type != "cuda":
+    if args.dtype == "fp16" and device.type != "cuda":
         raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
+    dtype = pick_dtype(args.dtype, device)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report-to {args.report_to} needs its package: pip install {args.report_to}")
     use_tf32(True)
