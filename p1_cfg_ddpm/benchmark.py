@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import DTYPES, describe, fast_dtypes, machine, pick_device, pick_dtype
+from .device import DTYPES, describe, is_slow, machine, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, run, writable_file, write_json
 from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
@@ -67,9 +67,11 @@ def show(row):
 def formats(checkpoint, device, batch_size=100, repeats=3):
     """Images per second of one forward pass (median of `repeats`), in fp32 and each number format that the device computes faster."""
     rates = {}
-    for name in ("fp32", *fast_dtypes(device)):
-        model, _ = load_generator(checkpoint, device, DTYPES[name])
-        x = to_model(np.zeros((batch_size, 28, 28, 3), np.uint8), device).to(DTYPES[name])
+    for name, dtype in DTYPES.items():
+        if is_slow(name, device):
+            continue
+        model, _ = load_generator(checkpoint, device, dtype)
+        x = to_model(np.zeros((batch_size, 28, 28, 3), np.uint8), device).to(dtype)
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
         seconds = []
         with torch.inference_mode():

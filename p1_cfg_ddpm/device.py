@@ -115,15 +115,20 @@ def fast_dtypes(device):
     return ("bf16",) if device.type == "cpu" and cpu_has_bf16() else ()
 
 
+def is_slow(name, device):
+    """Whether a number format is no faster than fp32 on a device: a processor that emulates it takes a hundred times as long."""
+    return name not in ("fp32", *fast_dtypes(device))
+
+
 def pick_dtype(name, device, among=("bf16", "fp16")):
     """"auto" is the first of `among`, the formats in which a command's result is as good, that the device computes fast, otherwise fp32.
 
     A slow one that is asked for is taken, with a note."""
-    fast = fast_dtypes(device)
     if name != "auto":
-        if name not in ("fp32", *fast):
+        if is_slow(name, device):
             note(f"{describe(device)} computes {name} slower than fp32, a processor by far")
         return DTYPES[name]
+    fast = fast_dtypes(device)
     return DTYPES[next((own for own in among if own in fast), "fp32")]
 
 

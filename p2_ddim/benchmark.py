@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import MINI_DATA, read_noises
-from .device import DTYPES, describe, fast_dtypes, machine, peak_memory, pick_device
+from .device import DTYPES, describe, is_slow, machine, peak_memory, pick_device
 from .diffusion import Denoiser
 from .evaluate import mse, read_pixels
 from .files import ROOT, UserError, check_flags, note, run, writable_file, write_json
@@ -149,7 +149,7 @@ def miniature_mse(device):
     """MSE of the miniature's pictures against its reference images, in fp32 and, where the device computes it faster, bf16."""
     noises, unet = read_noises(MINI_DATA / "noise"), load_unet(MINI_DATA / "UNet.pt", device)
     results = {}
-    for name in ("fp32", *(name for name in fast_dtypes(device) if name == "bf16")):
+    for name in (name for name in ("fp32", "bf16") if not is_slow(name, device)):
         pictures = {k: to_pictures(x[None])[0] for k, x in generate(unet, noises, DrawConfig(), 5, dtype=DTYPES[name], shown=False)}
         results[name] = float(np.mean([mse(picture, read_pixels(MINI_DATA / "GT" / f"{k}.png")) for k, picture in pictures.items()]))
     return results
@@ -173,8 +173,8 @@ def main():
     writable_file(args.output)
     print(f"measuring the full-size network of {args.side}x{args.side} pixels on {describe(device)}, in each way's own format", flush=True)
     rows = {}
-    slow = [way for way, (_, dtype, *_) in WAYS.items() if dtype not in ("fp32", *fast_dtypes(device))]
-    if slow:  # hours, where it is emulated
+    slow = [way for way, (_, dtype, *_) in WAYS.items() if is_slow(dtype, device)]
+    if slow:
         note(f"left out, as {describe(device)} computes it slower than fp32: {'; '.join(slow)}")
     for way in tqdm([way for way in WAYS if way not in slow], desc="ways", unit="way"):
         command = [*command_of("p2_ddim.benchmark"), "--way", way, "--device", args.device]

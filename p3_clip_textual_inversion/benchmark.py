@@ -31,7 +31,7 @@ from .clip import compute_in, image_features, load_clip, load_pictures
 from .concepts import read_concepts
 from .data import example_pictures, varied
 from .defaults import MINIATURE
-from .device import DTYPES, autocast, describe, fast_dtypes, pick_device
+from .device import DTYPES, autocast, describe, is_slow, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, note, read_json, run, writable_file, write_json
 from .guard import command as command_of
@@ -211,8 +211,8 @@ def main():
     print(f"measuring the miniature, and networks of the real size, on {describe(device)}, in each row's own format", flush=True)
     rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, machine)
     measured, chosen = {}, [row for row, (what, *_) in ROWS.items() if what in args.only]
-    slow = [row for row in chosen if ROWS[row][2] not in ("fp32", *fast_dtypes(device))]
-    if slow:  # hours, where it is emulated
+    slow = [row for row in chosen if is_slow(ROWS[row][2], device)]
+    if slow:
         note(f"left out, as {describe(device)} computes them slower than fp32: {'; '.join(slow)}")
         chosen = [row for row in chosen if row not in slow]
     for row in tqdm([row for turn in range(ROUNDS) for row in chosen if turn == 0 or ROWS[row][0] != "draw"], desc="measuring", unit="row"):

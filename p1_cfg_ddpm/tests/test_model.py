@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from p1_cfg_ddpm import benchmark
+from p1_cfg_ddpm import benchmark, device
 from p1_cfg_ddpm.device import cpu_has_bf16, pick_device, pick_dtype
 from p1_cfg_ddpm.diffusion import Diffusion
 from p1_cfg_ddpm.files import UserError
@@ -85,7 +85,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("fast", [(), ("bf16",)])
 def test_what_a_machine_is_slow_in_is_not_measured(fast, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(device, "fast_dtypes", lambda _: fast)
     assert list(benchmark.formats(tiny_checkpoint, torch.device("cpu"), batch_size=1, repeats=1)) == ["fp32", *fast]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2_ddim import benchmark, sweep
+from p2_ddim import benchmark, device, sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
 from p2_ddim.diffusion import Denoiser
 from p2_ddim.figures import deviations, spectrum, variety
@@ -89,7 +89,7 @@ def test_arithmetic_is_counted_by_kind_of_layer(unet):
 def test_what_a_machine_is_slow_in_is_not_measured(fast, ways, tmp_path, monkeypatch, capsys):
     """Where bf16 is emulated a face takes hours."""
     row = json.dumps({"seconds_per_step": 1, "batch_size": 1, "peak_memory_gb": 1})
-    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(device, "fast_dtypes", lambda _: fast)
     monkeypatch.setattr(benchmark, "generate", lambda unet, noises, *_, **options: ((k, torch.zeros(3, 64, 64)) for k in noises))
     monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **options: SimpleNamespace(returncode=0, stdout=row))
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device=cpu", f"--output={tmp_path}/b.json"])

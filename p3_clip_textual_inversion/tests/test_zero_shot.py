@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from p3_clip_textual_inversion import benchmark
+from p3_clip_textual_inversion import benchmark, device
 from p3_clip_textual_inversion.benchmark import plain_features, rows_to_keep, write_photographs
 from p3_clip_textual_inversion.classification.outcome import Data, outcome_of, score
 from p3_clip_textual_inversion.classification.plots import choose, draw_confusion, similarity_order
@@ -246,7 +246,7 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path):
 def test_what_a_machine_is_slow_in_is_not_measured(fast, rows, tmp_path, monkeypatch, capsys):
     """Where bf16 is emulated it would take hours."""
     row = SimpleNamespace(returncode=0, stdout='{"steps_per_second": 1}')
-    monkeypatch.setattr(benchmark, "fast_dtypes", lambda device: fast)
+    monkeypatch.setattr(device, "fast_dtypes", lambda _: fast)
     monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **options: row)
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device=cpu", f"--output={tmp_path}/b.json"])
     benchmark.main()

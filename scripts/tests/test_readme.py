@@ -25,7 +25,7 @@ def test_its_results_are_the_measured_ones():
         assert all(rows in (ROOT / page).read_text() for rows in told), f"{page}: python scripts/results.py prints its tables"
 
 
-def test_what_a_machine_is_slow_in_is_no_row(tmp_path):
+def test_what_a_machine_is_slow_in_is_no_row():
     """bf16, where the benchmarks leave it out."""
     results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
     for rows in (results["p2_benchmark"]["ways"], results["p3_benchmark"]["rows"]):
