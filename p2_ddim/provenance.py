@@ -91,24 +91,27 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
     """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
 
     What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
-    them that are not among the new ones are then removed, as they would be mixed with them. Those of another problem, or of a folder within that has its own
-    record, are left alone. where: for the record: device, files, ... alike(what is a picture's own): neighbours for which it differs are never in one batch.
-    again: those that are there will be drawn again, too."""
+    them that the folder's record names and that are not among the new ones are then removed, as they would be mixed with them. Copies that it does not name
+    are the user's: refused beside the new ones, left alone elsewhere, as are those of another problem or of a folder within that has its own record.
+    where: for the record: device, files, ... alike(what is a picture's own): neighbours for which it differs are never in one batch. again: those that are
+    there will be drawn again, too."""
     folder, made = Path(folder), made.as_json()
     pictures = json.loads(json.dumps(pictures, default=str))
     record = read_record(folder)
-    there, stale, folders = set(), [], {(folder / name).parent for name in pictures}
+    there, stale, folders, known = set(), [], {(folder / name).parent for name in pictures}, record["pictures"] if record else {}
     for path in sorted(path for path in folder.rglob("*.png") if not path.name.startswith(".")):
         name, found = path.relative_to(folder).as_posix(), read_made(path)
         if found is None:
             if name in pictures and path.stat().st_size:
                 raise UserError(f"{path} was not drawn by this project, or is damaged, and is not overwritten; move it away, or choose another folder")
-        elif path.parent not in folders and (found["program"] != made["program"] or is_apart(path, folder)):
+        elif path.parent not in folders and (found["program"] != made["program"] or is_apart(path, folder) or name not in known):
             continue
         elif core(found) != core(made) or (name in pictures and found["of"] != pictures[name]):
-            if not overwrite:
+            ours = name in pictures or name in known
+            if not overwrite or not ours:
                 changed = differences(core(found), core(made)) + differences(found["of"], pictures.get(name, found["of"]))
-                raise UserError(f"{path} was made otherwise ({'; '.join(changed[:3])}); choose another folder, or --overwrite to draw it anew")
+                raise UserError(f"{path} was made otherwise ({'; '.join(changed[:3])}); choose another folder, or "
+                                f"{'--overwrite to draw it anew' if ours else 'move it away'}")
             stale.append(path)
         elif name in pictures and is_whole(path):
             there.add(name)
@@ -119,10 +122,10 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
     record = {"made": made, "pictures": {**(record["pictures"] if same else {}), **pictures},
               "batches": before if before[-len(batches):] == batches else before + batches,
               "where": {**where, "command": shlex.join(sys.argv), **versions()}}
-    write_json(folder / RECORD, record)
-    for path in stale:
+    for path in stale:  # before the record, which then names what is there, whenever this ends
         if path.relative_to(folder).as_posix() not in pictures:
             path.unlink()
+    write_json(folder / RECORD, record)
     return set() if overwrite else there
 
 

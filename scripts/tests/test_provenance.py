@@ -226,3 +226,28 @@ def test_a_second_run_into_a_folder_says_who_has_it(call, places, tmp_path, tiny
         code, _, err = call(package, module, *(part.format(t=tmp_path, mini=MINI, sd=tiny_sd) for part in arguments.split()))
     assert code == 1 and "is in use by process " in err.splitlines()[-1], err
     assert not [path for path in Path(tmp_path / "run").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("package", [P1, P2, P3])
+def test_copies_that_a_user_made_are_never_removed(call, places, tmp_path, package):
+    """Of pictures that a folder's run drew, elsewhere below it and among the drawn ones; those that the run itself drew and does not draw any more are."""
+    problem, out = places[package], tmp_path / "out"
+
+    def draw(*flags):
+        return call(package, "inference", *(out if part == "OUT" else part for part in problem.draw), *flags)
+
+    assert draw()[0] == 0
+    first, *_, last = problem.names
+    best, beside = out / "best" / "favourite.png", (out / first).with_name("favourite.png")
+    best.parent.mkdir()
+    best.write_bytes((out / first).read_bytes())
+    assert draw("--seed", 1, "--overwrite")[0] == 0 and best.is_file()
+    beside.write_bytes((out / first).read_bytes())
+    before = contents(out, problem.names)
+    code, _, err = draw("--seed", 2, "--overwrite")
+    assert code == 1 and f"{beside} was made otherwise" in err and "move it away" in err and "--overwrite" not in err, err
+    assert beside.is_file() and contents(out, problem.names) == before
+    beside.unlink()
+    if package == P2:
+        (tmp_path / "noise" / "01.pt").unlink()
+        assert draw("--seed", 2, "--overwrite")[0] == 0 and not (out / last).exists()
