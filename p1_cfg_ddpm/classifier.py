@@ -186,7 +186,7 @@ def classify(model, images, batch_size=500):
     """images: uint8 numpy [N, 28, 28, 3] -> (predicted digits int64 [N], features float64 [N, F]), on the CPU."""
     device = next(model.parameters()).device
     features = torch.cat([model.features(to_model(images[i:i + batch_size], device)) for i in range(0, len(images), batch_size)])
-    return model.logits(features).argmax(dim=1).cpu(), features.double().cpu()
+    return model.logits(features).argmax(dim=1).cpu(), features.cpu().double()
 
 
 def augment(x, generator, strength=1.0):

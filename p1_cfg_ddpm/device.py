@@ -37,8 +37,7 @@ def pick_device(name="auto"):
         if device.type == "cuda":
             if torch.cuda.device_count() == 0:
                 raise RuntimeError(gpu_problem() or "there is no GPU")
-            index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-            device = torch.device("cuda", index)
+            device = own_gpu() if device.index is None else device
             torch.cuda.set_device(device)  # accelerate, and whoever says "cuda" alone, take this one
         compute_something(device)  # a device that can be named may still compute nothing: "meta"
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
@@ -46,14 +45,19 @@ def pick_device(name="auto"):
     return device
 
 
+def own_gpu():
+    """The GPU of this process: where several were started, each takes another, and holds no memory of the first one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or "0") % torch.cuda.device_count())
+
+
 def gpu_problem():
-    """None if the first GPU computes; otherwise why not, or "" where there is none to be seen."""
+    """None if this process's GPU computes; otherwise why not, or "" where there is none to be seen."""
     with warnings.catch_warnings(record=True) as said:  # a driver that is too old is only warned of
         warnings.simplefilter("always")
         found = torch.cuda.is_available()
     if found:
         try:
-            compute_something(torch.device("cuda"))
+            compute_something(own_gpu())
             return None
         except RuntimeError as error:
             return why(error)
@@ -227,8 +231,9 @@ def processes(patience=600):
 
     They share no memory, only the list of what is to be drawn, and the first alone speaks. At the end each waits for the others, so that what follows is
     true of all."""
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    if number == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:  # a WORLD_SIZE left in the environment means nothing
+    started = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # a WORLD_SIZE left in the environment means nothing
+    number = int(os.environ.get("WORLD_SIZE") or "1") if started else 1
+    if number == 1:
         yield 0, 1
         return
     rank = int(os.environ["RANK"])

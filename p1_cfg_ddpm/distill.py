@@ -41,7 +41,7 @@ from .provenance import HelpFormatter
 from .samplers import SAMPLERS, ddim, finish, steps_at
 from .state import add_row, data_fingerprint, held, load_state, refuse_others, settings_of
 from .tensors import is_plain, read_tensors
-from .train import NEEDED, Clock, batch_of, make_run, on_device, save_run
+from .train import NEEDED, Clock, batch_of, make_run, on_device, refuse_nothing, save_run
 from .training import WATCHING, Log, add_arguments, due, first_line_of, guarded, is_flat, optimizer_step, prepare, share_of_peak
 
 LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
@@ -93,7 +93,7 @@ def student_times(timesteps, alpha_bar, leaps):
 @torch.inference_mode()
 def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_weight, generator):
     """`count` of the teacher's paths from noise to image: {"x": fp16 [len(points) + 1, N, 3, H, W], where they are at the times `points`, and the images;
-    "digit", "domain": int [N]; "w": float [N], for half of them the weight that is drawn with unasked, for the others any up to `max_weight`}."""
+    "digit", "domain": int [N]; "w": float [N], for half of them that of `config`, for the others any up to `max_weight`}."""
     device = next(teacher.parameters()).device
     digit = torch.randint(NUM_DIGITS, (count,), generator=generator).to(device)
     domain = torch.randint(len(DOMAINS), (count,), generator=generator).to(device)
@@ -122,7 +122,7 @@ def all_paths(folder, draw, count, seed, points, times, device, teacher=""):
             chunk = read_tensors(path, "file of the teacher's paths")
             fits = isinstance(chunk, dict) and all(is_plain(chunk.get(part)) for part in ("x", "digit", "domain", "w"))
             if not fits or chunk.get("points") != points or chunk.get("teacher", teacher) != teacher or len(chunk["w"]) != size:
-                raise UserError(f"{path} has paths of another teacher or other settings; choose another --paths-in")
+                raise UserError(f"{path} has paths of another teacher, of other settings or of another number; choose another --paths-in")
         chunks.append({"x": chunk["x"][rows].to(device), **{name: chunk[name].to(device) for name in ("digit", "domain", "w")}})
     return {name: torch.cat([chunk[name] for chunk in chunks], dim=1 if name == "x" else 0) for name in chunks[0]}
 
@@ -194,6 +194,7 @@ def parse_args():
     check_flags(args, ("paths", "steps", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("lr", "weight_decay", "warmup", "max_weight", "validate_every"), lambda value: 0 <= value < math.inf, "a number from 0")
     check_flags(args, ("minutes",), lambda value: value is None or 0 < value < math.inf, "a number above 0")
+    check_flags(args, ("max_weight",), lambda value: value >= args.guidance_weight, f"at least --guidance-weight, {args.guidance_weight:g}")
     check_flags(args, ("tuning", "decay"), lambda value: 0 <= value <= 1, "between 0 and 1")
     check_flags(args, ("ema",), lambda value: 0.001 <= value <= 0.25, "between 0.001 and 0.25")
     if not -10**12 < args.seed < 10**12:
@@ -211,9 +212,10 @@ def main():
                      guidance_interval=tuple(args.guidance_interval), guidance_parallel=tuple(args.guidance_parallel))
     config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
-    if teacher.config.times:
-        raise UserError(f"{args.teacher} is a student itself; give its teacher")
     guide = load_generator(args.guide, accelerator.device, torch.float32)[0] if args.guide else None
+    for path, network in ((args.teacher, teacher), (args.guide, guide)):
+        if network is not None and network.config.times:
+            raise UserError(f"{path} is a student itself; give its teacher")
     with held(accelerator, folder), guarded("lower --batch-size, or choose a smaller --size"):
         train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffusion)
 
@@ -224,8 +226,12 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     args: all flags; clock: `Clock` of --minutes; config: `DrawConfig`, with which the network `teacher` draws, and `guide` or None beside it."""
     device, state_file = accelerator.device, folder / "state.pt"
     data, settings, state = read_inputs(args, state_file)
+    if state:
+        clock.go_on(state, state_file)
     times = student_times(list(steps_of(config, diffusion).t), diffusion.alpha_bar, args.leaps)
-    run = make_run(replace(SIZES[args.size], times=tuple(times)), [args.ema], args, accelerator, state_file, settings, state)
+    if len(set(times)) < args.leaps:
+        raise UserError(f"--teacher-steps {args.teacher_steps} are too few for --leaps {args.leaps}, which would begin at t = {', '.join(map(str, times))}")
+    run = make_run(replace(SIZES[args.size], times=tuple(times)), [args.ema], args, accelerator, state_file, settings, state, diffusion)
     stage = state["stage"] if state else {"name": "supervised", "began": 0}
     if args.compile:
         compile_blocks(teacher, Block)
@@ -268,9 +274,10 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             add_row(run, log, rate, {"validation": grey_levels_apart(run.ema.network(), diffusion, held_out, times)} if validating else {})
         last = over or is_flat(run.history, args.stop_when_flat)
         if due(args.save_every, run.step, last):
-            save_run(run, accelerator, stage=stage)
+            save_run(run, accelerator, stage=stage, seconds=clock.gone())
             export(run, args, diffusion, folder, stage)
     log.close()
+    refuse_nothing(run, args)
     path = export(run, args, diffusion, folder, stage)  # also where nothing was left to learn: the run may have been killed before it
     print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
 
@@ -282,7 +289,8 @@ def read_inputs(args, state_file):
     data = load_digits(args.data, "train") if args.tuning > 0 else None
     settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
     refuse_others(state_file, [state_file.with_name("model.safetensors")])
-    return data, settings, load_state(state_file, settings, (*NEEDED, "stage"), defaults=args.defaults) if state_file.exists() else None
+    steps = None if args.minutes else args.steps
+    return data, settings, load_state(state_file, settings, (*NEEDED, "stage"), steps, args.defaults) if state_file.exists() else None
 
 
 def make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, weights):

@@ -72,7 +72,7 @@ def load_embedding(path, device="cpu"):
 def embed(model, images, batch_size=500):
     """images: uint8 numpy [N, 28, 28, 3] -> float64 [N, 128] on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([model(to_model(images[i:i + batch_size]).to(device)) for i in range(0, len(images), batch_size)]).double().cpu()
+    return torch.cat([model(to_model(images[i:i + batch_size]).to(device)) for i in range(0, len(images), batch_size)]).cpu().double()
 
 
 def view(x, generator):

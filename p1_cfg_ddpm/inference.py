@@ -202,7 +202,7 @@ def add_arguments(parser):
                         "guidance; chosen on the bundled network (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
-    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 100 on a CPU, 1000 on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone (default: 100 on a CPU, 1000 on a GPU)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format; auto: bf16 or fp16 where it is fast (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1 (default: auto)")
 
@@ -265,6 +265,8 @@ def main():
 def draw(args, model, diffusion, config, batch_size, checkpoint, share, started):
     """The grader's files, or this process's share of them."""
     parameter, jobs = next(model.parameters()), all_jobs(args.images_per_digit, args.domains, args.digits)
+    if args.batch_size is None:
+        batch_size = min(batch_size, math.ceil(len(jobs) / share[1]))  # a batch for each process
     device = describe(parameter.device, parameter.dtype)
     made = Made("p1_cfg_ddpm.inference", asdict(config) | {"dtype": name_of(parameter.dtype)}, {"model": fingerprint(checkpoint)})
     where = {"device": device, "checkpoint": str(checkpoint.resolve())}

@@ -66,9 +66,10 @@ def compare(fake, real, reach=None):
 
 
 def split_real(digit, seed, per_digit=PER_DIGIT):
-    """(indices of `per_digit` images of each digit, indices of all others): the real images that stand for generated ones, and the reference."""
+    """(indices of `per_digit` images of each digit, indices of all others): the real images that stand for generated ones, and the reference.
+    per_digit: int, or int [10]"""
     order = np.random.default_rng(seed).permutation(len(digit))
-    some = np.concatenate([order[digit[order] == d][:per_digit] for d in range(NUM_DIGITS)])
+    some = np.concatenate([order[digit[order] == d][:count] for d, count in enumerate(np.broadcast_to(per_digit, NUM_DIGITS))])
     return some, np.setdiff1d(order, some)
 
 
@@ -86,8 +87,8 @@ def over_splits(features, digit, real, real_digit, splits=SPLITS):
     """`against_real` over several splits of the real images: the mean of each measure, and the ratio of the means. None for too few images.
 
     digit int [N]: what the images shall be; as many real ones of each digit stand for them, at most `PER_DIGIT`."""
-    per_digit = min(len(digit) // NUM_DIGITS, PER_DIGIT)
-    if per_digit < 2:
+    per_digit = np.bincount(digit, minlength=NUM_DIGITS).clip(max=PER_DIGIT)
+    if per_digit.sum() < 2 * NUM_DIGITS:
         return None
     scores = [against_real(features, real, real_digit, seed, per_digit) for seed in splits]
     means = {name: {part: float(np.mean([score[name][part] for score in scores])) for part in ("value", "real")} for name in MEASURES}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .device import DTYPES, pick_device
+from .device import DTYPES
 from .files import UserError, fingerprint, note, run
 from .inference import DrawConfig, Job, default_checkpoint, generate, load_generator
 from .model import DOMAINS
@@ -41,7 +41,7 @@ def draw(made, name, batch, where, args):
         raise UserError(f"the model {checkpoint} is no longer there; give it by --checkpoint")
     if fingerprint(checkpoint) != made["made_of"]["model"]:
         note(f"{checkpoint} is another model than the one that drew {args.picture}")
-    model, diffusion = load_generator(checkpoint, pick_device("auto"), dtype)
+    model, diffusion = load_generator(checkpoint, args.device, dtype)
     jobs = [job_of(other) for other in batch]
     with torch.inference_mode():
         pictures = dict(zip(batch, (image for _, image in generate(model, diffusion, jobs, DrawConfig(**settings), len(jobs)))))

@@ -8,7 +8,7 @@
 import argparse
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_mod
 from .pictures import save_image, to_model, to_uint8
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, dpmpp_2m, finish, trailing
-from .state import add_row, data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
+from .state import add_row, data_fingerprint, fitting, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
 from .tensors import fill, load_weights
 from .training import (
     WATCHING,
@@ -127,7 +127,9 @@ def train(config, args, clock, folder, accelerator, dtype):
     digits, held_out = on_device(data, device), on_device(val, device)
 
     diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))
-    run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state)
+    if state:
+        clock.go_on(state, state_file)
+    run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state, diffusion)
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {run.step}," if run.step else ""))
     log = Log(accelerator, folder, "training P1", args, run.step, run.history)
@@ -156,9 +158,10 @@ def train(config, args, clock, folder, accelerator, dtype):
         if accelerator.is_main_process and due(args.sample_every, run.step, last):
             save_image(sample_grid(run.ema.network(), diffusion, device, config.seed), folder / f"samples_{run.step:06d}.png")
         if accelerator.is_main_process and due(args.save_every, run.step, last):
-            save_run(run, accelerator)
+            save_run(run, accelerator, seconds=clock.gone())
             export(run, config, args, diffusion, folder, len(data))
     log.close()
+    refuse_nothing(run, args)
     if accelerator.is_main_process:
         path = export(run, config, args, diffusion, folder, len(data))  # also where nothing was left to learn: the run may have been killed before it
         print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
@@ -190,12 +193,16 @@ class Run:
     recent: list = field(default_factory=list)  # losses of the steps since the last row, float32 []
 
 
-def make_run(shape, lengths, args, accelerator, state_file, settings, state):
-    """A `Run` from its beginning, or from where its state is. shape: `UNetConfig`; lengths: of `PowerEMA`; args: --seed, --init and the optimiser's."""
+def make_run(shape, lengths, args, accelerator, state_file, settings, state, diffusion):
+    """A `Run` from its beginning, or from where its state is. shape: `UNetConfig`; lengths: of `PowerEMA`; args: --seed, --init and the optimiser's;
+    diffusion: what the weights of --init must have been trained for."""
     torch.manual_seed(args.seed)
     net = UNet(shape)
     if args.init and not state:
-        fill(net, load_weights(args.init)[0], args.init).requires_grad_(True)
+        weights, facts = load_weights(args.init)
+        if (theirs := facts.get("diffusion")) != (ours := asdict(diffusion.config)):
+            raise UserError(f"{args.init} was trained for another diffusion ({theirs}) than this training ({ours})")
+        fill(net, weights, args.init).requires_grad_(True)
     net.to(device=accelerator.device, memory_format=torch.channels_last)
     ema = PowerEMA(net, lengths)
     model, optimizer = accelerator.prepare(net, make_optimizer(net, args.lr, args.weight_decay, (0.9, 0.99), edges=("stem", "head")))
@@ -211,6 +218,12 @@ def save_run(run, accelerator, **more):
     """Writes what `make_run` goes on from, if it is finite; more: what else the state keeps."""
     refuse_nonfinite(run.step, [*run.recent, *run.net.parameters(), *run.ema.averages[0].values()], run.state_file)
     save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer, **more)
+
+
+def refuse_nothing(run, args):
+    """A `UserError` where the clock was over before the first step: what would be written has learned nothing."""
+    if run.step == 0:
+        raise UserError(f"--minutes {args.minutes:g} were over before the first step; give it more, or --steps")
 
 
 def validate(net, diffusion, held_out, accelerator, batch_size):
@@ -237,10 +250,18 @@ class Clock:
     """How far a training of so many minutes has come, from now on: `share()` in 0..1 and beyond."""
 
     def __init__(self, minutes):
-        self.started, self.seconds = time.perf_counter(), 60 * (minutes or math.inf)
+        self.started, self.before, self.seconds = time.perf_counter(), 0.0, 60 * (minutes or math.inf)
+
+    def go_on(self, state, path):
+        """Counts on from where a state, which is at `path`, was saved."""
+        with fitting(path):
+            self.before = float(state.get("seconds", 0))
+
+    def gone(self):
+        return self.before + time.perf_counter() - self.started
 
     def share(self):
-        return (time.perf_counter() - self.started) / self.seconds
+        return self.gone() / self.seconds
 
 
 def draw_batch(step, config, num_images, steps_until, device):
@@ -272,6 +293,8 @@ def cumulative_density(diffusion, config, device):
     """How much of the training falls on the steps up to t, float32 [T]."""
     mean, std = config.log_sigma
     density = moment_density(diffusion.alpha_bar, mean, std) if std > 0 else torch.full_like(diffusion.alpha_bar, 1 / len(diffusion.alpha_bar))
+    if not density.isfinite().all():
+        raise UserError(f"--log-sigma {mean:g} {std:g} lies outside of the schedule's noise levels: no step would be trained")
     return density.cumsum(0).float().to(device)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from .files import MINI, UserError, existing_folder, note
+from .files import MINI, UserError, existing_folder
 from .pictures import decode, left_out, note_left_out, picture_files, read_picture
 from .tensors import is_plain, read_tensors
 
@@ -43,9 +43,7 @@ def read_noises(folder, read=read_noise):
     noises = {path.stem: read(path) for path in sorted(folder.glob("[!.]*.pt"))}
     if not noises:
         raise UserError(f"{folder} has no .pt files; expected noise tensors, 00.pt, 01.pt, ...")
-    others = left_out(folder, [f"{name}.pt" for name in noises], ())
-    if others:
-        note(f"left out of {folder}: {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''} (noises are named *.pt)")
+    note_left_out(folder, left_out(folder, [f"{name}.pt" for name in noises], ()), "noises are named *.pt")
     shapes = {name: tuple(noise.shape) for name, noise in noises.items()}
     first = next(iter(shapes))
     for name, shape in shapes.items():

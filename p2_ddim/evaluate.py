@@ -40,7 +40,7 @@ def read_pairs(output, truth):
             ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
             raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
     for folder in (output, truth):
-        note_left_out(folder, left_out(folder, pairs))
+        note_left_out(folder, left_out(folder, pairs), "GT has no .png of that name" if folder == output else "no .png")
     return pairs
 
 

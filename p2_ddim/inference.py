@@ -127,8 +127,8 @@ def add_arguments(parser):
                         help="alpha_bar after the last step: alpha_bar[0] or 1 (default: by --quality; of another --sampler one)")
     parser.add_argument("--no-clip", action="store_true", help="do not clamp the predicted x0 to [-1, 1]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the fresh noise, where the sampler draws any")
-    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; the images do not depend on it (default: 2 on a CPU, 10 on a GPU)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network; auto: bf16 where it is native")
+    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone (default: 2 on a CPU, 10 on a GPU)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network; auto: bf16 or fp16 where it is fast")
     parser.add_argument("--tf32", action="store_true", help="let a GPU compute fp32 with ten bits of mantissa: faster, no longer exact")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster afterwards")
@@ -180,6 +180,8 @@ def read_states(folder, config):
 def draw(args, config, device, dtype, batch_size, noises, ranges, share):
     """The grader's files, or this process's share of them."""
     started = time.perf_counter()
+    if args.batch_size is None:
+        batch_size = min(batch_size, math.ceil(len(noises) / share[1]))  # a batch for each process
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape[-3:])
     print(f"drawing {len(noises)} faces with {args.checkpoint}, {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {config.sampler} in "

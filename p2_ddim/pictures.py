@@ -102,9 +102,9 @@ def left_out(folder, used, besides=NO_PICTURES):
                   if not path.name.startswith(".") and path.name not in used and path.suffix.lower() not in besides)
 
 
-def note_left_out(folder, names):
+def note_left_out(folder, names, reason="no readable picture"):
     if names:
-        note(f"left out of {folder}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} (no readable picture)")
+        note(f"left out of {folder}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason})")
 
 
 def read_pictures(folder, what="folder of pictures"):

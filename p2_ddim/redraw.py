@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from .device import DTYPES, pick_device
+from .device import DTYPES
 from .files import UserError, fingerprint, note, run
 from .inference import DrawConfig, generate, read_states, to_pictures
 from .model import load_unet
@@ -30,7 +30,7 @@ def draw(made, name, batch, where, args):
             note(f"{path} is another noise than the one of {other}")
     noises = {stem: noises[stem] for stem in (other.removesuffix(".png") for other in batch)}
     stem = name.removesuffix(".png")
-    faces = dict(generate(load_unet(checkpoint, pick_device("auto")), noises, config, len(noises), seed, dtype))
+    faces = dict(generate(load_unet(checkpoint, args.device), noises, config, len(noises), seed, dtype))
     return to_pictures(faces[stem][None], *ranges.get(stem, (0, 255)))[0]
 
 

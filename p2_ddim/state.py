@@ -48,6 +48,7 @@ def load_state(path, settings, needed=("step", "history", "recent"), steps=None,
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a training state of this script; choose another --output")
     before = {name: value for name, value in (defaults or {}).items() if value is not None} | state["settings"]
+    before, settings = ({name: list(value) if isinstance(value, tuple) else value for name, value in each.items()} for each in (before, settings))
     changed = [f"{name} {before[name]} is now {value}" for name, value in settings.items() if name in before and before[name] != value]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another --output")
@@ -77,7 +78,7 @@ def restore(path, state, accelerator, **parts):
     with fitting(path):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        if accelerator.scaler:
+        if accelerator.scaler and state["scaler"]:  # none where another device had computed in another format
             accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"], state["history"], [torch.tensor(loss, device=accelerator.device) for loss in state["recent"]]
 

@@ -111,7 +111,7 @@ def parse_args():
     add_judge_arguments(parser)
     parser.add_argument("--num-images", type=int, default=None, help=f"pictures per prompt that must be there (default: {COURSE_IMAGES}; in the challenge any "
                         "number)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 where it is native")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of CLIP's image tower; auto: bf16 or fp16 where it is fast")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_flags(args, ("num_images",), lambda value: value is None or 1 <= value <= 10**6, "between 1 and 1000000")

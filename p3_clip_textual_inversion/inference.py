@@ -143,8 +143,8 @@ def add_arguments(parser):
     add_argument(parser, "drawing", "--guidance-weight", "w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w", type=float, metavar="W")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise")
-    add_argument(parser, "drawing", "--batch-size", "pictures at a time; the pictures do not depend on it", type=int)
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the UNet; auto: bf16 where it is native")
+    add_argument(parser, "drawing", "--batch-size", "pictures at a time; they differ by rounding alone", type=int)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the UNet; auto: bf16 or fp16 where it is fast")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 

@@ -1,7 +1,7 @@
 """What made a picture, in its file and in a hidden one beside it: results of two makings are never mixed nor graded as something else, and can be drawn again.
 
-A picture's text holds a `Made` as JSON: the same picture has the same bytes, whatever the batch size. The folder's record adds where, and together with
-what, it was drawn. Both travel with the folder.
+A picture's text holds a `Made` as JSON, in which nothing is of the batch or the device. The folder's record adds where, and together with what, it was drawn.
+Both travel with the folder.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .device import describe, pick_device
 from .files import UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
 from .pictures import SETTINGS, read_picture, save_image
 
@@ -223,7 +224,9 @@ def redraw(program, draw, description):
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG that this problem's inference drew")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/redrawn/ and its name)")
     parser.add_argument("--checkpoint", default=None, help="the model, where it no longer lies where it was (default: as recorded)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1; on another than before, a picture differs in the last bits")
     args = parser.parse_args()
+    args.device = pick_device(args.device)
     made, name, record = read_made(args.picture), args.picture.name, None
     if made is None:
         raise UserError(f"{args.picture} does not tell how it was made: it is no picture that {program} drew")
@@ -254,6 +257,7 @@ def redraw(program, draw, description):
     elif before.shape != again.shape:
         print(f"{output} is {again.shape[1]}x{again.shape[0]}, {args.picture} is {before.shape[1]}x{before.shape[0]}: it was changed")
     else:
-        error, changed = np.abs(before - again), [f"{key} {where.get(key)} is now {value}" for key, value in versions().items() if where.get(key) != value]
+        now, then = {"device": describe(args.device), **versions()}, where | {"device": str(where.get("device")).rpartition(", ")[0]}  # without the format
+        error, changed = np.abs(before - again), [f"{key} {then.get(key)} is now {value}" for key, value in now.items() if then.get(key) != value]
         print(f"{output} differs from {args.picture} by {error.max()} grey levels at most, {error.mean():.4f} on average"
               + (f" ({shown('; '.join(changed))})" if changed else ""))

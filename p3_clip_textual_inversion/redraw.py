@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from .defaults import row_of
-from .device import pick_device
 from .embedding import expand, model_name
 from .files import UserError, fingerprint, note, run
 from .formats.identity import identify, weights_fingerprint
@@ -43,7 +42,7 @@ def draw(made, name, batch, where, args):
             raise UserError(f"the projections {projections} are no longer there")
         if fingerprint(projections) != made["made_of"]["projections"]:
             note(f"{projections} are others than those of {args.picture}")
-    parts = load_with_words(checkpoint, pick_device("auto"), config, vectors, projections, initials)
+    parts = load_with_words(checkpoint, args.device, config, vectors, projections, initials)
     if batch[name].get("lora"):
         put_loras(parts, batch[name]["lora"], where.get("lora", {}), args.picture)
         batch = {other: own for other, own in batch.items() if own.get("lora") == batch[name]["lora"]}

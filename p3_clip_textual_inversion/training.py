@@ -63,6 +63,8 @@ def prepare(args, folder, accumulate=1):
     The same for one process, several (`torchrun --nproc_per_node N -m ...`) and a cluster; the GradScaler of fp16 is `accelerator.scaler`."""
     if "RANK" not in os.environ:
         os.environ.pop("WORLD_SIZE", None)  # left there by something else: accelerate would wait for processes that never come
+    if args.stop_when_flat and args.validate_every == 0:
+        raise UserError("--stop-when-flat goes by validations; give it a --validate-every above 0")
     device = pick_device(args.device)
     if args.dtype == "fp16" and device.type != "cuda":
         raise UserError("--dtype fp16 trains on a GPU only; on a CPU use bf16 or fp32")
@@ -117,7 +119,7 @@ def guarded(advice):
 def share_of_peak(step, done, config):
     """Of the learning rate: linear warm-up, then constant, then linear to zero over the last share `decay` of the training. done: the share of it that is
     gone, by steps or by the clock."""
-    return min((step + 1) / max(config.warmup, 1), 1, (1 - done) / max(config.decay, 1e-9))
+    return min((step + 1) / max(config.warmup, 1), 1, max(1 - done, 0) / max(config.decay, 1e-9))  # by the clock, the last step may come after the end
 
 
 def make_optimizer(net, lr, weight_decay, betas, edges=()):

@@ -102,8 +102,10 @@ def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoi
     assert len(list((tmp_path / "out").rglob("3_001.png"))) == 2
     with pytest.raises(UserError, match="is a student itself; give its teacher"):
         call(monkeypatch, distill, "--teacher", tmp_path / "whole" / "model.safetensors", *SETTINGS, "--output", tmp_path / "again")
-    for flags in (["--teacher-steps", 5], ["--guidance-weight", 2], ["--guidance-parallel", 1, 0.5], ["--max-weight", 3]):
-        with pytest.raises(UserError, match="has paths of another teacher or other settings"):
+    with pytest.raises(UserError, match="is at step 8 already, beyond --steps 4"):
+        call(monkeypatch, distill, *settings, "--steps", 4, "--output", tmp_path / "whole")
+    for flags in (["--teacher-steps", 5], ["--guidance-weight", 2], ["--guidance-parallel", 1, 0.5], ["--max-weight", 5]):
+        with pytest.raises(UserError, match="has paths of another teacher, of other settings or of another number"):
             call(monkeypatch, distill, *settings, *flags, "--output", tmp_path / "other")
 
 
@@ -133,6 +135,24 @@ def test_a_student_goes_on_from_another_ones_weights(monkeypatch, student, tiny_
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
     with pytest.raises(UserError, match="does not fit the network"):
         call(monkeypatch, distill, *settings, "--init", tiny_checkpoint, "--output", tmp_path / "other")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--guide", "student"], "student.safetensors is a student itself; give its teacher"),
+    (["--leaps", 3, "--teacher-steps", 2], "--teacher-steps 2 are too few for --leaps 3, which would begin at t = "),
+    (["--max-weight", 2], "--max-weight must be at least --guidance-weight, 4, not 2"),
+])
+def test_what_no_student_can_be_made_of(monkeypatch, student, tiny_checkpoint, tmp_path, flags, said):
+    flags = [student if flag == "student" else flag for flag in flags]
+    with pytest.raises(UserError) as refused:
+        call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS, "--output", tmp_path / "run", *flags)
+    assert said in str(refused.value)
+
+
+def test_a_flag_given_at_its_default_is_the_same_run(monkeypatch, tiny_checkpoint, tmp_path):
+    settings = ["--teacher", tiny_checkpoint, *SETTINGS, "--tuning", 0, "--steps", 1, "--output", tmp_path / "run"]
+    call(monkeypatch, distill, *settings)
+    call(monkeypatch, distill, *settings, "--guidance-parallel", 1, 0.25, "--guidance-interval", 0, 1)
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from p1_cfg_ddpm.quality import against_real, compare, frechet_distance, frechet_of_gaussians, mean_pairwise_distance, neighbourhood_measures, split_real
+from p1_cfg_ddpm.quality import (
+    against_real,
+    compare,
+    frechet_distance,
+    frechet_of_gaussians,
+    mean_pairwise_distance,
+    neighbourhood_measures,
+    over_splits,
+    split_real,
+)
 
 
 def normal(n, seed, scale=1.0, shift=0.0, dim=3):
@@ -53,6 +62,15 @@ def test_as_many_other_real_ones_score_one():
     for name, within in (("precision", 0.05), ("coverage", 0.05), ("density", 0.1), ("frechet", 0.6)):
         assert np.mean([ratio[name]["ratio"] for ratio in ratios]) == pytest.approx(1, abs=within), name
     assert np.mean([against_real(normal(500, seed, 0.7), real, digit, seed=seed)["frechet"]["ratio"] for seed in range(3)]) > 3
+
+
+def test_images_of_one_digit_are_measured_against_real_ones_of_it():
+    digit = np.arange(1200) % 10
+    real = normal(1200, 0) + torch.from_numpy(4.0 * digit)[:, None]
+    ratios = over_splits(normal(50, 7) + 12, np.full(50, 3), real, digit)
+    assert ratios["frechet"]["ratio"] == pytest.approx(1, abs=0.05) and ratios["precision"]["ratio"] == pytest.approx(1, abs=0.05)
+    assert ratios["coverage"]["real"] < 0.2  # of all digits
+    assert over_splits(normal(19, 7), np.full(19, 3), real, digit) is None
 
 
 def test_mean_pairwise_distance():

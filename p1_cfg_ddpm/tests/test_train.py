@@ -55,6 +55,26 @@ def test_a_run_that_has_ended_stays_as_it_is_and_is_made_whole(call, tmp_path):
     assert (tmp_path / "state.pt").read_bytes() == before and (tmp_path / "model.safetensors").read_bytes() == model
 
 
+def test_minutes_count_on_and_never_go_below_a_rate_of_zero(call, monkeypatch, tmp_path):
+    """By a clock that goes on by a second whenever it is asked: a run that has ended is not trained again, nor is what has learned nothing written."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("p1_cfg_ddpm.train.time.perf_counter", lambda: next(seconds))
+    settings = [*SETTINGS, "--output", tmp_path / "run", "--minutes", 1, "--validate-every", 0, "--decay", 1]
+    code, out, err = call(TRAIN, *settings)
+    assert code == 0 and "next: " in out, err
+    before, state = (tmp_path / "run" / "model.safetensors").read_bytes(), torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert 60 <= state["seconds"] < 70 and 5 < state["step"] < 60 and all(row["lr"] >= 0 for row in state["history"])
+    code, out, err = call(TRAIN, *settings)
+    assert code == 0 and f"after {state['step']} steps" in out and (tmp_path / "run" / "model.safetensors").read_bytes() == before, err
+    code, out, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "none", "--minutes", 0.001)
+    assert code == 1 and err.startswith("error: --minutes 0.001 were over before the first step") and not (tmp_path / "none" / "model.safetensors").exists()
+
+
+def test_weights_of_another_diffusion_are_no_beginning(call, tiny_checkpoint, tmp_path):
+    code, _, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "run", "--init", tiny_checkpoint, "--prediction", "eps")
+    assert code == 1 and "was trained for another diffusion" in err and err.count("\n") == 1
+
+
 def test_training_learns_and_samples_on_the_way(call, tmp_path):
     settings = ["--size", "tiny", "--data", MINI_DATA, "--batch-size", 32, "--steps", 150, "--sample-every", 150, "--warmup", 20, "--lr", "3e-3"]
     code, _, err = call(TRAIN, *settings, "--output", tmp_path / "run")
@@ -92,6 +112,8 @@ def test_every_parameter_moves(tiny_model):
     (["--steps", "0"], "--steps must be at least 1"),
     (["--drop-condition", "2"], "--drop-condition must be between 0 and 1"),
     (["--device", "cuda:99"], "cuda:99"),
+    (["--log-sigma", "20", "0.1"], "--log-sigma 20 0.1 lies outside of the schedule's noise levels"),
+    (["--stop-when-flat", "1", "--validate-every", "0"], "--stop-when-flat goes by validations; give it a --validate-every above 0"),
     (["--output", "/dev/null/run"], "/dev/null/run"),
 ])  # fmt: skip
 def test_bad_flags_end_in_one_line(call, tmp_path, flags, message):

@@ -107,7 +107,7 @@ def main():
     parser = argparse.ArgumentParser(description="Loads and runs a full-size Stable Diffusion v1 of random weights from one .ckpt.",
                                      formatter_class=HelpFormatter)
     parser.add_argument("path", type=Path, metavar="CKPT", help="the checkpoint; made with random weights if it is not there")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="number format of the UNet; auto: bf16 where it is native")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the UNet; auto: bf16 or fp16 where it is fast")
     args = parser.parse_args()
     if not args.path.exists():
         writable_folder(args.path.parent)

@@ -125,7 +125,8 @@ def test_what_was_read_once_is_not_read_again(call, tiny_clip, data, tmp_path, m
     def read():
         code, _, err = call(*arguments)
         assert code == 0, err
-        content = json.loads((tmp_path / "out" / "results.json").read_text(), parse_float=lambda text: round(float(text), 4))  # batches of 7 and 8 round differently
+        text = (tmp_path / "out" / "results.json").read_text()
+        content = json.loads(text, parse_float=lambda number: round(float(number), 4))  # batches of 7 and 8 round differently
         return content.pop("pictures_read"), {key: value for key, value in content.items() if "second" not in key}
 
     assert read()[0] == 7

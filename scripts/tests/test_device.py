@@ -36,7 +36,7 @@ def call(monkeypatch, module, *arguments):
 
 
 def settings(**given):
-    return SimpleNamespace(**{"device": "cpu", "dtype": "fp32", "report_to": "none", "batch_size": 1, **given})
+    return SimpleNamespace(**{"device": "cpu", "dtype": "fp32", "report_to": "none", "batch_size": 1, "stop_when_flat": 0, **given})
 
 
 # --- what fp32 means ---
@@ -195,12 +195,35 @@ def test_a_driver_that_is_too_old_is_said(monkeypatch, card, capsys):
 
 
 def test_the_second_card_is_obeyed(monkeypatch, card):
-    taken = []
+    taken, used = [], []
     card(set_device=taken.append)
-    monkeypatch.setattr(devices, "compute_something", lambda device: None)
+    monkeypatch.setattr(devices, "compute_something", used.append)
     assert devices.pick_device("cuda:1") == torch.device("cuda:1") and taken == [torch.device("cuda:1")]
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert devices.pick_device("auto") == torch.device("cuda:1")
+    used.clear()
+    for rank, own in (("1", "cuda:1"), ("", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert devices.pick_device("auto") == torch.device(own) and set(used) == {torch.device(own)}  # no other: each would hold memory of the first one
+        used.clear()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_state_of_another_number_format_goes_on(package):
+    """Without the scaler of fp16, where one computed in bf16 or fp32 before: `--dtype auto` on another card."""
+    state = importlib.import_module(f"{package}.state")
+    before = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for saved, own, scale in ((None, torch.amp.GradScaler("cpu", init_scale=512.0), 512.0), (before.state_dict(), torch.amp.GradScaler("cpu"), 1024.0),
+                              (before.state_dict(), None, None)):
+        content = {"step": 3, "history": [], "recent": [], "scaler": saved}
+        assert state.restore(Path("state.pt"), content, SimpleNamespace(scaler=own, device="cpu")) == (3, [], [])
+        assert own is None or own.get_scale() == scale
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_variables_without_a_launch_mean_nothing(monkeypatch, package):
+    for name, value in (("WORLD_SIZE", ""), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+        with importlib.import_module(f"{package}.device").processes() as share:
+            assert share == (0, 1)
 
 
 def test_a_training_trains_on_the_second_card(monkeypatch, card, tmp_path):
