@@ -93,7 +93,7 @@ def logsnr(alpha_bar, num_steps, end=1.0, low=-2.0, high=1.7):
         nearest = int((lambda_ - target).abs().argmin())
         t.append(min(nearest, t[-1] - 1) if t else nearest)  # no step twice, where they are dense
     if t[-1] < 0:
-        raise ValueError(f"{num_steps} steps do not fit between the noise levels lambda {low} and {high}; use evenly spaced ones")
+        raise ValueError(f"steps {num_steps} do not fit between the noise levels lambda {low} and {high}; use evenly spaced ones")
     return steps_at(alpha_bar, t, end)
 
 

@@ -181,7 +181,7 @@ def main():
         command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("batch-size", "side", "repeats")]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
-            raise UserError(f"{way}: {result.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{way}: {(result.stderr.strip().splitlines() or [f'its process ended with code {result.returncode}'])[-1]}")
         rows[way] = json.loads(result.stdout.strip().splitlines()[-1])
     plain = rows["plain loop, fp32"]["seconds_per_step"]
     for way, row in rows.items():

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from .files import MINI, UserError, existing_folder
+from .files import MINI, UserError, existing_folder, note
 from .pictures import decode, left_out, note_left_out, picture_files, read_picture
 from .tensors import is_plain, read_tensors
 
@@ -44,19 +44,24 @@ def read_noises(folder, read=read_noise):
     if not noises:
         raise UserError(f"{folder} has no .pt files; expected noise tensors, 00.pt, 01.pt, ...")
     note_left_out(folder, left_out(folder, [f"{name}.pt" for name in noises], ()), "noises are named *.pt")
-    shapes = {name: tuple(noise.shape) for name, noise in noises.items()}
-    first = next(iter(shapes))
-    for name, shape in shapes.items():
-        if shape != shapes[first]:
-            raise UserError(f"{folder / name}.pt is {shape}, but {first}.pt is {shapes[first]}; all noises must have one size")
+    refuse_sizes(noises, folder)
     return noises
 
 
-def read_noise_pairs(folder, num_steps):
+def refuse_sizes(noises, folder):
+    """A `UserError` where the noises, or pairs, {name: tensor}, of a folder are not all of one size."""
+    first = next(iter(noises))
+    for name, noise in noises.items():
+        if noise.shape != noises[first].shape:
+            raise UserError(f"{folder / name}.pt is {tuple(noise.shape)}, but {first}.pt is {tuple(noises[first].shape)}; all noises must have one size")
+
+
+def read_noise_pairs(folder, num_steps, by=None):
     """({name: float64 [2, 3, H, W]}, {name: (lowest, highest) value of the picture}) of files that p2_invert made, for belm with this many steps.
 
-    (None, {}) for a folder of plain noises."""
-    ranges = {}
+    (None, {}) for a folder of plain noises. by: {"network": fingerprint, "dtype": name}, with which they are drawn: by another than they were inverted with,
+    they do not give their pictures, which a note tells."""
+    ranges, others = {}, set()
 
     def read(path):
         content = read_tensors(path, "noise tensor")
@@ -66,6 +71,7 @@ def read_noise_pairs(folder, num_steps):
         if int(content["steps"]) != num_steps:
             raise UserError(f"{path} was inverted with {int(content['steps'])} steps: draw it with --steps {int(content['steps'])}")
         ranges[path.stem] = content["range"].tolist()
+        others.update(what for what, value in (by or {}).items() if content.get(what, value) != value)
         return content["states"].double()
 
     paths = sorted(existing_folder(folder, "folder of noises").glob("[!.]*.pt"))
@@ -75,21 +81,27 @@ def read_noise_pairs(folder, num_steps):
     plain = [name for name, pair in pairs.items() if pair is None]
     if plain:
         raise UserError(f"{folder} mixes files of p2_invert with plain noises ({plain[0]}.pt); give them separate folders")
+    refuse_sizes(pairs, folder)
+    if others:
+        note(f"{folder} was inverted with another {' and '.join(sorted(others))}: its pictures do not come back")
     return pairs, ranges
 
 
+def square(picture, side):
+    """A PIL picture as uint8 [H, W, 3]: with a side, its largest centred square brought to it, otherwise as it is."""
+    if side:
+        edge = min(picture.size)
+        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+        picture = picture.resize((side, side), Image.Resampling.BOX if side <= edge else Image.Resampling.BICUBIC, (left, top, left + edge, top + edge))
+    return np.asarray(picture)
+
+
 def read_faces(folder, side):
-    """Every picture in a folder, in name order, its largest centred square reduced to side x side: uint8 [N, side, side, 3]."""
+    """Every picture in a folder, in name order, its largest centred square brought to side x side: uint8 [N, side, side, 3]."""
     known = set(Image.registered_extensions())
     paths = [path for path in picture_files(folder) if path.suffix.lower() in known]
     if not paths:
         raise UserError(f"{folder} has no pictures (.png, .jpg, .webp, ...)")
     note_left_out(folder, left_out(folder, paths))
 
-    def read(path):
-        image = read_picture(path)
-        square = min(image.size)
-        left, top = (image.width - square) // 2, (image.height - square) // 2
-        return np.asarray(image.resize((side, side), Image.Resampling.BOX, (left, top, left + square, top + square)))
-
-    return np.stack(decode(paths, read, "pictures"))
+    return np.stack(decode(paths, lambda path: square(read_picture(path), side), "pictures"))

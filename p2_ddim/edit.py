@@ -16,27 +16,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import MINI_DATA, checked_pair
-from .device import DTYPES, describe, in_batches, machine, pick_device, pick_dtype, progress
+from .data import MINI_DATA, checked_pair, square
+from .device import DTYPES, describe, in_batches, machine, name_of, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
-from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, lock, run, writable_file, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, fingerprint, lock, run, writable_file, writable_folder, write_json
 from .inference import DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, Made, read_made
 from .tensors import read_tensors
 
 
-def square(picture, side):
-    """A PIL picture as uint8 [H, W, 3]: with a side, its largest centred square brought to it, otherwise as it is."""
-    if side:
-        edge = min(picture.size)
-        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-        picture = picture.resize((side, side), Image.Resampling.BOX if side <= edge else Image.Resampling.BICUBIC, (left, top, left + edge, top + edge))
-    return np.asarray(picture)
+def squares(pictures, side):
+    """{name: uint8 [H, W, 3]} of {name: PIL picture}, each as `square`; a `UserError` where they are not all of one size then."""
+    pictures = {name: square(picture, side) for name, picture in pictures.items()}
+    sizes = {name: f"{picture.shape[1]}x{picture.shape[0]}" for name, picture in pictures.items()}
+    first = next(iter(sizes))
+    other = next((name for name in sizes if sizes[name] != sizes[first]), None)
+    if other:
+        raise UserError(f"{other} is {sizes[other]}, but {first} is {sizes[first]}; give --side to crop them to one size")
+    return pictures
 
 
 @torch.inference_mode()
@@ -73,9 +75,17 @@ def refuse_others(folder, stems):
                 raise UserError(f"{path} is there, was not made by p2_invert, and is not overwritten; choose another OUT") from None
 
 
-def save_pair(path, pair, picture, num_steps):
+def refuse_strip(folder):
+    """A `UserError` for what is in the way of the strip and its animation and was not made by `morph`."""
+    if any(os.path.lexists(folder / name) for name in ("strip.png", "morph.webp")) and (read_made(folder / "strip.png") or {}).get("program") != "p2_ddim.edit":
+        raise UserError(f"{folder} has a strip.png or morph.webp that p2_ddim.edit did not make, and which is not overwritten; choose another OUT")
+
+
+def save_pair(path, pair, picture, num_steps, network, dtype):
+    """network, dtype: by what it was found, as text; only the same draws the picture."""
     with atomic_path(path) as temporary:
-        torch.save({"states": pair.clone(), "range": torch.tensor(value_range(picture), dtype=torch.float64), "steps": torch.tensor(num_steps)}, temporary)
+        torch.save({"states": pair.clone(), "range": torch.tensor(value_range(picture), dtype=torch.float64), "steps": torch.tensor(num_steps),
+                    "network": network, "dtype": dtype}, temporary)
 
 
 def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
@@ -110,7 +120,9 @@ def measure(unet, args, config, batch_size):
     for kind in ("references", "drawings"):
         found = read_pictures(getattr(args, kind))[0]
         chosen = list(found)[::max(len(found) // args.count, 1)][:args.count]  # spread over the folder
-        results[kind] = {"pictures": len(chosen), **round_trip(unet, {name: square(found[name], args.side) for name in chosen}, config, batch_size)}
+        pictures = squares({name: found[name] for name in chosen}, args.side)
+        check_size(unet.config, (3, *pictures[chosen[0]].shape[:2]))
+        results[kind] = {"pictures": len(chosen), **round_trip(unet, pictures, config, batch_size)}
         for name in ("fp64", "fp32", "bf16"):
             print(f"{kind}, {name}: {results[kind][name]['psnr']:.1f} dB, after rounding an MSE of at most {results[kind][name]['mse']:g}", flush=True)
     write_json(args.output, results)
@@ -151,6 +163,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_flags(args, ("steps",), lambda value: value >= 2, "at least 2")  # a pair of states has a step between them
     check_flags(args, ("batch_size", "side"), lambda value: value is None or value >= 1, "at least 1")
     try:
         config = DrawConfig("belm", args.steps, "trailing", "one")
@@ -169,12 +182,7 @@ def main():
         return
     dtype = pick_dtype(args.dtype, device)
     read = read_pictures(args.pictures)[0] if args.command == "invert" else {f"{i} {path.name}": read_picture(path) for i, path in enumerate(args.pictures)}
-    pictures = {name: square(picture, args.side) for name, picture in read.items()}
-    sizes = {name: f"{picture.shape[1]}x{picture.shape[0]}" for name, picture in pictures.items()}
-    first = next(iter(sizes))
-    other = next((name for name in sizes if sizes[name] != sizes[first]), None)
-    if other:
-        raise UserError(f"{other} is {sizes[other]}, but {first} is {sizes[first]}; give --side to crop them to one size")
+    pictures = squares(read, args.side)
     with lock(writable_folder(args.output)):
         write(args, pictures, config, batch_size, device, dtype)
 
@@ -187,6 +195,9 @@ def write(args, pictures, config, batch_size, device, dtype):
         if len(set(stems.values())) < len(stems):
             raise UserError(f"two pictures of {args.pictures} have one name but for its ending; rename one")
         refuse_others(output, stems.values())
+    else:
+        refuse_strip(output)
+    network = fingerprint(args.checkpoint)
     started = time.perf_counter()
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, (3, *pictures[first].shape[:2]))
@@ -194,14 +205,16 @@ def write(args, pictures, config, batch_size, device, dtype):
     if args.command == "invert":
         pairs = invert_all(unet, pictures, config, batch_size, dtype)
         for name, pair in pairs.items():
-            save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps)
+            save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps, network, name_of(dtype))
         spread = [pair[0].std().item() for pair in pairs.values()]
         print(f"wrote {len(pairs)} noises to {output} in {time.perf_counter() - started:.1f} s; their standard deviations are {min(spread):.2f} to "
-              f"{max(spread):.2f} (noise has 1)\nnext: bash scripts/p2_infer.sh {output} AGAIN {args.checkpoint} --sampler belm --steps {config.num_steps}")
+              f"{max(spread):.2f} (noise has 1)\nnext: bash scripts/p2_infer.sh {output} AGAIN {args.checkpoint} --sampler belm --steps {config.num_steps}"
+              + (f" --dtype {name_of(dtype)}" if dtype != torch.float32 else ""))
         return
     frames = morph(unet, list(pictures.values()), config, args.frames, batch_size, dtype)
     rows = [frames[i * args.frames:(i + 1) * args.frames + 1] for i in range(len(pictures) - 1)]
-    save_image(sheet(rows, above=[f"{k / args.frames:.3g}" for k in range(args.frames + 1)]), output / "strip.png")
+    save_image(sheet(rows, above=[f"{k / args.frames:.3g}" for k in range(args.frames + 1)]), output / "strip.png",
+               Made("p2_ddim.edit", {"frames": args.frames, "steps": config.num_steps, "dtype": name_of(dtype)}, {"model": network}).as_json())
     there_and_back = [Image.fromarray(frame) for frame in (*frames, *frames[-2:0:-1])]
     with atomic_path(output / "morph.webp") as temporary:
         there_and_back[0].save(temporary, save_all=True, append_images=there_and_back[1:], duration=args.milliseconds, loop=0, quality=90)

@@ -18,9 +18,23 @@ import torch
 
 from .data import MINI_DATA, read_noises
 from .device import describe
-from .diffusion import Denoiser
+from .diffusion import NUM_TIMESTEPS, Denoiser
 from .evaluate import GAIN, difference, mse, psnr
-from .files import RESULTS, ROOT, UserError, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
+from .files import (
+    RESULTS,
+    ROOT,
+    UserError,
+    check_flags,
+    existing_file,
+    fingerprint,
+    lock,
+    note,
+    read_json,
+    run,
+    writable_file,
+    writable_folder,
+    write_json,
+)
 from .inference import add_arguments, check_size, generate, settings_of, to_pictures
 from .interpolation import lerp, mix, slerp
 from .inversion import invert
@@ -169,7 +183,8 @@ def main():
     parser.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for p2_*.png")
     parser.add_argument("--results", type=Path, default=None, help="where the numbers go (default: report/results/p2_figures.json, or the folder of --output)")
-    parser.add_argument("--samplers", type=Path, default=RESULTS / "p2_samplers.json", help="what p2_ddim.sweep wrote")
+    parser.add_argument("--samplers", type=Path, default=None, help="what p2_ddim.sweep wrote of this network (default: report/results/p2_samplers.json, "
+                        "the bundled network's)")
     parser.add_argument("--iterations", type=int, default=3, help="fixed-point iterations per step of the inversion; 1 is the usual inversion")
     parser.add_argument("--round-trips", type=int, nargs="+", default=ROUND_TRIP_STEPS, metavar="STEPS", help="steps of the inversion's round trips")
     parser.add_argument("--seeds", type=int, default=4, help="of the fresh noise, over which pictures deviate")
@@ -180,6 +195,7 @@ def main():
     config, device, dtype, batch_size = settings_of(args)
     check_flags(args, ("iterations",), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seeds", "pairs"), lambda value: value >= 2, "at least 2")
+    check_flags(args, ("round_trips",), lambda numbers: all(1 <= number <= NUM_TIMESTEPS for number in numbers), f"between 1 and {NUM_TIMESTEPS}")
     if config.sampler != "ddim":
         raise UserError(f"the figures show eta and inversion, which are ddim's, not {config.sampler}'s; leave --sampler and --quality out")
     noises = read_noises(args.noise)
@@ -190,12 +206,24 @@ def main():
     results = writable_file(args.results or (RESULTS if default else folder) / "p2_figures.json")
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, next(iter(noises.values())).shape)
+    measured = sweep_of(args.samplers, fingerprint(args.checkpoint))
     with lock(folder, "-p2_figures"):
-        draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results)
+        draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results, measured)
 
 
-def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results):
-    """folder: of the pictures; results: the file of the numbers."""
+def sweep_of(path, network):
+    """What `p2_ddim.sweep` measured of a network, by its fingerprint; None, with a note, where it is another's. path: of the JSON; None: the project's own."""
+    given, path = path is not None, path or RESULTS / "p2_samplers.json"
+    if not given and not path.is_file():
+        return None
+    measured = {name: part for name, part in read_json(existing_file(path, "result of p2_ddim.sweep")).items() if part["model"] == network}
+    if not measured:
+        note(f"{path} is of another network: p2_samplers.png is not drawn; python -m p2_ddim.sweep measures this one")
+    return measured
+
+
+def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results, measured):
+    """folder: of the pictures; results: the file of the numbers; measured: of `sweep_of`."""
     print(f"drawing with {args.checkpoint} on {describe(device, dtype)}", flush=True)
     compiled = torch.compile(unet) if args.compile else unet
     names = list(noises)[:4]
@@ -227,8 +255,8 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
     save_image(sheet(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips]), folder / "p2_inversion.png")
-    if args.samplers.is_file():
-        chart(sampler_panels(read_json(args.samplers)), folder / "p2_samplers.png", columns=3, size=(4.4, 3.8))
+    if measured:
+        chart(sampler_panels(measured), folder / "p2_samplers.png", columns=3, size=(4.4, 3.8))
     mini = args.checkpoint.resolve() == (MINI_DATA / "UNet.pt").resolve()
     write_json(results, {
         "command": args.command, "seeds": args.seeds, "pairs": args.pairs,

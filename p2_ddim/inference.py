@@ -122,9 +122,9 @@ def add_arguments(parser):
     parser.add_argument("--sampler", choices=[*SAMPLERS, "belm"], default=None, help="in place of the quality's; belm undoes p2_invert (default: by --quality)")
     parser.add_argument("--steps", type=int, default=None, help="of the sampler: network calls; heun has two a step (default: by --quality)")
     parser.add_argument("--spacing", choices=list(SPACINGS), default=None,
-                        help="which steps; leading is the course's: 981, ..., 21, 1 (default: by --quality; of another --sampler trailing)")
+                        help="which steps; leading is the course's: 981, ..., 21, 1 (default: by --quality; of another --sampler trailing, but ddim's)")
     parser.add_argument("--last-alpha-bar", choices=["first", "one"], default=None,
-                        help="alpha_bar after the last step: alpha_bar[0] or 1 (default: by --quality; of another --sampler one)")
+                        help="alpha_bar after the last step: alpha_bar[0] or 1 (default: by --quality; of another --sampler one, but ddim's)")
     parser.add_argument("--no-clip", action="store_true", help="do not clamp the predicted x0 to [-1, 1]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the fresh noise, where the sampler draws any")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone (default: 2 on a CPU, 10 on a GPU)")
@@ -145,7 +145,7 @@ def settings_of(args, eta=0.0):
     try:
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--{error}") from None  # each begins with what it is about
     device = pick_device(args.device)
     use_tf32(args.tf32)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10
@@ -164,16 +164,21 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     settings = settings_of(args, args.eta)
-    noises, ranges = read_states(args.noise, settings[0])
+    noises, ranges = read_states(args.noise, settings[0], (args.checkpoint, name_of(settings[2])))
     for name in noises:
         writable_file(args.output / f"{name}.png")  # .png is longer than .pt
     with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
         draw(args, *settings, noises, ranges, share)
 
 
-def read_states(folder, config):
-    """({name: noise, or for belm a pair of states}, {name: range of the picture}) of a folder."""
-    noises, ranges = read_noise_pairs(folder, config.num_steps) if config.sampler == "belm" else (None, {})
+def read_states(folder, config, by=None):
+    """({name: noise, or for belm a pair of states}, {name: range of the picture}) of a folder. by: (checkpoint, number format) that will draw them; a note
+    tells where pairs were inverted with others."""
+    if config.sampler != "belm":
+        return read_noises(folder), {}
+    noises, ranges = read_noise_pairs(folder, config.num_steps, by and {"network": fingerprint(by[0]), "dtype": by[1]})
+    if noises and (config.spacing, config.last_alpha_bar) != ("trailing", "one"):
+        raise UserError(f"{folder} was inverted at the trailing steps, to an alpha_bar of one; leave --spacing and --last-alpha-bar out")
     return noises or read_noises(folder), ranges
 
 
@@ -186,7 +191,8 @@ def draw(args, config, device, dtype, batch_size, noises, ranges, share):
     check_size(unet.config, next(iter(noises.values())).shape[-3:])
     print(f"drawing {len(noises)} faces with {args.checkpoint}, {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {config.sampler} in "
           f"{config.num_steps} steps, on {f'{share[1]} x ' if share[1] > 1 else ''}{describe(device, dtype)}", flush=True)
-    made = Made("p2_ddim.inference", asdict(config) | {"seed": args.seed, "dtype": name_of(dtype)}, {"model": fingerprint(args.checkpoint)})
+    format_of = {"dtype": name_of(dtype)} | ({"tf32": True} if args.tf32 and device.type == "cuda" else {})
+    made = Made("p2_ddim.inference", asdict(config) | {"seed": args.seed} | format_of, {"model": fingerprint(args.checkpoint)})
     own = {f"{name}.png": {"noise": fingerprint(args.noise / f"{name}.pt")} for name in noises}
     where = {"device": describe(device, dtype), "checkpoint": str(args.checkpoint.resolve()), "noises": str(args.noise.resolve())}
     by_the_first(share, lambda: claim(args.output, made, own, batch_size, where, args.overwrite, again=True))

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from .device import DTYPES
+from .device import DTYPES, use_tf32
 from .files import UserError, fingerprint, note, run
 from .inference import DrawConfig, generate, read_states, to_pictures
 from .model import load_unet
@@ -16,6 +16,7 @@ def draw(made, name, batch, where, args):
     """uint8 [H, W, 3] of the picture `name`, drawn with the others of its batch."""
     settings = dict(made["settings"])
     dtype, seed = DTYPES[settings.pop("dtype")], settings.pop("seed")
+    use_tf32(settings.pop("tf32", False))
     config, checkpoint, folder = DrawConfig(**settings), Path(args.checkpoint or where.get("checkpoint", "UNet.pt")), Path(where.get("noises", "."))
     if not checkpoint.is_file():
         raise UserError(f"the network {checkpoint} is no longer there; give it by --checkpoint")

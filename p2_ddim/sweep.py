@@ -21,6 +21,7 @@ import torch
 
 from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, machine, pick_device, pick_dtype
+from .diffusion import NUM_TIMESTEPS
 from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
@@ -28,6 +29,7 @@ from .pictures import to_model
 from .provenance import HelpFormatter, command_line
 from .quality import HELD_OUT, check_faces, features, frechet_distance
 from .samplers import SAMPLERS, ImageNoise
+from .state import data_fingerprint
 
 MEASURES = ["distance", "clamped", "frechet"]
 SETS = 10  # of drawn faces, whose Fréchet distances tell what chance does
@@ -60,6 +62,11 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("near",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("truth",), lambda value: 1 <= value <= NUM_TIMESTEPS, f"between 1 and {NUM_TIMESTEPS}")
+    try:
+        configs(args.evaluations)
+    except ValueError as error:
+        raise UserError(f"--evaluations: {error}") from None
     if "frechet" in args.measure:
         check_faces(args.faces)
     args.command = command_line("python -m p2_ddim.sweep", parser, args, leave_out=("measure", "device", "output"))
@@ -101,8 +108,12 @@ def compare(args):
     for measure in args.measure:
         part = {"command": args.command, "model": fingerprint(args.checkpoint), "dtype": args.dtype, "seed": args.seed}
         clip, fine = measure != "distance", None
-        part |= {"faces": args.count} if measure == "frechet" else {"faces": args.near, "truth_steps": args.truth}
-        if {name: results.get(measure, {}).get(name) for name in part} != part:  # otherwise the run goes on
+        if measure == "frechet":
+            part |= {"faces": args.count, "drawn": data_fingerprint(read_faces(args.faces, args.side))}
+        else:
+            part |= {"faces": args.near, "truth_steps": args.truth}
+        before = {"drawn": part.get("drawn")} | results.get(measure, {})  # older files do not tell it
+        if {name: before.get(name) for name in part} != part:  # otherwise the run goes on
             results[measure] = {"machine": machine(device), **part, "rows": []}
         if measure == "frechet":
             truth, drawn = reference_of(args.faces, args.side, args.count)

@@ -18,7 +18,7 @@ from .diffusion import NUM_TIMESTEPS, make_alpha_bar
 from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import DrawConfig, to_pictures
 from .model import Block, UNet, UNetConfig, load_unet
-from .pictures import save_image
+from .pictures import save_image, to_model
 from .provenance import HelpFormatter
 from .samplers import ImageNoise, finish
 from .state import add_row, data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
@@ -41,6 +41,7 @@ from .training import (
     seed_dropout,
     setting,
     share,
+    share_of_peak,
 )
 
 LOG_EVERY = 50
@@ -84,7 +85,7 @@ class TrainConfig:
     @property
     def unet(self):
         """The network's own."""
-        return UNetConfig(tuple(self.widths), tuple(self.attention), self.blocks, self.dropout)
+        return UNetConfig(tuple(self.widths), tuple(sorted(set(self.attention))), self.blocks, self.dropout)  # as a checkpoint tells them
 
 
 def parse_args():
@@ -134,7 +135,7 @@ def train(config, args, folder, accelerator, dtype):
     while not last:
         index, t, eps, flip = share(accelerator, *draw_batch(run.step, config, len(faces), device))
         seed_dropout(config.seed, run.step, accelerator.process_index)
-        rate = learning_rate(run.step, config)
+        rate = config.lr * share_of_peak(run.step, run.step / config.steps, config)
         loss = diffusion.loss(run.model, alpha_bar, batch_of(faces, index, flip), t, eps, config.max_weight).mean()
         optimizer_step(accelerator, run.model, run.optimizer, loss, rate)
         ema_update(run.ema, run.net, run.step, config.ema)
@@ -161,7 +162,7 @@ def parted(pictures, config):
     """(those to learn from, those that validation keeps for itself), by chance; where none are kept it measures on some of the first.
 
     pictures: uint8 [N, H, W, 3]."""
-    kept = round(config.held_out * len(pictures)) if len(pictures) > 1 else 0
+    kept = min(round(config.held_out * len(pictures)), len(pictures) - 1)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
     return pictures[order[kept:].sort().values], pictures[order[:kept] if kept else order[:256]]
 
@@ -173,7 +174,7 @@ def layout_of(device):
 
 def batch_of(faces, index, flip=None):
     """float32 [B, 3, H, W] in [-1, 1] of uint8 faces, [N, H, W, 3], in the places `index`, int [B], mirrored where `flip`, bool [B], is set."""
-    x0 = to_range(faces[index])
+    x0 = to_model(faces[index])
     x0 = x0 if flip is None else torch.where(flip[:, None, None, None], x0.flip(3), x0)
     return x0.contiguous(memory_format=layout_of(x0.device))
 
@@ -237,18 +238,8 @@ def export(run, folder):
     return path
 
 
-def learning_rate(step, config):
-    """Linear warm-up, then constant, then linear to zero over the last share `decay` of the steps."""
-    return config.lr * min((step + 1) / max(config.warmup, 1), 1, (config.steps - step) / max(config.decay * config.steps, 1))
-
-
 def told(numbers):
     return " ".join(map(str, numbers))
-
-
-def to_range(images):
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def draw_batch(step, config, num_images, device):

@@ -220,7 +220,7 @@ def main():
         command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("images", "steps", "batch-size")]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
-            raise UserError(f"{row}: {result.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{row}: {(result.stderr.strip().splitlines() or [f'its process ended with code {result.returncode}'])[-1]}")
         values = json.loads(result.stdout.strip().splitlines()[-1])
         speed = "pictures_per_second" if "pictures_per_second" in values else "steps_per_second"
         if row not in measured or values[speed] > measured[row][speed]:

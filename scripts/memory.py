@@ -96,7 +96,7 @@ def p2_infer(batch, dtype):
 
 def p2_train(side, batch, dtype, faces=FACES, **config):
     from p2_ddim import diffusion
-    from p2_ddim.train import to_range
+    from p2_ddim.pictures import to_model
     from p2_ddim.training import averaged_copy, ema_update, make_optimizer
 
     data = torch.empty(faces, side, side, 3, dtype=torch.uint8, device=GPU)
@@ -105,7 +105,7 @@ def p2_train(side, batch, dtype, faces=FACES, **config):
     optimizer = make_optimizer(net, 2e-3, 0.01, (0.9, 0.99), edges=("down1.", "out."))
     ints = torch.zeros(batch, dtype=torch.long, device=GPU)
     for number in range(2):
-        x0, eps = to_range(data[ints]), torch.randn(batch, 3, side, side, device=GPU)
+        x0, eps = to_model(data[ints]), torch.randn(batch, 3, side, side, device=GPU)
         x0 = torch.where((ints > 0)[:, None, None, None], x0.flip(3), x0)
         step(optimizer, dtype, diffusion.loss, net, alpha_bar, x0.contiguous(memory_format=torch.channels_last), ints, eps, 20.0)
         ema_update(ema, net, number, 0.999)

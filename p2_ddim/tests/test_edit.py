@@ -74,6 +74,49 @@ def test_what_is_no_pair_is_refused_in_one_line(call, files):
     assert (files / "plain" / "0.png").exists()
 
 
+def test_pairs_tell_by_what_they_were_found(call, files, capsys):
+    """Another network, number format or other steps do not give the pictures back: a note, or a refusal."""
+    call(edit, "invert", files / "pictures", files / "noises", files / "UNet.pt", "--steps", 3, "--dtype", "bf16")
+    assert "--sampler belm --steps 3 --dtype bf16\n" in capsys.readouterr().out
+    torch.manual_seed(1)
+    torch.save(UNet(UNetConfig((32, 32), (), 1)).state_dict(), files / "other.pt")
+    for network, dtype, told in (("UNet", "bf16", None), ("UNet", "fp32", "another dtype:"), ("other", "fp32", "another dtype and network:")):
+        call(inference, files / "noises", files / f"{network} {dtype}", files / f"{network}.pt", "--sampler", "belm", "--steps", 3, "--dtype", dtype)
+        said = capsys.readouterr().err
+        assert "its pictures do not come back" not in said if told is None else f"was inverted with {told} its pictures do not come back" in said
+    with pytest.raises(UserError, match="was inverted at the trailing steps, to an alpha_bar of one; leave --spacing and --last-alpha-bar out"):
+        call(inference, files / "noises", files / "out", files / "UNet.pt", "--sampler", "belm", "--steps", 3, "--spacing", "leading")
+    whole = torch.load(files / "noises" / "0.pt")
+    torch.save(whole | {"states": whole["states"][..., :8]}, files / "noises" / "0.pt")
+    with pytest.raises(UserError, match=r"1\.pt is \(2, 3, 16, 16\), but 0\.pt is \(2, 3, 16, 8\); all noises must have one size"):
+        call(inference, files / "noises", files / "out", files / "UNet.pt", "--sampler", "belm", "--steps", 3)
+
+
+def test_a_strip_that_is_no_ones_but_the_users_is_not_overwritten(call, files):
+    given, way = sorted((files / "pictures").iterdir())[:2], files / "way"
+    arguments = ["morph", *given, way, "--checkpoint", files / "UNet.pt", "--frames", 1, "--steps", 2]
+    for _ in range(2):  # its own is
+        call(edit, *arguments)
+    for name in ("strip.png", "morph.webp"):
+        (way / "strip.png").unlink(missing_ok=True)
+        (way / name).write_text("the user's")
+        with pytest.raises(UserError, match="did not make, and which is not overwritten"):
+            call(edit, *arguments)
+        assert (way / name).read_text() == "the user's"
+
+
+def test_bad_measures_are_refused_in_one_line(call, files):
+    pictures = files / "pictures"
+    arguments = ["measure", "--references", pictures, "--drawings", pictures, "--checkpoint", files / "UNet.pt", "--output", files / "e.json"]
+    with pytest.raises(UserError, match="--steps must be at least 2, not 1"):
+        call(edit, *arguments, "--steps", 1)
+    with pytest.raises(UserError, match="15x15 is no size for this network"):
+        call(edit, *arguments, "--side", 15)
+    Image.new("RGB", (8, 16)).save(files / "pictures" / "3.png")
+    with pytest.raises(UserError, match=r"3\.png is 8x16, but 0\.png is 16x16; give --side"):
+        call(edit, *arguments)
+
+
 def test_bad_pictures_are_refused_in_one_line(call, files):
     Image.new("RGB", (15, 16)).save(files / "pictures" / "3.png")
     with pytest.raises(UserError, match=r"3\.png is 15x16, but 0\.png is 16x16; give --side"):

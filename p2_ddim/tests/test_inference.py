@@ -53,6 +53,10 @@ def test_the_command_and_its_grading(call, files):
     assert code == 0 and "3 of 3 pass" in text, err
     assert json.loads((files / "grade" / "grade.json").read_text())["mean_mse"] == 0
     assert (files / "grade" / "comparison.png").exists()
+    (files / "some").mkdir()
+    Image.open(out / "00.png").save(files / "some" / "00.png")
+    code, text, err = call("p2_ddim.evaluate", out, files / "some", "--report", files / "grade")
+    assert code == 0 and "01.png, 02.png (GT has no .png of that name)" in err, err
 
 
 def test_mse_and_psnr():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2_ddim import benchmark, device, sweep
+from p2_ddim import benchmark, device, figures, sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
 from p2_ddim.diffusion import Denoiser
 from p2_ddim.figures import deviations, spectrum, variety
@@ -50,6 +50,23 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--faces", str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"none is no folder of drawn faces; python -m p2_ddim\.make_mini faces .*none --count 3000"):
         sweep.main()
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--evaluations", "0"], "--evaluations: steps must be between 1 and 1000, not 0"), (["--evaluations", "900"], "--evaluations: steps 900 do not fit"),
+    (["--truth", "2000"], "--truth must be between 1 and 1000")])
+def test_bad_flags_of_the_sweep_end_in_one_line(flags, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--measure", "distance", "--output", str(tmp_path / "s.json"), *flags])
+    with pytest.raises(UserError, match=said):
+        sweep.main()
+
+
+def test_the_sweep_of_another_network_is_not_drawn(tmp_path, capsys):
+    write_json(tmp_path / "s.json", {"distance": {"model": "ours", "rows": []}, "frechet": {"model": "another", "rows": []}})
+    assert figures.sweep_of(tmp_path / "s.json", "ours") == {"distance": {"model": "ours", "rows": []}} and not capsys.readouterr().err
+    assert figures.sweep_of(None, "mine") == {} and "p2_samplers.json is of another network: p2_samplers.png is not drawn" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such result of"):
+        figures.sweep_of(tmp_path / "none.json", "ours")
 
 
 def test_sets_of_drawn_faces_are_none_of_those_they_are_compared_with(monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 from p2_ddim.data import read_faces
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
+from p2_ddim.train import TrainConfig, parted
 from p2_ddim.training import make_optimizer
 
 TRAIN = "p2_ddim.train"
@@ -78,6 +79,10 @@ def test_a_training_goes_on_from_given_weights_of_the_same_network(call, picture
     assert code == 0, err
     ended = torch.load(tmp_path / "run" / "UNet.pt", weights_only=True)
     assert all(torch.equal(tensor, ended[name]) for name, tensor in begun.state_dict().items())
+    torch.save(UNet(UNetConfig((32, 32), (0, 1), 1)).state_dict(), tmp_path / "begun.pt")
+    code, _, err = call(TRAIN, *settings, "--output", tmp_path / "turned", "--steps", 1, "--attention", 1, 0)  # in any order
+    assert code == 0, err
+    torch.save(begun.state_dict(), tmp_path / "begun.pt")
     code, _, err = call(TRAIN, *settings, "--output", tmp_path / "other", "--steps", 2, "--widths", 32, 64)
     assert code != 0 and "another network: --widths 32 32 --attention 1 --blocks 1" in err and "Traceback" not in err
 
@@ -106,6 +111,14 @@ def test_pictures_are_cropped_to_their_middle(pictures):
     images = read_faces(pictures, 16)
     assert images.shape == (10, 16, 16, 3) and (images[0, 0, :, 0] == np.arange(2, 18)).all()
     assert (read_faces(pictures, 8)[0, 0, :, 0] == np.arange(3, 19, 2)).all()  # 2.5 becomes 3
+    assert (np.diff(read_faces(pictures, 32)[0, 0, 2:-2, 0].astype(int), 2) >= -1).all()  # enlarged smoothly
+    assert len(set(read_faces(pictures, 160)[0, 0, :, 0].tolist())) >= 16 and (read_faces(pictures, 160)[1:, 5, 5] == read_faces(pictures, 160)[1:, 5, 6]).all()
+
+
+@pytest.mark.parametrize("share, count, learned, kept", [(0.5, 10, 5, 5), (1.0, 10, 1, 9), (0.8, 2, 1, 1), (0.0, 3, 3, 3), (1.0, 1, 1, 1)])
+def test_some_pictures_are_always_left_to_learn_from(share, count, learned, kept):
+    faces, held_out = parted(torch.arange(count), TrainConfig(held_out=share))
+    assert (len(faces), len(held_out)) == (learned, kept)
 
 
 def test_bad_flags_and_pictures_end_in_one_line(call, pictures, tmp_path):

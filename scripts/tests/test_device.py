@@ -147,6 +147,14 @@ def test_nothing_of_what_failed_is_held_when_memory_is_freed(monkeypatch, fresh)
     assert alive == [[], []]
 
 
+@pytest.mark.parametrize("package", ["p2_ddim", "p3_clip_textual_inversion"])
+def test_a_measurement_that_ends_without_a_word_is_told(package, tmp_path, monkeypatch):
+    """As the system ends a process that takes all memory."""
+    module = importlib.import_module(f"{package}.benchmark")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-9, stderr="", stdout=""))
+    assert "its process ended with code -9" in call(monkeypatch, f"{package}.benchmark", "--output", tmp_path / "b.json")
+
+
 # --- which card ---
 
 @pytest.fixture
