@@ -18,7 +18,7 @@ import torch
 from .benchmark import RESULTS
 from .device import describe
 from .files import ROOT, UserError, lock, run, writable_folder
-from .inference import Job, add_arguments, all_jobs, generate, load_with_settings, states
+from .inference import Job, add_arguments, add_tries, all_jobs, generate, load_with_settings, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pareto import RESULTS as PARETO
 from .pareto import panels as pareto_panels
@@ -103,6 +103,7 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="what scripts/p1_benchmark.sh wrote; the charts are left out without it")
     parser.add_argument("--pareto", type=Path, default=PARETO, help="what p1_cfg_ddpm.pareto wrote; its chart is left out without it")
     add_arguments(parser)
+    add_tries(parser)
     args = parser.parse_args()
     model, diffusion, config, batch_size, checkpoint = load_with_settings(args)
     parameter = next(model.parameters())

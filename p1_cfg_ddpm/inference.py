@@ -207,6 +207,13 @@ def add_arguments(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1 (default: auto)")
 
 
+def add_tries(parser):
+    """The flag of the commands that draw the grader's files, or show them."""
+    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
+                        "its digit in it, for three times the work: fewer are misread, and they vary more, by the lower weight, chosen on the "
+                        "bundled network; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
+
+
 def load_with_settings(args):
     """(UNet, Diffusion, `DrawConfig`, batch size, checkpoint) that parsed arguments ask for, checked."""
     if args.student and args.checkpoint:
@@ -241,10 +248,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draws digits with the guided diffusion model, or the student of it.")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {mnistm,svhn}/{digit}_{001..}.png into")
     add_arguments(parser)
-    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
-                        "its digit in it, for three times the work: fewer are misread, and they vary more, by the lower weight, chosen on the "
-                        "bundled network; 1: never; not for students "
-                        "(default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
+    add_tries(parser)
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")

@@ -219,7 +219,7 @@ def peak_memory(device):
 def machine(device):
     """What a benchmark ran on, for its JSON."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
+    return {"device": name or platform.machine(), "kind": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
             "python": platform.python_version(), "date": date.today().isoformat()}
 
 

@@ -119,7 +119,7 @@ class Digits:
         jobs = p1.all_jobs(int(count), (domain,), (int(digit),))
         made = Made("p1_cfg_ddpm.inference", asdict(config) | {"dtype": name_of(next(model.parameters()).dtype)}, {"model": fingerprint(checkpoint)})
         command = shell("p1_infer.sh", "OUT", "--domains", domain, "--digits", digit, "--images-per-digit", len(jobs), "--guidance-weight", weight,
-                        "--seed", config.seed, *(["--student"] if student else ["--tries", 1, *self.own]))
+                        "--seed", config.seed, *(["--student"] if student else self.own), *([] if model.config.times else ["--tries", 1]))
         return watch(p1.states(model, diffusion, jobs, config), config.num_steps, [f"{job.name}.png" for job in jobs], to_uint8,
                      [made.as_json()] * len(jobs), command)
 

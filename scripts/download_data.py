@@ -31,18 +31,21 @@ def main():
     try:
         if args.archive:
             files.existing_file(args.archive, "archive")
-        args.output.mkdir(parents=True, exist_ok=True)
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make the folder {args.output}: {files.first_line(error)}")
         with files.lock(files.writable_folder(args.output)):
             archive = args.archive or download(args.output)
             kept = unpack(archive, args.output)
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"cannot make the folder {args.output}: {files.first_line(error)}")
+        fail(f"{error.filename or args.output} cannot be read or written: {files.first_line(error)}")
     for name in kept:
         print(f"what was there is kept as {name}")
     rest = "" if args.archive else f"; {archive} is no longer needed"
-    print(f"{args.output} is complete{rest}\nnext: bash scripts/p1_train.sh, with --size base on a GPU")
+    print(f"{args.output} is complete{rest}\nnext: bash scripts/p1_train.sh, on a GPU with --size base --steps 100000")
 
 
 def problems(folder):

@@ -89,8 +89,9 @@ def fetch(url, part, size):
         if (kind := answer.headers.get("Content-Type", "")).startswith("text/html"):
             raise Wrong(f"the server sent a page ({kind}) in place of the file")
         free = shutil.disk_usage(part.parent).free + (there if whole else 0)
-        if total and total - (0 if whole else there) > free:
-            raise Wrong(f"{(total - there) / 1e9:.1f} GB are still to come, but only {free / 1e9:.1f} GB are free on the disk of {part.parent}")
+        left = total and total - (0 if whole else there)
+        if left and left > free:
+            raise Wrong(f"{left / 1e9:.1f} GB are still to come, but only {free / 1e9:.1f} GB are free on the disk of {part.parent}")
         with open(part, "ab") as file, tqdm(total=total, initial=0 if whole else there, unit="B", unit_scale=True, desc=part.stem) as bar:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

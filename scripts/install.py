@@ -22,12 +22,14 @@ def is_digit_model(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path, nargs="+", metavar="PATH",
-                        help="a model.safetensors of p1_train.sh, a folder of words of p3_train.sh, or one word")
+                        help="a run of p1_train.sh or its model.safetensors, a folder of words of p3_train.sh, or one word")
     parser.add_argument("--checkpoint", default=None, help="the Stable Diffusion that words were learned with, where their files do not tell it")
     args = parser.parse_args()
     for source in args.sources:
         if not source.exists():
             fail(f"no such file or folder: {source}")
+        if (source / "model.safetensors").is_file():  # a run of p1_train.sh
+            source /= "model.safetensors"
         if source.is_file() and is_digit_model(source):
             from p1_cfg_ddpm import files, inference
 

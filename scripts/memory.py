@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from common import ROOT, run, write_whole
+from common import ROOT, read_json, run, write_whole
 from counting import counted
 from p1_cfg_ddpm import device as devices
 
@@ -297,13 +297,19 @@ def table(results, short=False):
     return "\n".join(lines)
 
 
+def show(results):
+    """Prints the tables of the two pages."""
+    for page, short in (("scripts/README.md", False), ("README.md", True)):
+        print(f"\n{page}:\n\n{table(results, short)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON (default: report/results/memory.json)")
     parser.add_argument("--render", action="store_true", help="count nothing, only print the table of the JSON")
     args = parser.parse_args()
     if args.render:
-        print(table(json.loads(args.output.read_text())))
+        show(read_json(args.output))
         return
     results = {"attention": "memory-efficient: no matrix of positions by positions", "torch": torch.__version__.split("+")[0],
                "card_gb": CARD / 1e9, "fits_gb": round(ROOM * CARD / 1e9, 2), "checks": [], "commands": []}
@@ -322,7 +328,8 @@ def main():
         results["commands"].append(row)
         print(f"{command}: {row}", flush=True)
     write_whole(args.output, json.dumps(results, indent=1) + "\n")
-    print(f"{table(results)}\nwrote {args.output}")
+    show(results)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

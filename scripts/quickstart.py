@@ -1,4 +1,4 @@
-"""Runs and grades the main job of each problem on the bundled models, and says where the pictures are.
+"""Runs and grades the main job of each problem on the bundled models (P1: on the one that is installed), and says where the pictures are.
 
 Run again, it keeps what is there and newer than the code and the data that it is made by.
 """
@@ -41,8 +41,8 @@ def play(out):
     faces = [stage("P2 1/2: draw ten faces", pictures["p2"], "p2_ddim.inference", face / "noise", out / "p2", face / "UNet.pt", "--overwrite"),
              stage("P2 2/2: grade them", [out / "p2_grade" / "comparison.png"], "p2_ddim.evaluate", out / "p2", face / "GT", "--report", out / "p2_grade",
                    after=pictures["p2"])]
-    clip = [stage("P3 1/5: classify 500 pictures by CLIP", [out / "p3_clip" / "examples.png"], "p3_clip_textual_inversion.zero_shot",
-                  "--output", out / "p3_clip")]
+    clip = [stage("P3 1/5: classify 500 pictures by CLIP", [out / "p3_zero_shot" / "examples.png"], "p3_clip_textual_inversion.zero_shot",
+                  "--output", out / "p3_zero_shot")]
     words = [stage("P3 2/5: draw with learned words", pictures["p3"], "p3_clip_textual_inversion.inference", prompts, out / "p3", "--overwrite"),
              stage("P3 3/5: grade the pictures", [out / "p3_grade" / "best.png"], "p3_clip_textual_inversion.evaluate",
                    out / "p3", prompts, "--report", out / "p3_grade", after=pictures["p3"])]
@@ -51,13 +51,13 @@ def play(out):
                stage("P3 5/5: grade them", [out / "p3_challenge_grade" / "best.png"], "p3_clip_textual_inversion.evaluate", out / "p3_challenge", challenge,
                      "--report", out / "p3_challenge_grade", after=pictures["p3_challenge"])]
     p1, p2, p3, p3_challenge = (read_json(out / f"{problem}_grade" / "grade.json") for problem in ("p1", "p2", "p3", "p3_challenge"))
-    zero_shot = read_json(out / "p3_clip" / "results.json")
+    zero_shot = read_json(out / "p3_zero_shot" / "results.json")
     try:
         rows = [("P1 guided DDPM on digits", f"accuracy {p1['mnistm']['accuracy']:.1%} MNIST-M, {p1['svhn']['accuracy']:.1%} SVHN", digits,
                  f"{out / 'p1_figures'}/p1_grid_mnistm.png, p1_grid_svhn.png"),
                 ("P2 DDIM faces (miniature)", f"mean squared error {p2['mean_mse']:.4f} (limit 20)", faces, out / "p2_grade" / "comparison.png"),
                 ("P3 CLIP zero-shot (miniature)", f"top-1 {zero_shot['top1']:.1%}, top-5 {zero_shot['top5']:.1%} of 50 classes", clip,
-                 out / "p3_clip" / "examples.png"),
+                 out / "p3_zero_shot" / "examples.png"),
                 ("P3 learned words (miniature)", f"{p3['passed']} of {p3['judged']} prompts pass", words, out / "p3_grade" / "best.png"),
                 ("P3 later challenge (miniature)", f"image score {p3_challenge['image_score']:.1f}, text score {p3_challenge['text_score']:.1f}", several,
                  out / "p3_challenge_grade" / "best.png")]
@@ -70,9 +70,10 @@ def play(out):
 
 
 def stage(title, results, name, *arguments, after=()):
-    """Runs one module of the project, unless all `results` are there and newer than its code, the bundled data and the files `after`. Its seconds."""
+    """Runs one module of the project, unless all `results` are there and newer than its code, the data and judges, and the files `after`. Its seconds."""
     print(f"\n== {title}", flush=True)
-    sources = [*(ROOT / name.split(".")[0]).rglob("*.*"), *(ROOT / "hw2_data" / "mini").rglob("*.*")]
+    data = ROOT / "hw2_data"
+    sources = [*(ROOT / name.split(".")[0]).rglob("*.*"), *(data / "mini").rglob("*.*"), *(data / "weights").glob("*"), *data.glob("digits/*/*.csv")]
     made_by = [path for path in sources if path.is_file() and "__pycache__" not in path.parts and ".cache" not in path.parts]
     newest = max(path.stat().st_mtime for path in [*made_by, *(path for path in after if path.is_file())])
     if all(path.is_file() and path.stat().st_size and path.stat().st_mtime > newest for path in results):

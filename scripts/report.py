@@ -234,7 +234,6 @@ def draw_zero_shot():
                      needed=False):
                 for model, name in COURSE_MODELS.items():
                     keep(folder / model / "results.json", REPORT / "results" / f"p3_zero_shot_{name}.json")
-                keep(folder / "models.json", REPORT / "results" / "p3_zero_shot_models.json")
                 keep(folder / model / "examples.png", REPORT / "figures" / "p3_zero_shot_course.png")
 
 
@@ -263,6 +262,10 @@ def main():
     args = parser.parse_args()
     if args.words and not (args.words / "0" / "history.json").is_file():
         fail(f"{args.words} is no folder of scripts/p3_train.sh: it has no 0/history.json")
+    if args.render and (args.words or args.only):
+        fail("--render draws nothing; leave it out to draw what --words or --only name")
+    if args.only and args.words:
+        fail("--only zero-shot draws that part alone; leave it, or --words, out")
     if args.only:
         draw_zero_shot()
     elif not args.render:

@@ -6,7 +6,7 @@ report and the trials wrote.
 
 from statistics import fmean
 
-from common import ROOT, read_json, run
+from common import ROOT, fail, read_json, run
 
 RESULTS = ROOT / "report" / "results"
 
@@ -40,7 +40,8 @@ def rows(results):
     return [
         ("P1: right among 1,000 digits, MNIST-M; SVHN (five seeds)", f"{mean(seeds, 'mnistm'):.1%}; {mean(seeds, 'svhn'):.1%}", "p1_benchmark.sh"),
         ("P1: the student of one evaluation, likewise", f"{mean(student, 'mnistm'):.1%}; {mean(student, 'svhn'):.1%}", "p1_benchmark.sh"),
-        ("P1: Fréchet distance, as many real digits = 1", f"{mean(seeds, 'mnistm', 'frechet'):.1f}; {mean(seeds, 'svhn', 'frechet'):.1f}", "p1_benchmark.sh"),
+        ("P1: Fréchet distance to real digits (others of them: 1)",
+         f"{mean(seeds, 'mnistm', 'frechet'):.1f}; {mean(seeds, 'svhn', 'frechet'):.1f}", "p1_benchmark.sh"),
         ("P1: seconds for 1,000; by the student", f"{seconds(seeds):.0f}; {seconds(student):.1f}", "p1_benchmark.sh"),
         ("P2: squared error to diffusers' references (limit 20)", f"{p2['miniature_mse']['fp32']:.4f}", "p2_benchmark.sh"),
         (f"P2: seconds a 256x256 face, full size: {face_ways}", face_seconds, "p2_benchmark.sh"),
@@ -50,7 +51,7 @@ def rows(results):
         ("P3: zero-shot top-1 of 50 unseen-style classes", f"{zero_shot['top1']:.1%}", "report.sh --only zero-shot"),
         ("P3: a learned word; its initial words; real drawings", "; ".join(f"{word[way]['image']:.0f}" for way in ("learned", "initial", "real")),
          "-m p3_clip_textual_inversion.miniature.words"),
-        ("P3: read right over real drawings: one; two in place", f"{single['over_real']:.2f}; {pair['over_real']:.2f}",
+        ("P3: read right, real drawings = 1: one; two in place", f"{single['over_real']:.2f}; {pair['over_real']:.2f}",
          "-m p3_clip_textual_inversion.miniature.scores"),
         (f"P3: pictures a second, ViT-B/32: {clip_ways}", clip_rates, "p3_benchmark.sh"),
         (f"P3: learning, times a straightforward loop: {'; '.join(faster)}", "; ".join(f"{times:.2f}" for times in faster.values()), "p3_benchmark.sh"),
@@ -59,7 +60,8 @@ def rows(results):
 
 def table(results):
     machine = results["p1_benchmark"]["machine"]
-    lines = [f"| times: {machine['threads']} cores of an {machine['device']} | measured | by |", "| --- | --- | --- |"]
+    place = machine["device"] if machine.get("kind") == "cuda" else f"{machine['threads']} cores of an {machine['device']}"
+    lines = [f"| times: {place} | measured | by |", "| --- | --- | --- |"]
     return "\n".join(lines + [f"| {what} | {number} | `{command}` |" for what, number, command in rows(results)])
 
 
@@ -198,11 +200,12 @@ def lines_of(rows):
 
 def main():
     results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
-    print(table(results))
-    for page, some in tables(results).items():
-        print(f"\n{page}:", *some, sep="\n\n")
-    for page, some in sentences(results).items():
-        print(f"\n{page}:", *some, sep="\n\n")
+    try:
+        print(table(results))
+        for page, some in [*tables(results).items(), *sentences(results).items()]:
+            print(f"\n{page}:", *some, sep="\n\n")
+    except (LookupError, TypeError) as error:
+        fail(f"{RESULTS} lacks {error}: a .json is not there, or not what its script wrote")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ def main():
     parser.add_argument("--dev", action="store_true", help="also what the tests and the miniature's builders need")
     parser.add_argument("--demo", action="store_true", help="also what the page to play with needs")
     args = parser.parse_args()
-    if sys.version_info < OLDEST_PYTHON:
-        fail(f"Python {sys.version.split()[0]} is too old; install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and run this again")
     files = [ROOT / "requirements.txt"] + [ROOT / "scripts" / f"requirements-{name}.txt" for name in ("dev", "demo") if getattr(args, name)]
     requirements = [line.split("#")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     requirements = [line for line in requirements if line]
@@ -50,10 +48,12 @@ def main():
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if os.path.exists(python) and meets(python, requirements):
         pass
-    elif not os.environ.get("VENV") and not os.path.exists(python) and meets(sys.executable, requirements):
+    elif not os.environ.get("VENV") and not os.path.exists(python) and sys.version_info >= OLDEST_PYTHON and meets(sys.executable, requirements):
         python = sys.executable
     else:
         if not has_pip(python):  # none yet, or one whose making was interrupted
+            if sys.version_info < OLDEST_PYTHON:
+                fail(f"Python {sys.version.split()[0]} is too old; install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and run this again")
             make_venv(venv)
         install(python, files)
         if not meets(python, requirements):

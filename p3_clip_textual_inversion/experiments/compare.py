@@ -1,5 +1,6 @@
 """What learning a word is worth: the same prompts and noises with the learned word, with the words it started from, and with untrained words.
 
+    bash scripts/p3_train.sh --output runs/p3        # likewise with --seed 1 --output runs/p3_seed1, and 2
     python -m p3_clip_textual_inversion.experiments.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2
 
 writes report/results/p3_compare.json and figures/p3_compare.png.

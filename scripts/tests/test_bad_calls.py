@@ -96,7 +96,7 @@ def test_a_damaged_result_stops_the_benchmarks_table(tmp_path, monkeypatch, cont
 def test_a_damaged_grade_stops_the_quickstarts_table(tmp_path, monkeypatch, content, said):
     quickstart = importlib.import_module("quickstart")
     monkeypatch.setattr(quickstart, "stage", lambda *_, **__: 0.0)
-    for folder, name in (("p1_grade", "grade"), ("p2_grade", "grade"), ("p3_grade", "grade"), ("p3_challenge_grade", "grade"), ("p3_clip", "results")):
+    for folder, name in (("p1_grade", "grade"), ("p2_grade", "grade"), ("p3_grade", "grade"), ("p3_challenge_grade", "grade"), ("p3_zero_shot", "results")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.json").write_text(content)
     code = refused(quickstart, monkeypatch, "--output", tmp_path)

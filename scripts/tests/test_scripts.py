@@ -156,11 +156,18 @@ def test_setup_finds_a_torchvision_of_another_build(setup, monkeypatch, tmp_path
     assert not capsys.readouterr().out
 
 
-def test_setup_refuses_an_old_python(setup, monkeypatch):
+def test_setup_makes_no_environment_by_an_old_python(setup, monkeypatch, tmp_path, capsys):
+    """One that is there already has a Python of its own."""
     monkeypatch.setattr(setup.sys, "argv", ["setup.py"])
     monkeypatch.setattr(setup, "OLDEST_PYTHON", (99, 0))
+    monkeypatch.setenv("VENV", str(tmp_path / "venv"))
     with pytest.raises(SystemExit, match=r"is too old; install Python 99\.0 or newer"):
         setup.main()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").touch()
+    monkeypatch.setattr(setup, "meets", lambda python, _: python == tmp_path / "venv" / "bin" / "python")
+    setup.main()
+    assert capsys.readouterr().out == f"{tmp_path / 'venv' / 'bin' / 'python'}\n"
 
 
 def test_setup_refuses_a_full_disk(setup, monkeypatch, tmp_path):
