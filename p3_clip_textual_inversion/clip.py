@@ -87,6 +87,8 @@ def check_clip(name, pretrained=None):
     """A `UserError` for what `load_clip` cannot find, before anything is loaded."""
     path = Path(name)
     if path.is_file() or any((path / config).is_file() for config in ("open_clip_config.json", "config.json")):
+        if pretrained:
+            raise UserError(f"{name} has weights of its own; leave --pretrained {pretrained} out, or name a model of open_clip in its place")
         return
     known = open_clip_name(name)
     if known not in open_clip.list_models():

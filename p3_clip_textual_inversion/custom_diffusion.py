@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from .files import UserError
+from .files import UserError, note
 from .tensors import check_numbers, read_tensors, save_tensors
 
 
@@ -22,6 +22,14 @@ def set_projections(unet, weights):
     """Puts what `weights_of` or `read_projections` gave into a UNet."""
     for name, module in projections(unet).items():
         module.weight.data.copy_(weights[name])
+
+
+def tell_projections(given, origin):
+    """A note where words learned together with projections, and none are `given` to draw with. origin: {word: (its file, its metadata)}"""
+    words = [word for word, (_, metadata) in origin.items() if metadata.get("custom_diffusion") == "True"]
+    if words and not given:
+        note(f"{', '.join(words)} learned together with projections (--custom-diffusion): without them, which inference's --projections takes, they show less "
+             "of their concepts")
 
 
 def save_projections(path, weights, metadata=None):

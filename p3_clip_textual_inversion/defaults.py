@@ -36,6 +36,16 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Custom:
+    """Custom Diffusion, where it differs from `Learning`."""
+    steps: int
+    batch_size: int
+    lr: float
+    min_snr_gamma: float
+    pull: float
+
+
+@dataclass(frozen=True)
 class LowRank:
     """LoRA with pivotal tuning, where it differs from `Learning`."""
     lora: int  # the rank
@@ -62,10 +72,11 @@ class Defaults:
     side: int  # of its pictures, in pixels
     medium: str  # what its pictures are called in captions
     input: Path  # the concepts to learn and to draw
-    templates: dict  # {"object" or "style": captions to learn with}
+    templates: dict  # {"object" or "style": captions to learn with, the last of which is the plainest, for samples and ordinary pictures}
     ordinary: tuple  # things that a prior is drawn of, none that a prompt has
     drawing: Drawing
     learning: Learning
+    custom: Custom
     low_rank: LowRank
     several: Several
     judge: str  # the CLIP that grades its pictures
@@ -86,6 +97,7 @@ MINIATURE = Defaults(
         min_snr_gamma=0.5,  # measured, likewise: what it draws is decided under more noise than a loss that weighs all noise alike listens to
         style_pull=0.3,  # measured on two styles, of the way from the initial words: 0.55 goes 0.04, 0.3 0.38, 0 0.15 (lr 3e-3, gamma 0.1, 150 steps)
         lr_projections=1e-4, prior=48),
+    custom=Custom(steps=500, batch_size=8, lr=3e-3, min_snr_gamma=5.0, pull=0.0),  # measured by its forerunner
     low_rank=LowRank(  # measured on a penguin: on an earlier miniature, where three seeds of these went 0.85 to 0.91 of the way; on this one
         lora=8, steps=400, lr_lora=4e-3, pivot=0.3, hold=0.9999),  # 0.86, 0.85; ordinary prompts move by 2.8 grey levels: p3_words.json, p3_lora.json
     several=Several(
@@ -102,10 +114,10 @@ MINIATURE = Defaults(
 SD_V1 = Defaults(
     key="sd_v1", name="Stable Diffusion v1", side=512, medium="photo", input=DATA / "textual_inversion" / "input.json",
     templates={  # of Gal et al. 2023, whose list diffusers' example has
-        "object": ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of a clean {}", "a photo of my {}",
-                   "a close-up photo of a {}", "a bright photo of the {}", "a good photo of the {}", "a photo of one {}"),
-        "style": ("a painting in the style of {}", "a rendering in the style of {}", "a picture in the style of {}", "a cropped painting in the style of {}",
-                  "a close-up painting in the style of {}", "a nice painting in the style of {}")},
+        "object": ("a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of a clean {}", "a photo of my {}",
+                   "a close-up photo of a {}", "a bright photo of the {}", "a good photo of the {}", "a photo of one {}", "a photo of a {}"),
+        "style": ("a rendering in the style of {}", "a picture in the style of {}", "a cropped painting in the style of {}",
+                  "a close-up painting in the style of {}", "a nice painting in the style of {}", "a painting in the style of {}")},
     ordinary=("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
     drawing=Drawing(
         sampler="dpmpp_2m", steps=15,  # Lu et al. 2022: guided samples of high quality in 15 to 20 steps; 15 keep a hundred pictures within five minutes
@@ -118,6 +130,10 @@ SD_V1 = Defaults(
         style_pull=0.0,  # published trainings have none
         lr_projections=4e-5,  # Kumari et al. 2023: 1e-5 for each picture of the batch
         prior=200),  # Kumari et al. 2023
+    custom=Custom(
+        steps=500, batch_size=4,  # Kumari et al. 2023: 250 steps of eight pictures; at 4 they fit into 11 GB
+        lr=4e-5,  # likewise: 1e-5 for each picture of the batch, of the word as of the projections
+        min_snr_gamma=5.0, pull=0.0),
     low_rank=LowRank(
         steps=2000, pivot=0.5,  # lora-diffusion's examples of pivotal tuning (Ryu 2022): 1,000 steps for the word, 1,000 for the weights
         lora=4, lr_lora=1e-4,  # likewise

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .custom_diffusion import tell_projections
 from .files import ROOT, UserError, atomic_path
 from .formats.words import gather, read_words, word_files
 from .lora import ENDING, lora_file, read_lora
@@ -231,6 +232,7 @@ def install(source, name=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() and not ((there := read_embedding(target))[1].equal(rows) and there[2] == told):
             keep_replaced(target)
+        tell_projections(None, {word: (path, told)})
         save_embedding(target, word, rows, told)
         installed += [target, *install_lora(lora_file(path), lora_file(target))]
     return installed

@@ -80,6 +80,12 @@ def judge_of(row, args, dtype=torch.float32, device="cpu"):
     return grader
 
 
+def row_that_drew(made):
+    """The `Defaults` of the model that drew pictures of this project, by its name in what made them; None for other pictures."""
+    model = str(made and made["made_of"].get("model"))
+    return next((row for row in ROWS if model.startswith(f"{row.key}-")), None)
+
+
 def pictures_of(entry, args):
     """The paths of each prompt's pictures, a list of lists: exactly as many as the course's grader asks for, or all that an entry of the challenge has."""
     if entry.challenge:
@@ -130,7 +136,7 @@ def main():
     all_paths = [path for _, _, paths in jobs for path in paths]
     made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": entry.prompts[k], "token": entry.token}
                                                for entry, k, paths in jobs for path in paths})
-    row = row_of(min(read_picture(all_paths[0]).size))
+    row = row_that_drew(made) or row_of(min(read_picture(all_paths[0]).size))
     report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
     dtype = pick_dtype(args.dtype, device)
     print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)

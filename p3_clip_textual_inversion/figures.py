@@ -18,8 +18,8 @@ from .concepts import read_concepts
 from .data import example_pictures
 from .defaults import input_of
 from .device import progress
-from .embedding import add_words, expand, nearest_words, read_embeddings
-from .files import ROOT, UserError, first_line, lock, read_json, run, writable_folder
+from .embedding import add_words, expand, file_of, nearest_words, read_embedding, read_embeddings
+from .files import ROOT, UserError, first_line, lock, note, read_json, run, writable_folder
 from .inference import add_arguments, generate, load, settings_of
 from .model import MINI_SD
 from .pictures import chart, read_picture, save_image, sheet
@@ -91,6 +91,12 @@ def main():
     concepts = read_concepts(args.input)
     vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
+    for concept in concepts:
+        path = file_of(args.runs, concept.token)
+        told = read_embedding(path)[2] if path.is_file() else {}
+        beside = next((name for name in ("lora", "custom_diffusion") if told.get(name, "0") not in ("0", "False")), None)
+        if beside:
+            note(f"{concept.token} learned together with weights (--{beside.replace('_', '-')}), which these figures leave out; p3_infer.sh draws with them")
     examples = {concept.number: example_pictures(concept.folder) for concept in concepts}
     with lock(writable_folder(args.output), "-p3_figures"):
         draw_figures(args, config, device, concepts, vectors, runs, examples)

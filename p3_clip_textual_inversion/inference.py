@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .concepts import read_entries, refuse_examples
-from .custom_diffusion import read_projections, set_projections
+from .custom_diffusion import read_projections, set_projections, tell_projections
 from .defaults import SD_V1, add_argument, fill_in, row_of
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
@@ -214,11 +214,13 @@ def main():
     args.words, missing = args.embeddings or [], [token for token in tokens if token not in own]
     if missing and not args.words:
         args.words = [str(find_words(model, learn(missing)))]
-    vectors, initials, origin = gather(args.words, missing, texts, args.width, model, learn, bool(args.embeddings)) if args.words else ({}, {}, {})
+    asked = [token for token in tokens if token in missing or any(str(words).startswith(f"{token}=") for words in args.words)]
+    vectors, initials, origin = gather(args.words, asked, texts, args.width, model, learn, bool(args.embeddings)) if args.words else ({}, {}, {})
     args.words += [args.checkpoint] if own.keys() - vectors.keys() else []
     vectors = own | vectors
     if args.projections:
         existing_file(args.projections, "projections")
+    tell_projections(args.projections, origin)
     args.loras = find_loras(args.lora, origin) if args.lora_scale else {}
     told = {path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}
     lines = [f"words: {', '.join(tokens)} of {', '.join(args.words)}", *(f"weights of low rank: {path}" for path in args.loras.values())]

@@ -76,9 +76,7 @@ def make_sources(parts, concepts, config, row, side, drawing):
     sources, subjects = [], []
     for concept in concepts:
         rng, folder, kind = np.random.default_rng(config.seed), concept.folder, kind_of(concept, config.kind)
-        pictures, skipped = read_pictures(folder)
-        if skipped:
-            print(f"note: left out what is no picture: {', '.join(skipped)}")
+        pictures = read_pictures(folder)[0]
         squares = torch.cat([varied(picture, side, config.crops, rng) for picture in pictures.values()])
         own = read_captions(folder, pictures, concept.token)
         captions = [text for text in own for _ in range(config.crops)] if own else [template.format(concept.token) for template in row.templates[kind]]

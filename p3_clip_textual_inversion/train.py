@@ -11,6 +11,7 @@ itself.
 import argparse
 import hashlib
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .custom_diffusion import save_projections, weights_of
 from .data import read_captions
 from .defaults import fill_in, input_of, of_model, row_of
 from .embedding import add_words, check_files, expand, file_of, initial_rows, model_name, save_embedding
-from .files import UserError, atomic_path, check_flags, run, writable_file, writable_folder, write_json
+from .files import UserError, atomic_path, check_flags, note, run, writable_file, writable_folder, write_json
 from .formats.identity import identify, weights_fingerprint
 from .inference import DrawConfig, generate
 from .lora import lora_file, save_kohya, save_lora
@@ -65,7 +66,7 @@ class TrainConfig:
     min_snr_gamma: float = setting(None, "min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; 0: all alike "
                                    + of_model("learning", "min_snr_gamma"), type=float)
     joint: bool = setting(False, "learn all concepts in one run, also from pictures of two side by side")
-    custom_diffusion: bool = setting(False, "also learn the key and value projections of the cross-attentions")
+    custom_diffusion: bool = setting(False, "also learn the key and value projections of the cross-attentions, at steps and rates of their own (defaults.py)")
     lr_projections: float = setting(None, f"peak learning rate of those {of_model('learning', 'lr_projections')}", type=float)
     lora: int = setting(0, "also learn weights of low rank in the cross-attentions, and for as many --steps as they need; without the flag the word "
                         f"alone, without RANK the model's {of_model('low_rank', 'lora')}", type=int, nargs="?", metavar="RANK")
@@ -238,8 +239,30 @@ def export(run, results, concepts, config, parts):
         save_embedding(path, concept.token, rows, metadata)
 
 
-def parse_args():
-    """(`TrainConfig`, all arguments, the model's `Defaults`, its name, a line that tells them)"""
+def fill_in_learning(args, row):
+    """Gives parsed arguments what the model's row says of the chosen way to learn; returns a line that tells it. Notes flags that do nothing in it."""
+    ways = {"custom_diffusion": ("lr_projections",), "lora": ("lr_lora", "pivot", "hold")}
+    idle = [name for way, names in ways.items() if not getattr(args, way) and getattr(args, way) is not None for name in names]
+    idle += ["prior"] if len(idle) == 4 else []
+    for name in idle:
+        if getattr(args, name) is not None:
+            owners = " or ".join(f"--{way.replace('_', '-')}" for way, names in ways.items() if name in names or name == "prior")
+            note(f"--{name.replace('_', '-')} does nothing without {owners}")
+    used = vars(row.learning) | (vars(row.custom) if args.custom_diffusion else {}) | (vars(row.low_rank) if args.lora != 0 else {})
+    told = fill_in(args, SimpleNamespace(**{name: value for name, value in used.items() if name not in idle}))
+    fill_in(args, SimpleNamespace(**used))
+    return told
+
+
+def learning_of(flags, row):
+    """The arguments that flags, a text, mean with a model's row of the table."""
+    args = make_parser().parse_args(shlex.split(flags))
+    fill_in_learning(args, row)
+    return args
+
+
+def make_parser():
+    """All flags; those that depend on the model have no default yet."""
     parser = argparse.ArgumentParser(description="Learns words for concepts by textual inversion.", formatter_class=HelpFormatter)
     parser.add_argument("input", type=Path, nargs="?", default=None, metavar="INPUT_JSON",
                         help="the concepts, pictures in 0/, 1/, ... beside it, or in concept_image/ (default: the model's, see defaults.py)")
@@ -251,11 +274,17 @@ def parse_args():
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between two rows of sample pictures; 0 for none")
+    return parser
+
+
+def parse_args():
+    """(`TrainConfig`, all arguments, the model's `Defaults`, its name, a line that tells them)"""
+    parser = make_parser()
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     identity = identify(args.checkpoint)
     row = row_of(identity.side)
-    told = fill_in(args, row.learning if args.lora == 0 else SimpleNamespace(**vars(row.learning) | vars(row.low_rank)))
+    told = fill_in_learning(args, row)
     name = model_name(row, identity)
     args.input, args.weights = input_of(args.input, row.input), weights_fingerprint(args.checkpoint)
     config = configured(TrainConfig, args)
@@ -277,8 +306,11 @@ def main():
     accelerator.print(told + "".join(f"\n{c.token} ({kind_of(c, config.kind)}) begins as {c.src_image!r}" for c in concepts if config.init == "src_image"))
     started = time.perf_counter()
     groups = [concepts] if config.joint else [[concept] for concept in concepts]
+    scaler = accelerator.scaler and accelerator.scaler.state_dict()
     with held(accelerator, args.output), guarded(ADVICE):
         for group in groups:
+            if scaler:  # as if each were learned by itself
+                accelerator.scaler.load_state_dict(scaler)
             learn(group, config, args, row, name, accelerator, dtype)
     flag = ""
     if config.custom_diffusion:

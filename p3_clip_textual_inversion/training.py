@@ -265,7 +265,8 @@ class Log:
     history: rows {"step", "loss", ...} so far, which a state keeps and a resumed run goes on with."""
 
     def __init__(self, accelerator, folder, title, args, step, history):
-        self.accelerator, self.folder, self.history, self.batch_size = accelerator, folder, history, args.batch_size
+        self.accelerator, self.folder, self.history = accelerator, folder, history
+        self.batch_size = args.batch_size * getattr(args, "accumulate", 1)
         self.first, self.before, self.started = step, history[-1].get("seconds", 0.0) if history else 0.0, time.perf_counter()
         if args.report_to != "none":
             accelerator.init_trackers(title.replace(" ", "_"), {name: str(value) for name, value in vars(args).items()})

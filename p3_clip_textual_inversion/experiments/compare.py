@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from ..concepts import read_concepts
+from ..custom_diffusion import tell_projections
 from ..data import example_pictures
 from ..defaults import input_of
 from ..device import progress
@@ -111,6 +112,8 @@ def main():
     concepts = read_concepts(args.input)
     found = [gather([folder], [concept.token for concept in concepts]) for folder in args.learned]
     learned = [vectors for vectors, *_ in found]
+    for *_, origin in found:
+        tell_projections(None, origin)
     args.loras = {f"learned ({folder})": files for folder, (*_, origin) in zip(args.learned, found) if (files := find_loras((), origin))}
     for name in ("results", "figures"):
         writable_folder(args.output / name)

@@ -36,6 +36,7 @@ from ..measures import DRAWS, percentiles
 from ..model import MINI_SD
 from ..pictures import picture_files, read_picture, save_image, sheet
 from ..provenance import HelpFormatter, Made, batches_with, claim
+from ..train import learning_of
 from .dino import read_dino, stand_in
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 
@@ -112,7 +113,7 @@ def draw_plain(args, config, device, model, texts):
     # the name that pictures have which were drawn before there was this room
     made = Made("p3_clip_textual_inversion.dreambench", config.told(), {"model": model, "weights": weights_fingerprint(args.checkpoint)})
     own = {plain_path(Path(), text, i).as_posix(): {"prompt": text, "number": i} for text in texts for i in range(args.num_images)}
-    there = claim(folder, made, own, config.batch_size, {"checkpoint": args.checkpoint})
+    there = claim(folder, made, own, config.batch_size, {"checkpoint": args.checkpoint}, args.overwrite)
     names = [name for batch in batches_with(own.keys() - there, list(own), config.batch_size) for name in batch]
     if not names:
         return
@@ -141,14 +142,14 @@ def announce(args, config, device, row, tasks, pairs, texts):
     prompts = [texts[i % len(texts)] for i in range(batch)]
     work = work_of(parts, prompts, prompts, config)
     measured = [measure(one, device) for _, one in work]
-    given = shlex.split(args.learn)
-    steps = next((int(given[i + 1]) for i, flag in enumerate(given[:-1]) if flag == "--steps" and given[i + 1].isdigit()), row.learning.steps)
+    learned = learning_of(args.learn, row)
+    steps, at_once = learned.steps, learned.batch_size
     if None in measured:
         print(f"{told}; a batch does not fit into memory: no time is estimated", flush=True)
     else:
         step, decoding = (seconds for seconds, _ in measured)
         drawing = to_draw / batch * (config.num_steps * step + decoding)
-        learning = len(to_learn) * steps * step * row.learning.batch_size / (2 * batch) * LEARNING
+        learning = len(to_learn) * steps * step * at_once / (2 * batch) * LEARNING
         print(f"{told}: about {minutes(learning + drawing)} minutes in all ({minutes(learning)} to learn, {steps} steps each)", flush=True)
     del parts, work
     free_memory()
@@ -276,6 +277,7 @@ def parse_args():
     parser.add_argument("--learn", default="", metavar="FLAGS", help='for p3_train, such as "--lora" or "--steps 500" (in quotes)')
     parser.add_argument("--draw", default="", metavar="FLAGS", help="for p3_infer, in quotes, when it draws learned words")
     parser.add_argument("--regions", choices=["auto", "none"], default="auto", help="of pairs, as of p3_infer: each subject in its place, or words alone")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
     parser.add_argument("--dino", default=None, metavar="FILE", help=f"DINO ViT-S/16, of timm or Facebook; none: without (default: from the hub; for "
                         f"{MINIATURE.name} its CLIP's image tower stands in)")
     parser.add_argument("--report", type=Path, default=None, help="folder for results/p3_dreambench.json and figures/p3_dreambench.png (default: OUT/report)")
@@ -309,6 +311,8 @@ def main():
     pairs = [Task(p.subjects, p.nouns, p.prompts, args.prompts, args.output / f"pairs{'_regions' if args.regions == 'auto' else ''}") for p in pairs]
     config, device, row, model = settings_of(args)
     args.miniature = row is MINIATURE
+    if learning_of(args.learn, row).custom_diffusion:
+        raise UserError("--learn --custom-diffusion learns projections for each subject, of which a picture can have one; p3_several.sh merges them")
     grader = judge_of(row, args, device=device)
     eye = None if args.dino == "none" else stand_in(grader) if args.miniature and args.dino is None else read_dino(args.dino, device)
     print(f"subjects are told by {eye.name if eye else 'CLIP alone'}", flush=True)
@@ -326,11 +330,11 @@ def main():
         call("train", inputs, "--checkpoint", args.checkpoint, "--output", args.output / "words", "--kind", "object", "--sample-every", 0, *common,
              *shlex.split(args.learn))
         drawing = ("--sampler", config.sampler, "--steps", config.num_steps, "--guidance-weight", config.guidance_weight, "--batch-size", config.batch_size,
-                   "--num-images", args.num_images, "--embeddings", args.output / "words", *common, *shlex.split(args.draw))
+                   "--num-images", args.num_images, "--embeddings", args.output / "words", *common, *["--overwrite"] * args.overwrite,
+                   *shlex.split(args.draw))
         call("inference", inputs, args.output / "pictures", args.checkpoint, *drawing)
         if pairs:
-            places = ("--regions", "auto") if args.regions == "auto" else ()
-            call("inference", pair_inputs, args.output / pairs[0].folder.name, args.checkpoint, *drawing, *places)
+            call("inference", pair_inputs, args.output / pairs[0].folder.name, args.checkpoint, *drawing, "--regions", args.regions)
         results, lines = measured(args, name, tasks, pairs, grader, eye)
     settings = {"sampler": config.sampler, "num_steps": config.num_steps, "guidance_weight": config.guidance_weight, "seed": args.seed,
                 "learn": args.learn, "draw": args.draw, "regions": args.regions, "model": model}

@@ -25,6 +25,7 @@ from p3_clip_textual_inversion.formats import identity
 from p3_clip_textual_inversion.formats.identity import identify, weights_fingerprint
 from p3_clip_textual_inversion.miniature.world import STYLES, words
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
+from p3_clip_textual_inversion.pictures import save_image
 from p3_clip_textual_inversion.train import pull_of_step
 
 PACKAGE = "p3_clip_textual_inversion"
@@ -165,6 +166,54 @@ def test_the_rows_differ_where_the_models_do():
     assert MINIATURE.several.other_styles == tuple(map(words, STYLES)) and (SD_V1.judge, SD_V1.judge_weights) == ("ViT-B-32-quickgelu", "openai")
     for row in ROWS:
         assert set(row.templates) == {"object", "style"} and all("{}" in template for group in row.templates.values() for template in group)
+
+
+def test_each_way_to_learn_has_settings_of_its_own(call, concepts_json, tiny_sd, tmp_path):
+    """Custom Diffusion's published rates are a twelfth of textual inversion's; flags of another way do nothing, which is said."""
+    assert (SD_V1.custom.steps, SD_V1.custom.lr, SD_V1.custom.pull) == (500, 1e-5 * SD_V1.custom.batch_size, 0.0)
+    assert SD_V1.learning.lr_projections == SD_V1.custom.lr
+    tiny = [concepts_json, "--checkpoint", tiny_sd, "--concepts", 1, "--steps=1", "--crops=1", "--vectors=1", "--sample-every=0", "--dtype=fp32"]
+    code, out, err = call(f"{PACKAGE}.train", *tiny, "--output", tmp_path / "plain", "--batch-size=1", "--lr-lora=1", "--prior=7", "--pivot=0.5")
+    assert code == 0 and "lr 0.005" in out and "prior" not in out and "lr-projections" not in out, err
+    assert "note: --lr-lora does nothing without --lora\n" in err and "note: --prior does nothing without --custom-diffusion or --lora\n" in err
+    code, out, err = call(f"{PACKAGE}.train", *tiny, "--output", tmp_path / "custom", "--custom-diffusion", "--prior=1", "--lr-lora=1", "--validate-every=9")
+    assert code == 0 and "batch-size 8, lr 0.003, vectors 1 (by flag), min-snr-gamma 5.0" in out and "prior 1 (by flag)" in out, out + err
+    assert "note: --lr-lora does nothing without --lora\n" in err and "--prior does nothing" not in err
+    assert float(read_embedding(tmp_path / "custom" / "new2.safetensors")[2]["pull"]) == 0.0
+    save_embedding(tmp_path / "custom" / "new1.safetensors", "<new1>", torch.ones(1, 32))
+    drawing = [concepts_json, tmp_path / "out", tiny_sd, "--embeddings", tmp_path / "custom", "--num-images=1", "--steps=1", "--dtype=fp32"]
+    code, _, err = call(f"{PACKAGE}.inference", *drawing)
+    assert code == 0 and "<new2> learned together with projections (--custom-diffusion): without them" in err, err
+    code, _, err = call(f"{PACKAGE}.inference", *drawing, "--overwrite", "--projections", tmp_path / "custom" / "1" / "projections.safetensors")
+    assert code == 0 and "learned together with projections" not in err, err
+
+
+def test_plain_captions_are_the_last():
+    assert [row.templates[kind][-1].format("cat") for row in ROWS for kind in ("object", "style")] == [
+        "a drawing of a cat", "a drawing of a thing in the style of cat", "a photo of a cat", "a painting in the style of cat"]
+
+
+def test_a_judge_that_has_weights_of_its_own_takes_no_others(tiny_clip, tmp_path):
+    (tmp_path / "ViT-B-32.pt").write_bytes(b"weights")
+    for name in (tiny_clip, tmp_path / "ViT-B-32.pt"):
+        with pytest.raises(UserError, match=r"has weights of its own; leave --pretrained openai out"):
+            check_clip(str(name), "openai")
+
+
+@pytest.mark.parametrize("made, side, expected", [("sd_v1-0123456789ab-0123456789ab", 128, SD_V1), ("miniature-0123456789ab-0123456789ab", 256, MINIATURE),
+                                                  (None, 128, MINIATURE), (None, 512, SD_V1)])
+def test_the_judge_is_of_the_model_that_drew(call, concepts_json, tmp_path, monkeypatch, made, side, expected):
+    """Whatever size it drew in; of other programs' pictures the size tells."""
+    asked = []
+    monkeypatch.setattr(f"{PACKAGE}.evaluate.judge_of", lambda row, *_: asked.append(row) or (_ for _ in ()).throw(UserError("stop here")))
+    for concept, k in (("0", 0), ("0", 1), ("1", 0)):
+        prompt, word = [("a <new1> on a hill", "<new1>"), ("two <new1>", "<new1>"), ("a house in the style of <new2>", "<new2>")][int(concept) * 2 + k]
+        path = tmp_path / "out" / concept / str(k) / f"source{concept}_prompt{k}_0.png"
+        path.parent.mkdir(parents=True)
+        told = made and {"program": f"{PACKAGE}.inference", "settings": {}, "made_of": {"model": made}, "of": {"prompt": prompt, "token": word}}
+        save_image(np.zeros((side, side, 3), np.uint8), path, told)
+    code, _, err = call(f"{PACKAGE}.evaluate", tmp_path / "out", concepts_json, "--num-images=1")
+    assert code == 1 and "stop here" in err and asked == [expected], err
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

@@ -169,7 +169,7 @@ def test_the_bundled_stand_in_is_named_as_one():
 
 def test_a_missing_picture_of_a_classs_name_is_drawn_in_its_batch(tiny_sd, tmp_path, monkeypatch):
     """And those beside it, which are there, stay."""
-    args = types.SimpleNamespace(checkpoint=str(tiny_sd), output=tmp_path, num_images=1)
+    args = types.SimpleNamespace(checkpoint=str(tiny_sd), output=tmp_path, num_images=1, overwrite=False)
     texts, asked = ["a cat", "a dog", "a bus"], []
     monkeypatch.setattr(dreambench, "generate", lambda parts, prompts, *rest, **options: asked.append(prompts) or generate(parts, prompts, *rest, **options))
 
@@ -211,3 +211,19 @@ def test_from_pictures_to_the_table_and_again(call, tiny_sd, tiny_clip, tmp_path
     code, out, err = call(dreambench.__name__, *[argument for argument in line if argument != "dog"])
     assert code == 0 and len(before) == 6 and "1 subjects, 0 to learn; 2 pictures, 0 to draw: all is there" in out, err
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    called.clear()
+    code, _, err = call(dreambench.__name__, *line, "--regions", "none")  # by words alone: a prompts.json would have regions unasked
+    assert code == 0 and [arguments.split(" --regions ")[1] for _, arguments in called if "--regions" in arguments] == ["none"], err
+    code, _, err = call(dreambench.__name__, *line, "--steps", 2)
+    assert code == 1 and "was made otherwise" in err
+    code, _, err = call(dreambench.__name__, *line, "--steps", 2, "--overwrite")
+    assert code == 0, err
+    code, _, err = call(dreambench.__name__, *line[:-2], "--learn=--custom-diffusion")
+    assert code == 1 and "--learn --custom-diffusion learns projections for each subject" in err
+
+
+@pytest.mark.parametrize("flags, steps, batch_size", [
+    ("", 300, 16), ("--lora", 400, 16), ("--lora 4 --steps=7", 7, 16), ("--batch-size 3 --custom-diffusion", 500, 3)])
+def test_what_learning_takes_is_told_of_the_way_that_is_chosen(flags, steps, batch_size):
+    learned = dreambench.learning_of(flags, dreambench.MINIATURE)
+    assert (learned.steps, learned.batch_size) == (steps, batch_size)

@@ -172,14 +172,15 @@ def test_a_model_that_has_the_word_already(call, places, tiny_sd):
     path.write_text(json.dumps({"0": json.loads(path.read_text())["0"]}))
     arguments = [a.format(t=places, sd=places / "sd") for a in ARGUMENTS["inference"]]
     pictures = {}
-    for name, flags in (("given", ["--embeddings", places / "words"]), ("own", []), ("again", ["--embeddings", places / "rows"])):
+    one = ["--embeddings", f"<new1>={places / 'words' / '1.safetensors'}"]
+    for name, flags in (("given", ["--embeddings", places / "words"]), ("named", one), ("own", []), ("again", ["--embeddings", places / "rows"])):
         if name == "again":
             save_embedding(places / "rows" / "new1.safetensors", "<new1>", rows) if (places / "rows").mkdir() is None else None
         code, out, err = call(f"{PACKAGE}.inference", arguments[0], places / name, *[a for a in arguments[2:] if not a.startswith("--embeddings")], *flags)
         assert code == 0, err
         pictures[name] = (places / name / "0" / "0" / "source0_prompt0_0.png")
-    given, own, again = (np.asarray(Image.open(path)) for path in pictures.values())
-    assert (own == again).all() and (own != given).any()
+    given, named, own, again = (np.asarray(Image.open(path)) for path in pictures.values())
+    assert (own == again).all() and (own != given).any() and (named == given).all()
     code, out, err = call(f"{PACKAGE}.redraw", pictures["own"], "--output", places / "redrawn.png")
     assert code == 0 and "byte for byte" in out, out + err
     code, _, err = call(f"{PACKAGE}.train", *(a.format(t=places, sd=places / "sd") for a in ARGUMENTS["train"]))

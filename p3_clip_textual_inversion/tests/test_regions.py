@@ -94,7 +94,7 @@ PROMPTS = ["a dog next to a red car", "a cat on the hill", "a red car and a dog"
 
 
 def pictures(parts, batch_size, prompts=PROMPTS, **options):
-    config = DrawConfig(num_steps=3, guidance_weight=2.0, batch_size=batch_size, **options)
+    config = DrawConfig(**{"num_steps": 3, "guidance_weight": 2.0, "batch_size": batch_size} | options)
     return list(generate(parts, prompts, [str(PROMPTS.index(prompt)) for prompt in prompts], config, plans_of(prompts, config, {"dog": 1})))
 
 
@@ -112,6 +112,13 @@ def test_without_regions_nothing_is_touched(parts):
     stock = [module.processor for name, module in parts.unet.named_modules() if name.endswith("attn2")]
     pictures(parts, 4, regions=AUTO)
     assert stock == [module.processor for name, module in parts.unet.named_modules() if name.endswith("attn2")]  # and put back
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_few_steps_that_begin_late_are_watched_at_the_first(parts, steps):
+    """DDIM's four leading steps begin at t = 751, where none is watched otherwise."""
+    drawn, plain = (pictures(parts, 4, regions=regions, sampler="ddim", num_steps=steps) for regions in (AUTO, ()))
+    assert len(drawn) == len(PROMPTS) and (steps == 1 or (drawn[2] != plain[2]).any())
 
 
 def test_the_attention_of_the_first_steps_places_what_no_word_does(parts, monkeypatch):
