@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import load_digits
-from .device import DTYPES, describe, name_of, pick_device, pick_dtype, progress, use_tf32
+from .device import DTYPES, autocast, describe, name_of, pick_device, pick_dtype, progress, use_tf32
 from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
@@ -292,7 +292,7 @@ def main():
 
     def loss_of(index):
         x = augment(to_model(images[index]), generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             logits = model(x)
         return F.cross_entropy(logits.float(), digit[index], label_smoothing=0.05)
 

@@ -37,7 +37,7 @@ from .diffusion import Distilled, Guided
 from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, save_model
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, script_line
 from .samplers import SAMPLERS, ddim, finish, steps_at
 from .state import add_row, data_fingerprint, held, load_state, refuse_others, settings_of
 from .tensors import is_plain, read_tensors
@@ -279,7 +279,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     log.close()
     refuse_nothing(run, args)
     path = export(run, args, diffusion, folder, stage)  # also where nothing was left to learn: the run may have been killed before it
-    print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+    print(f"wrote {path} after {run.step} steps\nnext: {script_line('p1_infer.sh', 'out/p1', '--checkpoint', path)}")
 
 
 def read_inputs(args, state_file):

@@ -17,7 +17,7 @@ from torch import nn
 
 from .classifier import add_training_arguments, augment, check_training_arguments, is_there, train_in_one_cycle
 from .data import load_digits
-from .device import describe, name_of
+from .device import autocast, describe, name_of
 from .files import run, writable_file
 from .model import BUNDLED
 from .pictures import to_model
@@ -115,7 +115,7 @@ def main():
     def loss_of(index):
         x = to_model(images[index])
         views = torch.cat([view(x, generator), view(x, generator)]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             a, b = projector(model(views)).chunk(2)
         return contrastive_loss(a.float(), b.float())
 

@@ -23,7 +23,7 @@ from .estimate import announce
 from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
 from .model import BUNDLED, DOMAINS, IMAGE_SIZE, NUM_DIGITS, load_model
 from .pictures import save_image, to_uint8
-from .provenance import Made, claim
+from .provenance import Made, claim, script_line
 from .reading import doubt
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name, ddim, finish, steps_at
 
@@ -293,7 +293,8 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
         for one in writing:
             one.result()
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if not model.config.times or name not in OF_THE_TEACHER)
-    print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\nnext: bash scripts/p1_grade.sh {args.output}")
+    print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
+          f"next: {script_line('p1_grade.sh', args.output)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
 from .files import UserError, check_flags, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, script_line
 from .samplers import ImageNoise, dpmpp_2m, finish, trailing
 from .state import add_row, data_fingerprint, fitting, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
 from .tensors import fill, load_weights
@@ -164,7 +164,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     refuse_nothing(run, args)
     if accelerator.is_main_process:
         path = export(run, config, args, diffusion, folder, len(data))  # also where nothing was left to learn: the run may have been killed before it
-        print(f"wrote {path} after {run.step} steps\nnext: bash scripts/p1_infer.sh out/p1 --checkpoint {path}")
+        print(f"wrote {path} after {run.step} steps\nnext: {script_line('p1_infer.sh', 'out/p1', '--checkpoint', path)}")
 
 
 def on_device(data, device):

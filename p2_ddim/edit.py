@@ -26,7 +26,7 @@ from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
-from .provenance import HelpFormatter, Made, read_made
+from .provenance import HelpFormatter, Made, read_made, script_line
 from .tensors import read_tensors
 
 
@@ -208,8 +208,9 @@ def write(args, pictures, config, batch_size, device, dtype):
             save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps, network, name_of(dtype))
         spread = [pair[0].std().item() for pair in pairs.values()]
         print(f"wrote {len(pairs)} noises to {output} in {time.perf_counter() - started:.1f} s; their standard deviations are {min(spread):.2f} to "
-              f"{max(spread):.2f} (noise has 1)\nnext: bash scripts/p2_infer.sh {output} AGAIN {args.checkpoint} --sampler belm --steps {config.num_steps}"
-              + (f" --dtype {name_of(dtype)}" if dtype != torch.float32 else ""))
+              f"{max(spread):.2f} (noise has 1)\nnext: "
+              + script_line("p2_infer.sh", output, "AGAIN", args.checkpoint, "--sampler", "belm", "--steps", config.num_steps,
+                            *([] if dtype == torch.float32 else ["--dtype", name_of(dtype)])))
         return
     frames = morph(unet, list(pictures.values()), config, args.frames, batch_size, dtype)
     rows = [frames[i * args.frames:(i + 1) * args.frames + 1] for i in range(len(pictures) - 1)]

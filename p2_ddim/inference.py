@@ -25,7 +25,7 @@ from .files import UserError, fingerprint, lock, run, writable_file
 from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
-from .provenance import HelpFormatter, Made, claim
+from .provenance import HelpFormatter, Made, claim, script_line
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name
 
 
@@ -204,7 +204,8 @@ def draw(args, config, device, dtype, batch_size, noises, ranges, share):
         if not np.isfinite(x.sum().item()):
             raise UserError(f"the image of {name}.pt is not finite; try --dtype fp32")
         save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png", made.with_own(own[f"{name}.png"]).as_json())
-    print(f"wrote {len(noises)} images to {args.output} in {time.perf_counter() - started:.1f} s\nnext: bash scripts/p2_grade.sh {args.output} GT")
+    print(f"wrote {len(noises)} images to {args.output} in {time.perf_counter() - started:.1f} s\n"
+          f"next: {script_line('p2_grade.sh', args.output, 'GT')}")
 
 
 if __name__ == "__main__":

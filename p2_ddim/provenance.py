@@ -191,6 +191,11 @@ def command_line(start, parser, args, leave_out=()):
     return " ".join(words)
 
 
+def script_line(script, *arguments):
+    """The command line of a script of ours, to be copied: quoted as a shell wants it."""
+    return shlex.join(["bash", f"scripts/{script}", *map(str, arguments)])
+
+
 def told(made):
     """A `Made`'s dictionary in one line, for a grade: settings and fingerprints."""
     if made is None:

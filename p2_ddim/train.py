@@ -19,7 +19,7 @@ from .files import UserError, atomic_path, check_flags, run, writable_folder
 from .inference import DrawConfig, to_pictures
 from .model import Block, UNet, UNetConfig, load_unet
 from .pictures import save_image, to_model
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, script_line
 from .samplers import ImageNoise, finish
 from .state import add_row, data_fingerprint, held, load_state, refuse_nonfinite, refuse_others, restore, save_state, settings_of
 from .training import (
@@ -155,7 +155,7 @@ def train(config, args, folder, accelerator, dtype):
     log.close()
     if accelerator.is_main_process:
         path = export(run, folder)
-        print(f"wrote {path}\nnext: bash scripts/p2_infer.sh NOISE_DIR OUT {path}")
+        print(f"wrote {path}\nnext: {script_line('p2_infer.sh', 'NOISE_DIR', 'OUT', path)}")
 
 
 def parted(pictures, config):

@@ -11,8 +11,9 @@ The map; a file imports only from floors with a lower number, and a room (/), wh
      7  model (Stable Diffusion's five parts, from anywhere), regions (where things are drawn), classification/ (what zero_shot is made of)
      8  inference (the graded files), evaluate (the grade), zero_shot (classification)
      9  sources (what a word is learned from), redraw (a picture again)
-    10  train (textual inversion), figures (the report's), benchmark (speed), minimal (the problem on one page), experiments/ (a table each)
-    11  miniature/ (the workshop, where a user need not look)
+    10  train (textual inversion), figures (the report's), benchmark (speed), minimal (the problem on one page)
+    11  experiments/ (a table each)
+    12  miniature/ (the workshop, where a user need not look)
 """
 
 from .guard import begin

@@ -7,16 +7,12 @@ Each row runs in a process of its own, so that its peak memory is its own. ViT-B
 
 import argparse
 import json
-import platform
-import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +27,7 @@ from .clip import compute_in, image_features, load_clip, load_pictures
 from .concepts import read_concepts
 from .data import example_pictures, varied
 from .defaults import MINIATURE
-from .device import DTYPES, autocast, describe, is_slow, pick_device
+from .device import DTYPES, autocast, describe, is_slow, machine, peak_memory, pick_device
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, note, read_json, run, writable_file, write_json
 from .guard import command as command_of
@@ -168,20 +164,19 @@ def measure(row, device, args):
         result = drawing_speed(DTYPES[dtype], device)
     else:
         result = learning_speed(how, DTYPES[dtype], device, args.steps, args.batch_size)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return result | {"peak_memory_gb": peak / 1e9}
+    return result | {"peak_memory_gb": peak_memory(device) / 1e9}
 
 
-def rows_to_keep(path, machine):
+def rows_to_keep(path, here):
     """The rows of an earlier file, if they were measured on this machine, whatever the day."""
     if not path.exists():
         return {}
     content = read_json(path)
     try:
-        same = {**content["machine"], "date": machine["date"]} == machine
+        there = content["machine"]
+        same = "device" in there and all(there.get(name, value) == value for name, value in here.items() if name != "date")
         rows = dict(content["rows"])
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is no benchmark's; choose another --output") from None
     if not same:
         raise UserError(f"{path} was measured on another machine; choose another --output, or measure all without --only")
@@ -205,11 +200,9 @@ def main():
         print(json.dumps(measure(args.row, device, args)))
         return
     writable_file(args.output)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    machine = {"device": name or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0],
-               "python": platform.python_version(), "date": date.today().isoformat()}
+    here = machine(device)
     print(f"measuring the miniature, and networks of the real size, on {describe(device)}, in each row's own format", flush=True)
-    rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, machine)
+    rows = {} if len(args.only) == len(KINDS) else rows_to_keep(args.output, here)
     measured, chosen = {}, [row for row, (what, *_) in ROWS.items() if what in args.only]
     slow = [row for row in chosen if is_slow(ROWS[row][2], device)]
     if slow:
@@ -228,7 +221,7 @@ def main():
     rows |= measured
     for row, values in rows.items():
         print(f"{row:42} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    write_json(args.output, {"machine": machine, "batch_size": args.batch_size, "rows": {row: rows[row] for row in ROWS if row in rows}})
+    write_json(args.output, {"machine": here, "batch_size": args.batch_size, "rows": {row: rows[row] for row in ROWS if row in rows}})
     print(f"wrote {args.output}")
 
 

@@ -16,6 +16,7 @@ from .custom_diffusion import tell_projections
 from .files import ROOT, UserError, atomic_path
 from .formats.words import gather, read_words, word_files
 from .lora import ENDING, lora_file, read_lora
+from .provenance import script_line
 from .tensors import save_tensors
 
 INSTALLED = Path(__file__).parent / "embeddings"  # the words that drawing finds unasked, a folder for each model's; git keeps them
@@ -210,7 +211,7 @@ def find_words(name, command):
     runs = {path.parent for path in (ROOT / "runs").glob("*/[!.]*.safetensors") if (models_of(path).get(path) or (0, ""))[1] == name}
     learned = f"learn them with: {command}"
     if runs:
-        learned = f"{', '.join(map(str, sorted(runs)))} has some: give it by --embeddings, or install it with bash scripts/install.sh {min(runs)}"
+        learned = f"{', '.join(map(str, sorted(runs)))} has some: give it by --embeddings, or install it with {script_line('install.sh', min(runs))}"
     raise UserError(f"no words are installed for this model ({folder} has none); {learned}")
 
 

@@ -6,7 +6,6 @@ later challenge's, OUT/{entry}/{i}.png.
 
 import argparse
 import math
-import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +28,7 @@ from .lora import add_loras, find_loras, loras_of
 from .model import MINI_SD, load_stable_diffusion
 from .pictures import save_image, to_uint8
 from .places import AUTO, check_regions, read_regions, regions_of
-from .provenance import HelpFormatter, Made, batches_with, claim
+from .provenance import HelpFormatter, Made, batches_with, claim, script_line
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
 from .tensors import tensor_fingerprint
@@ -207,8 +206,8 @@ def main():
 
     def learn(words):
         """The command that learns these words, and what makes them known."""
-        flags = shlex.join(map(str, (args.input, "--checkpoint", args.checkpoint, "--concepts", *map(concepts.get, words))))
-        return f"bash scripts/p3_train.sh {flags} --output runs/words, then bash scripts/install.sh runs/words"
+        line = script_line("p3_train.sh", args.input, "--checkpoint", args.checkpoint, "--concepts", *map(concepts.get, words), "--output", "runs/words")
+        return f"{line}, then bash scripts/install.sh runs/words"
 
     own = {word: rows for word, rows in own_words(args.checkpoint).items() if word in tokens}
     args.words, missing = args.embeddings or [], [token for token in tokens if token not in own]
@@ -273,7 +272,7 @@ def draw(args, config, device, model, entries, vectors, initials, started, share
                     if paths[job] in missing:
                         save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())
     print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
-          + f"\nnext: bash scripts/p3_grade.sh {args.output} {args.input}")
+          + f"\nnext: {script_line('p3_grade.sh', args.output, args.input)}")
 
 
 def added_to(own):

@@ -35,7 +35,7 @@ from .lora import lora_file, save_kohya, save_lora
 from .model import MINI_SD, load_stable_diffusion
 from .objective import NEEDED, hold_back, make_run, on_cpu, pull_of_step, save_run, set_rates
 from .pictures import read_pictures, save_image
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, script_line
 from .sources import draw_batch, make_held, make_sources
 from .state import add_row, held, load_state, refuse_others
 from .training import Log, add_arguments, add_settings, configured, due, first_line_of, guarded, is_flat, prepare, setting, share
@@ -312,13 +312,13 @@ def main():
             if scaler:  # as if each were learned by itself
                 accelerator.scaler.load_state_dict(scaler)
             learn(group, config, args, row, name, accelerator, dtype)
-    flag = ""
+    flags = []
     if config.custom_diffusion:
-        one = args.output / "+".join(concept.number for concept in concepts) / "projections.safetensors"
-        flag = f" --projections {one}" if len(groups) == 1 else " --projections FILE, of one of the concepts' folders"
+        flags = ["--projections", args.output / "+".join(concept.number for concept in groups[0]) / "projections.safetensors"]
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
-                      f"next: bash scripts/p3_infer.sh {args.input} OUT {args.checkpoint} --embeddings {args.output}{flag}\n"
-                      f"bash scripts/install.sh {args.output} puts the words where scripts/hw2_3.sh finds them")
+                      f"next: {script_line('p3_infer.sh', args.input, 'OUT', args.checkpoint, '--embeddings', args.output, *flags)}"
+                      f"{', or those of another concept' if flags and len(groups) > 1 else ''}\n"
+                      f"{script_line('install.sh', args.output)} puts the words where scripts/hw2_3.sh finds them")
     accelerator.end_training()
 
 

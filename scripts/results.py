@@ -147,7 +147,7 @@ def flags(row, default):
 
 
 def p1_tables(results):
-    """Of P1's page: default and student, the settings of the bundled network, all other trials."""
+    """Of P1's pages: default and student; the settings of the bundled network; all other trials."""
     p1, pareto, trials = (results[name] for name in ("p1_benchmark", "p1_pareto", "p1_trials"))
     head, unflagged = ["accuracy, %", "second judges, %", "Fréchet", "coverage"], pareto["default"]
     seeds = f"mean of seeds 0 to {len(p1['seeds']) - 1}"
@@ -189,7 +189,8 @@ def p2_table(results):
 
 def tables(results):
     """{page: [its tables]}"""
-    return {"p1_cfg_ddpm/README.md": p1_tables(results), "p2_ddim/README.md": [p2_table(results)]}
+    default, *trials = p1_tables(results)
+    return {"p1_cfg_ddpm/README.md": [default], "p1_cfg_ddpm/TRIALS.md": trials, "p2_ddim/README.md": [p2_table(results)]}
 
 
 def lines_of(rows):

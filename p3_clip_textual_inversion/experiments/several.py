@@ -33,7 +33,7 @@ from ..measures import drift, wilson
 from ..model import MINI_SD
 from ..pictures import read_picture, save_image
 from ..places import AUTO
-from ..provenance import HelpFormatter, Made, batches_with, claim
+from ..provenance import HelpFormatter, Made, batches_with, claim, script_line
 from ..regions import plans_of
 from ..tensors import tensor_fingerprint
 from .finders import half_crops, make_finders
@@ -155,8 +155,8 @@ def check_runs(args):
     for name, (steps, flags) in args.row.several.runs.items():
         if not (args.runs / name).is_dir():
             count = len(read_concepts(args.input)) if "--joint" in flags else 1
-            lines[name] = (f"bash scripts/p3_train.sh {args.input} --checkpoint {args.checkpoint} --output {args.runs / name} --sample-every 0 "
-                           f"--steps {steps * count}{''.join(f' {flag}' for flag in flags)}")
+            lines[name] = script_line("p3_train.sh", args.input, "--checkpoint", args.checkpoint, "--output", args.runs / name, "--sample-every", 0,
+                                      "--steps", steps * count, *flags)
     methods = [method for method, (source, *_) in METHODS.items() if source not in lines]
     if not methods:
         raise UserError(f"{args.runs} has none of the trainings that are compared; the first is made by: {lines['apart']}")
@@ -235,7 +235,7 @@ def compare(args, config, device, model, concepts, methods, others, labels):
         "methods": results, "known": known, "drift": drifts, "validation": validation, "pictures": args.num_images, "guidance_weight": config.guidance_weight,
         "steps": config.num_steps, "seed": config.seed, "folders": shown, "prompts": [prompt for prompt, _ in prompts]})
     print_table(results, drifts)
-    print(f"wrote results/p3_several.json to {args.report}\nnext: bash scripts/p3_figures.sh --several {args.runs} draws p3_several.png")
+    print(f"wrote results/p3_several.json to {args.report}\nnext: {script_line('p3_figures.sh', '--several', args.runs)} draws p3_several.png")
 
 
 def print_table(results, drifts):

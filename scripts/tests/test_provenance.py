@@ -3,6 +3,7 @@ not its own."""
 
 import importlib
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,3 +252,10 @@ def test_copies_that_a_user_made_are_never_removed(call, places, tmp_path, packa
     if package == P2:
         (tmp_path / "noise" / "01.pt").unlink()
         assert draw("--seed", 2, "--overwrite")[0] == 0 and not (out / last).exists()
+
+
+@pytest.mark.parametrize("package", [P1, P2, P3])
+def test_the_command_that_comes_next_can_be_copied(call, places, tmp_path, package):
+    problem, out = places[package], tmp_path / "a folder's"
+    code, said, err = call(package, "inference", *(out if part == "OUT" else part for part in problem.draw))
+    assert code == 0 and str(out) in shlex.split(said.splitlines()[-1].removeprefix("next: ")), said + err
