@@ -64,7 +64,8 @@ def test_a_record_is_drawn_again(tiny_checkpoint, settings):
         del made["settings"]["num_steps"]
         settings = {}
     batch = {f"{job.name}.png": {} for job in all_jobs(1)[:2]}
-    picture = redraw.draw(made, list(batch)[1], batch, {"checkpoint": tiny_checkpoint}, types.SimpleNamespace(picture="it", checkpoint=None, device=torch.device("cpu")))
+    args = types.SimpleNamespace(picture="it", checkpoint=None, device=torch.device("cpu"))
+    picture = redraw.draw(made, list(batch)[1], batch, {"checkpoint": tiny_checkpoint}, args)
     if settings.get("sampler") != "ddim":
         settings = settings | {"eta": 0.0}
     model, _ = load_generator(tiny_checkpoint, torch.device("cpu"), torch.float32)
