@@ -226,8 +226,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     args: all flags; clock: `Clock` of --minutes; config: `DrawConfig`, with which the network `teacher` draws, and `guide` or None beside it."""
     device, state_file = accelerator.device, folder / "state.pt"
     data, settings, state = read_inputs(args, state_file)
-    if state:
-        clock.go_on(state, state_file)
+    clock.go_on(state, state_file)
     times = student_times(list(steps_of(config, diffusion).t), diffusion.alpha_bar, args.leaps)
     if len(set(times)) < args.leaps:
         raise UserError(f"--teacher-steps {args.teacher_steps} are too few for --leaps {args.leaps}, which would begin at t = {', '.join(map(str, times))}")
@@ -242,10 +241,11 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     guided = partial(teacher_step, teacher, guide, diffusion, config)
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, run.step, run.history)
-    began = min(clock.share(), 0.99)  # the paths have taken these of the minutes
+    if not state:
+        clock.begin()  # the paths have taken some of the minutes
 
     def came():  # what share of the training is done
-        return (clock.share() - began) / (1 - began) if args.minutes else run.step / args.steps
+        return clock.share() if args.minutes else run.step / args.steps
 
     last = came() >= 1 or is_flat(run.history, args.stop_when_flat)
     while not last:
@@ -274,7 +274,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             add_row(run, log, rate, {"validation": grey_levels_apart(run.ema.network(), diffusion, held_out, times)} if validating else {})
         last = over or is_flat(run.history, args.stop_when_flat)
         if due(args.save_every, run.step, last):
-            save_run(run, accelerator, stage=stage, seconds=clock.gone())
+            save_run(run, accelerator, clock, stage=stage)
             export(run, args, diffusion, folder, stage)
     log.close()
     refuse_nothing(run, args)

@@ -127,8 +127,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     digits, held_out = on_device(data, device), on_device(val, device)
 
     diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))
-    if state:
-        clock.go_on(state, state_file)
+    clock.go_on(state, state_file)
     run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state, diffusion)
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {run.step}," if run.step else ""))
@@ -158,7 +157,7 @@ def train(config, args, clock, folder, accelerator, dtype):
         if accelerator.is_main_process and due(args.sample_every, run.step, last):
             save_image(sample_grid(run.ema.network(), diffusion, device, config.seed), folder / f"samples_{run.step:06d}.png")
         if accelerator.is_main_process and due(args.save_every, run.step, last):
-            save_run(run, accelerator, seconds=clock.gone())
+            save_run(run, accelerator, clock)
             export(run, config, args, diffusion, folder, len(data))
     log.close()
     refuse_nothing(run, args)
@@ -214,10 +213,11 @@ def make_run(shape, lengths, args, accelerator, state_file, settings, state, dif
     return run
 
 
-def save_run(run, accelerator, **more):
-    """Writes what `make_run` goes on from, if it is finite; more: what else the state keeps."""
+def save_run(run, accelerator, clock, **more):
+    """Writes what `make_run` and a `Clock` go on from, if it is finite; more: what else the state keeps."""
     refuse_nonfinite(run.step, [*run.recent, *run.net.parameters(), *run.ema.averages[0].values()], run.state_file)
-    save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer, **more)
+    save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer,
+               seconds=clock.gone(), prepared=clock.prepared, **more)
 
 
 def refuse_nothing(run, args):
@@ -247,21 +247,24 @@ def export(run, config, args, diffusion, folder, num_images):
 
 
 class Clock:
-    """How far a training of so many minutes has come, from now on: `share()` in 0..1 and beyond."""
+    """How far a training of so many minutes has come: `share()` in 0..1 and beyond, of what was left at `begin()`, a hundredth at least."""
 
     def __init__(self, minutes):
-        self.started, self.before, self.seconds = time.perf_counter(), 0.0, 60 * (minutes or math.inf)
+        self.started, self.before, self.prepared, self.seconds = time.perf_counter(), 0.0, 0.0, 60 * (minutes or math.inf)
 
     def go_on(self, state, path):
-        """Counts on from where a state, which is at `path`, was saved."""
+        """Counts on from where a state, which is at `path`, was saved; from nothing where it is None."""
         with fitting(path):
-            self.before = float(state.get("seconds", 0))
+            self.before, self.prepared = (float((state or {}).get(name, 0)) for name in ("seconds", "prepared"))
+
+    def begin(self):
+        self.prepared = min(self.gone(), 0.99 * self.seconds)
 
     def gone(self):
         return self.before + time.perf_counter() - self.started
 
     def share(self):
-        return self.gone() / self.seconds
+        return (self.gone() - self.prepared) / (self.seconds - self.prepared)
 
 
 def draw_batch(step, config, num_images, steps_until, device):

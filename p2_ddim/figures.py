@@ -212,11 +212,13 @@ def main():
 
 
 def sweep_of(path, network):
-    """What `p2_ddim.sweep` measured of a network, by its fingerprint; None, with a note, where it is another's. path: of the JSON; None: the project's own."""
-    given, path = path is not None, path or RESULTS / "p2_samplers.json"
-    if not given and not path.is_file():
-        return None
-    measured = {name: part for name, part in read_json(existing_file(path, "result of p2_ddim.sweep")).items() if part["model"] == network}
+    """What `p2_ddim.sweep` measured of a network, by its fingerprint: nothing, with a note, where it is another's. path: of the JSON; None: the project's own,
+    where there is one."""
+    own = RESULTS / "p2_samplers.json"
+    if path is None and not own.is_file():
+        return {}
+    path = existing_file(path or own, "result of p2_ddim.sweep")
+    measured = {name: part for name, part in read_json(path).items() if isinstance(part, dict) and part.get("model") == network}
     if not measured:
         note(f"{path} is of another network: p2_samplers.png is not drawn; python -m p2_ddim.sweep measures this one")
     return measured

@@ -86,7 +86,7 @@ def load_clip(name, pretrained=None, device="cpu"):
 def check_clip(name, pretrained=None):
     """A `UserError` for what `load_clip` cannot find, before anything is loaded."""
     path = Path(name)
-    if path.is_file() or any((path / config).is_file() for config in ("open_clip_config.json", "config.json")):
+    if has_weights(name):
         if pretrained:
             raise UserError(f"{name} has weights of its own; leave --pretrained {pretrained} out, or name a model of open_clip in its place")
         return
@@ -100,6 +100,12 @@ def check_clip(name, pretrained=None):
         raise UserError(f"{name} needs --pretrained: a file of weights or one of {', '.join(tags)}{where_to_get(name)}")
     if not Path(pretrained).is_file() and pretrained not in tags:
         raise UserError(f"{name} has no weights {pretrained}: expected a file or one of {', '.join(tags)}")
+
+
+def has_weights(name):
+    """Whether a CLIP is a file or a folder, which has weights of its own, and no model of open_clip."""
+    path = Path(name)
+    return path.is_file() or any((path / config).is_file() for config in ("open_clip_config.json", "config.json"))
 
 
 def where_to_get(name):

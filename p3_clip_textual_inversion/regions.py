@@ -118,8 +118,7 @@ class Regional(Guided):
         return turns
 
     def eps(self, x, t):
-        seen = any(points for picture in self.points for points in picture)
-        if any(self.tokens) and (t / len(self.alpha_bar) > WATCHED or not seen):  # few steps may begin below
+        if any(self.tokens) and (t / len(self.alpha_bar) > WATCHED or not any(map(any, self.points))):  # few steps may begin below
             with processors(self.unet, lambda stock: Watching(Bounded(stock, self.turns), self.tokens, self.points)):
                 return super().eps(x, t)
         if any(self.tokens):

@@ -44,6 +44,7 @@ LOG_EVERY = 20
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
 VALIDATIONS = 15  # how often in a run
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
+NEEDS = {"lr_projections": ["--custom-diffusion"], "lr_lora": ["--lora"], "pivot": ["--lora"], "hold": ["--lora"], "prior": ["--custom-diffusion", "--lora"]}
 
 
 @dataclass(frozen=True)
@@ -241,14 +242,13 @@ def export(run, results, concepts, config, parts):
 
 def fill_in_learning(args, row):
     """Gives parsed arguments what the model's row says of the chosen way to learn; returns a line that tells it. Notes flags that do nothing in it."""
-    ways = {"custom_diffusion": ("lr_projections",), "lora": ("lr_lora", "pivot", "hold")}
-    idle = [name for way, names in ways.items() if not getattr(args, way) and getattr(args, way) is not None for name in names]
-    idle += ["prior"] if len(idle) == 4 else []
+    custom, lora = args.custom_diffusion, args.lora != 0
+    chosen = {flag for flag, on in (("--custom-diffusion", custom), ("--lora", lora)) if on}
+    idle = [name for name, ways in NEEDS.items() if chosen.isdisjoint(ways)]
     for name in idle:
         if getattr(args, name) is not None:
-            owners = " or ".join(f"--{way.replace('_', '-')}" for way, names in ways.items() if name in names or name == "prior")
-            note(f"--{name.replace('_', '-')} does nothing without {owners}")
-    used = vars(row.learning) | (vars(row.custom) if args.custom_diffusion else {}) | (vars(row.low_rank) if args.lora != 0 else {})
+            note(f"--{name.replace('_', '-')} does nothing without {' or '.join(NEEDS[name])}")
+    used = vars(row.learning) | (vars(row.custom) if custom else {}) | (vars(row.low_rank) if lora else {})
     told = fill_in(args, SimpleNamespace(**{name: value for name, value in used.items() if name not in idle}))
     fill_in(args, SimpleNamespace(**used))
     return told

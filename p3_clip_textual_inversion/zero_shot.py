@@ -19,7 +19,7 @@ from .classification.adapters import another_way, few_shot, transduce, transduct
 from .classification.cache import make_grader
 from .classification.outcome import cosines_of, load_data, outcome_of, score, write_predictions
 from .classification.plots import draw_calibration, draw_confusion, draw_examples, draw_retrieval, nearest_pictures
-from .clip import check_clip, ensemble, reads_thumbnails
+from .clip import check_clip, ensemble, has_weights, reads_thumbnails
 from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .files import MINI, UserError, check_file, check_flags, first_line, lock, run, writable_folder, write_json
 from .measures import paired, ranking, wilson
@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--model", action="append", default=None, help="a file of OpenAI's such as ViT-B-32.pt, a folder of open_clip's or Hugging Face's, "
                         "or a model of open_clip, such as ViT-L-14; once for each model (default: the miniature)")
     parser.add_argument("--pretrained", action="append", default=None, help="weights for a named model: a tag, such as openai, or a file; once for all "
-                        "models, or once for each")
+                        "named ones, or once for each model")
     parser.add_argument("--templates", nargs="+", default=None, metavar="SET", help=f"sets of captions, averaged in each: {', '.join(TEMPLATES)}, or a file "
                         "with a caption in each line, {} for the label; the first is the answer, the others are compared with it (default: drawing for the "
                         "miniature, otherwise photo)")
@@ -179,7 +179,9 @@ def main():
     pretrained = args.pretrained or [None]
     if len(pretrained) not in (1, len(models)):
         raise UserError(f"{len(models)} models and {len(pretrained)} --pretrained: expected one for all, or one for each")
-    pretrained = pretrained * len(models) if len(pretrained) == 1 else pretrained
+    if len(pretrained) == 1:
+        own = [has_weights(model) for model in models]
+        pretrained = [None if has and not all(own) else pretrained[0] for has in own]
     if args.template and args.templates:
         raise UserError("give --template or --templates, not both")
     if args.shots and not all(shot.isdigit() and int(shot) > 0 for shot in args.shots) and not (len(args.shots) == 1 and Path(args.shots[0]).is_dir()):

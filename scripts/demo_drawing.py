@@ -36,7 +36,7 @@ from p3_clip_textual_inversion.files import fingerprint, note
 from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.pictures import read_picture, save_image, to_uint8
 from p3_clip_textual_inversion.places import arranged, told
-from p3_clip_textual_inversion.provenance import Made
+from p3_clip_textual_inversion.provenance import Made, script_line
 from p3_clip_textual_inversion.tensors import tensor_fingerprint
 from p3_clip_textual_inversion.zero_shot import TEMPLATES
 
@@ -243,4 +243,4 @@ def shell(script, *arguments):
     """A command line; paths in the project are told from its folder."""
     words = [f"{a:g}" if isinstance(a, float) else str(a) for a in arguments]
     words = [str(Path(word).relative_to(files.ROOT)) if word.startswith(f"{files.ROOT}{os.sep}") else word for word in words]
-    return shlex.join(["bash", f"scripts/{script}", *words])
+    return script_line(script, *words)

@@ -109,6 +109,24 @@ def test_a_stopped_student_ends_with_the_same_weights(monkeypatch, tiny_checkpoi
             call(monkeypatch, distill, *settings, *flags, "--output", tmp_path / "other")
 
 
+def test_a_stopped_students_minutes_go_on_where_they_were(monkeypatch, tiny_checkpoint, tmp_path):
+    """By a clock that goes on by a second whenever it is asked: the rate falls on, and what the paths took is not taken twice."""
+    seconds, done, real = iter(range(10**6)), [], distill.share_of_stage
+    monkeypatch.setattr("p1_cfg_ddpm.train.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(distill, "share_of_stage", lambda name, share, tuning: done.append(share) or real(name, share, tuning))
+    settings = ["--teacher", tiny_checkpoint, *SETTINGS, "--minutes", 1, "--tuning", 0, "--validate-every", 0, "--save-every", 1, "--output", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 8)
+        with pytest.raises(StopIteration):
+            call(patch, distill, *settings)
+    stopped = len(done)
+    call(monkeypatch, distill, *settings)
+    assert len(done) > stopped + 3 and done == sorted(done) and 0 < done[stopped] - done[stopped - 2] < 0.3
+    ended = len(done)
+    call(monkeypatch, distill, *settings)  # which has ended
+    assert len(done) == ended
+
+
 def test_a_student_learns_its_teachers_paths(monkeypatch, tiny_checkpoint, tmp_path):
     call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS, "--tuning", 0, "--steps", 40, "--lr", 5e-3, "--output", tmp_path / "run",
          "--validate-every", 10)

@@ -126,8 +126,8 @@ def draw_plain(args, config, device, model, texts):
                 save_image(picture, folder / name, made.with_own(own[name]).as_json())
 
 
-def announce(args, config, device, row, tasks, pairs, texts):
-    """Tells how much is to be done, and about how long it takes, from one step of the sampler."""
+def announce(args, config, device, learned, tasks, pairs, texts):
+    """Tells how much is to be done, and about how long it takes, from one step of the sampler. learned: what --learn means, of `learning_of`."""
     subjects = dict.fromkeys(subject for task in (*tasks, *pairs) for subject in task.subjects)
     to_learn = [subject for subject in subjects if not file_of(args.output / "words", subject.token).exists()]
     paths = [path for task in (*tasks, *pairs) for path, _ in task.pictures(args.num_images)]
@@ -142,15 +142,13 @@ def announce(args, config, device, row, tasks, pairs, texts):
     prompts = [texts[i % len(texts)] for i in range(batch)]
     work = work_of(parts, prompts, prompts, config)
     measured = [measure(one, device) for _, one in work]
-    learned = learning_of(args.learn, row)
-    steps, at_once = learned.steps, learned.batch_size
     if None in measured:
         print(f"{told}; a batch does not fit into memory: no time is estimated", flush=True)
     else:
         step, decoding = (seconds for seconds, _ in measured)
         drawing = to_draw / batch * (config.num_steps * step + decoding)
-        learning = len(to_learn) * steps * step * at_once / (2 * batch) * LEARNING
-        print(f"{told}: about {minutes(learning + drawing)} minutes in all ({minutes(learning)} to learn, {steps} steps each)", flush=True)
+        learning = len(to_learn) * learned.steps * step * learned.batch_size / (2 * batch) * LEARNING
+        print(f"{told}: about {minutes(learning + drawing)} minutes in all ({minutes(learning)} to learn, {learned.steps} steps each)", flush=True)
     del parts, work
     free_memory()
 
@@ -311,7 +309,8 @@ def main():
     pairs = [Task(p.subjects, p.nouns, p.prompts, args.prompts, args.output / f"pairs{'_regions' if args.regions == 'auto' else ''}") for p in pairs]
     config, device, row, model = settings_of(args)
     args.miniature = row is MINIATURE
-    if learning_of(args.learn, row).custom_diffusion:
+    learned = learning_of(args.learn, row)
+    if learned.custom_diffusion:
         raise UserError("--learn --custom-diffusion learns projections for each subject, of which a picture can have one; p3_several.sh merges them")
     grader = judge_of(row, args, device=device)
     eye = None if args.dino == "none" else stand_in(grader) if args.miniature and args.dino is None else read_dino(args.dino, device)
@@ -321,7 +320,7 @@ def main():
     for part in ("results", "figures"):
         writable_folder(args.report / part)
     with lock(args.output, "-p3_dreambench"):
-        announce(args, config, device, row, tasks, pairs, texts)
+        announce(args, config, device, learned, tasks, pairs, texts)
         inputs, pair_inputs = write_inputs(args.output / "examples", tasks, pairs)
         draw_plain(args, config, device, model, texts)
         free_memory()

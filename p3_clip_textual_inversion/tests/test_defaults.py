@@ -200,6 +200,16 @@ def test_a_judge_that_has_weights_of_its_own_takes_no_others(tiny_clip, tmp_path
             check_clip(str(name), "openai")
 
 
+def test_one_pretrained_is_for_all_that_are_named(call, tiny_clip, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(f"{PACKAGE}.zero_shot.classify_all", lambda args, data, models, pretrained, *_: asked.append(pretrained))
+    monkeypatch.setattr(f"{PACKAGE}.zero_shot.load_data", lambda _: None)
+    code, _, err = call(f"{PACKAGE}.zero_shot", "--output", tmp_path / "out", "--model", tiny_clip, "--model", "ViT-B-32", "--pretrained", "openai")
+    assert code == 0 and asked == [[None, "openai"]], err
+    code, _, err = call(f"{PACKAGE}.zero_shot", "--output", tmp_path / "out", "--model", tiny_clip, "--pretrained", "openai")
+    assert code == 1 and "has weights of its own; leave --pretrained openai out" in err
+
+
 @pytest.mark.parametrize("made, side, expected", [("sd_v1-0123456789ab-0123456789ab", 128, SD_V1), ("miniature-0123456789ab-0123456789ab", 256, MINIATURE),
                                                   (None, 128, MINIATURE), (None, 512, SD_V1)])
 def test_the_judge_is_of_the_model_that_drew(call, concepts_json, tmp_path, monkeypatch, made, side, expected):
