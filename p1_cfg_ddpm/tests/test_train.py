@@ -71,7 +71,7 @@ def test_minutes_count_on_and_never_go_below_a_rate_of_zero(call, monkeypatch, t
 
 
 def test_weights_of_another_diffusion_are_no_beginning(call, tiny_checkpoint, tmp_path):
-    code, _, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "run", "--init", tiny_checkpoint, "--prediction", "eps")
+    code, _, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "run", "--init", tiny_checkpoint, "--prediction", "eps", "--steps", 1)
     assert code == 1 and "was trained for another diffusion" in err and err.count("\n") == 1
 
 
