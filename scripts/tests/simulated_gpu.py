@@ -27,6 +27,8 @@ GENERATORS = {}  # {generator: its device's type}
 READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.unique", "aten._unique", "aten.masked_select")
 INDEXING = ("aten.index.", "aten.index_put", "aten._index_put")
 NO_SCALARS = ("aten.cat", "aten.stack", "aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "aten.embedding")  # elsewhere a CPU's scalar will do
+PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.convolution")  # and its backward
+HALVES = ({torch.float16}, {torch.bfloat16})
 RESHAPED_IN_PLACE = ("aten.t_.", "aten.squeeze_.", "aten.unsqueeze_.", "aten.transpose_.", "aten.resize_.", "aten.resize_as_.", "aten.set_.")
 
 
@@ -137,7 +139,7 @@ def compute(func, args, kwargs):
         waited(name.removeprefix("aten."))
     if plain and not name.startswith(("aten._to_copy", "aten.to.", "aten.equal")):
         refuse_mixed(name, args, plain, tensors)
-    out = func(*map(unwrap, args), **{key: unwrap(value) for key, value in kwargs.items()})
+    out = on_cpu(func, name, [unwrap(value) for value in args], {key: unwrap(value) for key, value in kwargs.items()})
     if name == "aten.to.other":
         to_cuda = isinstance(args[1], CudaTensor)
     elif name.startswith("aten.to.") and "device" not in kwargs:
@@ -157,6 +159,24 @@ def compute(func, args, kwargs):
         return known[id(value)] if id(value) in known else CudaTensor(value)
 
     return wrap(out) if to_cuda else out
+
+
+def on_cpu(func, name, args, kwargs):
+    """One operation on a CPU's tensors. Products in half precision are computed in fp32 and rounded, as a GPU does: a CPU that emulates the format would take
+    a hundred times as long."""
+    formats = {a.dtype for a in tensors_in(args) if a.is_floating_point()} if name.startswith(PRODUCTS) else ()
+    if formats not in HALVES:
+        return func(*args, **kwargs)
+    half, = formats
+    change = functools.partial(cast, old=half, new=torch.float32)
+    return cast(func(*change(args), **kwargs), torch.float32, half)
+
+
+def cast(value, old, new):
+    """Every tensor of the format `old`, alone or in a list, in the format `new`."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast(item, old, new) for item in value)
+    return value.to(new) if isinstance(value, torch.Tensor) and value.dtype == old else value
 
 
 def refuse_mixed(name, args, plain, tensors):
