@@ -118,7 +118,7 @@ SD_V1 = Defaults(
                    "a close-up photo of a {}", "a bright photo of the {}", "a good photo of the {}", "a photo of one {}", "a photo of a {}"),
         "style": ("a rendering in the style of {}", "a picture in the style of {}", "a cropped painting in the style of {}",
                   "a close-up painting in the style of {}", "a nice painting in the style of {}", "a painting in the style of {}")},
-    ordinary=("person", "cat", "car", "house", "tree", "bowl", "chair", "street"),
+    ordinary=("person", "horse", "car", "house", "tree", "bowl", "chair", "street"),
     drawing=Drawing(
         sampler="dpmpp_2m", steps=15,  # Lu et al. 2022: guided samples of high quality in 15 to 20 steps; 15 keep a hundred pictures within five minutes
         guidance_weight=6.5,  # diffusers' scale of 7.5, which the published models are shown with
@@ -131,7 +131,7 @@ SD_V1 = Defaults(
         lr_projections=4e-5,  # Kumari et al. 2023: 1e-5 for each picture of the batch
         prior=200),  # Kumari et al. 2023
     custom=Custom(
-        steps=500, batch_size=4,  # Kumari et al. 2023: 250 steps of eight pictures; at 4 they fit into 11 GB
+        steps=500, batch_size=4,  # Kumari et al. 2023: 250 steps of eight pictures; at 4 they fit into 11 GB. Ordinary pictures are half of these here
         lr=4e-5,  # likewise: 1e-5 for each picture of the batch, of the word as of the projections
         min_snr_gamma=5.0, pull=0.0),
     low_rank=LowRank(
@@ -160,6 +160,13 @@ def input_of(path, own):
     if path is None and not own.is_file():
         raise UserError(f"{own} is not there: bash scripts/download_data.sh fetches it; or give another file of concepts")
     return path or own
+
+
+def report_of(given, input, own, checkpoint, bundled, beside):
+    """The folder of a measurement's results: the one that is given; the report's, where it was the bundled model with its own concepts;
+    otherwise one beside what was measured."""
+    its_own = Path(checkpoint).resolve() == bundled.resolve() and Path(input).resolve() == own.resolve()
+    return given or (ROOT / "report" if its_own else Path(beside) / "report")
 
 
 def of_model(group, name):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from .custom_diffusion import tell_projections
-from .files import ROOT, UserError, atomic_path
-from .formats.words import gather, read_words, word_files
+from .files import ROOT, UserError, atomic_path, note
+from .formats.words import read_words, word_files
 from .lora import ENDING, lora_file, read_lora
 from .provenance import script_line
 from .tensors import save_tensors
@@ -157,11 +157,6 @@ def read_embedding(path):
     return word, rows, metadata
 
 
-def read_embeddings(folder, needed=()):
-    """{word: rows} of the files of words in a folder, or of one file: of the words `needed`, if any are, or of all."""
-    return gather([folder], list(needed))[0]
-
-
 def model_name(row, identity):
     """By which a word's file tells the model that it was learned with: its row of the table, token table and UNet, such as sd_v1-0123456789ab-0123456789ab."""
     return f"{row.key}-{identity}"
@@ -201,6 +196,12 @@ def check_models(found, words, name):
             notes.append(f"note: {word} of {path} was learned with another UNet of the same text encoder ({model}, this one is {name}): it may show less of "
                          "its concept")
     return notes
+
+
+def note_models(origin, name):
+    """A note on each word of `gather`'s origin, {word: (its file, its metadata)}, that was learned with another model than the one of this name."""
+    for line in check_models({path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}, origin, name):
+        note(line.removeprefix("note: "))
 
 
 def find_words(name, command):

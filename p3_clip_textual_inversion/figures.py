@@ -18,8 +18,9 @@ from .concepts import read_concepts
 from .data import example_pictures
 from .defaults import input_of
 from .device import progress
-from .embedding import add_words, expand, file_of, nearest_words, read_embedding, read_embeddings
+from .embedding import add_words, expand, file_of, nearest_words, note_models, read_embedding
 from .files import ROOT, UserError, first_line, lock, note, read_json, run, writable_folder
+from .formats.words import gather
 from .inference import add_arguments, generate, load, settings_of
 from .model import MINI_SD
 from .pictures import chart, read_picture, save_image, sheet
@@ -75,21 +76,24 @@ def main():
     parser.add_argument("--runs", type=Path, default=None, help="folder that train wrote")
     parser.add_argument("--several", type=Path, default=None, metavar="RUNS", help="the --runs of p3_several.sh: only p3_several.png is drawn, into the "
                         "report beside its results")
-    parser.add_argument("--report", type=Path, default=ROOT / "report", help="with --several: the report's folder")
+    parser.add_argument("--report", type=Path, default=None, help="with --several: the folder of its results (default: RUNS/report where that is, otherwise "
+                        "the project's report)")
     parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for the figures")
     add_arguments(parser)
     args = parser.parse_args()
     if args.several:
-        draw_several(args.several, args.report)
+        own = args.several / "report"
+        draw_several(args.several, args.report or (own if own.is_dir() else ROOT / "report"))
         return
     if args.runs is None:
         parser.error("the following arguments are required: --runs, or --several")
-    config, device, defaults, _ = settings_of(args)
+    config, device, defaults, model = settings_of(args)
     args.input = input_of(args.input, defaults.input)
     concepts = read_concepts(args.input)
-    vectors = read_embeddings(args.runs, [concept.token for concept in concepts])
+    vectors, _, origin = gather([args.runs], [concept.token for concept in concepts])
+    note_models(origin, model)
     runs = {concept.number: read_run(args.runs / concept.number) for concept in concepts}
     for concept in concepts:
         path = file_of(args.runs, concept.token)

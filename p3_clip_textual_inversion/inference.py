@@ -181,8 +181,8 @@ def main():
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt; the grader wants 25")
     parser.add_argument("--regions", nargs="+", default=None, metavar="THING=BOX", help="where things of the prompts are, such as '<new1>=0,0.2,0.5,1' "
                         "'red apple=0.5,0.2,1,1' (left, top, right, bottom, in shares of the picture; where boxes overlap all share), behind OUT and CKPT; or "
-                        "auto: by the prompt's words (on the left, above, next to, ...) or, where they do not tell, by its own attention; or none (default: "
-                        "none, but auto for a prompts.json)")
+                        "auto: by the prompt's words (on the left, above, next to, ...) or, of things that are only listed (a cat and a dog), by its own "
+                        "attention; or none (default: none, but auto for a prompts.json)")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: the empty prompt)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=DrawConfig.guidance_interval,
                         help="guide only at noise levels LOW <= t/1000 <= HIGH")

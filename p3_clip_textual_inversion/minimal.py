@@ -7,7 +7,8 @@ Textual inversion (Gal et al. 2023): in a Stable Diffusion, all of it frozen, x0
     (3)  eps = (1 + w) eps(x_t, t, text(prompt)) - w eps(x_t, t, text(""))      guidance; diffusers' scale is 1 + w
 
 And zero-shot classification by CLIP (Radford et al. 2021): the class is the caption whose feature is nearest.
-Left out, and in the package: captions for each picture, min-SNR weights, half precision, resuming, single files, checks.
+Left out, and in the package: captions for each picture, min-SNR weights, half precision (without it 11 GB hold --batch-size 2
+of Stable Diffusion), resuming, single files, checks.
 
     python -m p3_clip_textual_inversion.minimal learn hw2_data/mini/textual_inversion/0 --initial bird --vectors 4 --lr 5e-3 \
         --steps 150 --batch-size 16 --w 3 --caption "a drawing of a {}" --prompt "a drawing of a {} on a blue background"
@@ -74,7 +75,8 @@ def encode_text(parts, texts):
 def encode_pictures(parts, folder):
     """The distribution of latents of a folder's pictures, cropped to squares, and of their mirror images."""
     side = parts.unet.config.sample_size * parts.vae_scale_factor
-    pictures = [Image.open(path).convert("RGB") for path in sorted(Path(folder).glob("*.[jp]*g"))]
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    pictures = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]  # as a camera says that they are up
     x = torch.stack([pil_to_tensor(ImageOps.fit(picture, (side, side))) for picture in pictures]).to(DEVICE) / 127.5 - 1
     return parts.vae.encode(torch.cat([x, x.flip(3)])).latent_dist
 

@@ -16,10 +16,12 @@ AUTO = "auto"
 PLACES = {"left": (0.0, 0.0, 0.5, 1.0), "right": (0.5, 0.0, 1.0, 1.0), "top": (0.0, 0.0, 1.0, 0.5), "bottom": (0.0, 0.5, 1.0, 1.0)}
 RELATIONS = {  # of what stands between two things: (axis, whether the first comes first along it)
     "next to": (0, True), "beside": (0, True), "to the left of": (0, True), "left of": (0, True), "to the right of": (0, False), "right of": (0, False),
-    "above": (1, True), "below": (1, False), "under": (1, False)}
+    "on the left of": (0, True), "on the right of": (0, False), "above": (1, True), "on top of": (1, True), "below": (1, False), "under": (1, False)}
 BETWEEN = re.compile(rf"\s+({'|'.join(sorted(RELATIONS, key=len, reverse=True))})\s+", re.IGNORECASE)
 PLACED = re.compile(rf"\s+(?:on|at|to|in)\s+the\s+({'|'.join(PLACES)})(?:\s+side|\s+half)?\b(?!\s+of\b)", re.IGNORECASE)
-AND = re.compile(r"\s+and\s+", re.IGNORECASE)  # both are there, and nothing tells where
+AND = re.compile(r",?\s+and\s+", re.IGNORECASE)  # both are there, and nothing tells where
+LISTED = re.compile(r"\s*(?:,|&|,?\s+and)\s*", re.IGNORECASE)  # likewise; what wears, holds or stands in another thing has no place of its own
+ARTICLE = re.compile(r"(?:an?|the|one|my)\s+\w", re.IGNORECASE)
 END = re.compile(r"\s+(?:of|on|in|at|against|from|by|to|for|over|with|and)\s+|[,.;:]", re.IGNORECASE)  # where the words of a thing begin or end
 STYLE = re.compile(  # it has no place, and stays in what every region is told
     r",?\s+in\s+(?:(?:the\s+)?style\s+of|(?:an?\s+|the\s+)?(?:(?:\S*[<>]\S*\s+)+|\w+[ -])style)\b.*", re.IGNORECASE | re.DOTALL)
@@ -99,8 +101,8 @@ def with_thing(prompt, spans, thing):
 
 
 def told(prompt, words):
-    """[(start, end, box)] of the things of a prompt and where its words say that they are. Where they do not tell, the boxes are None; a prompt that has not
-    two things, or whose learned words are not among those that have a place, has none with a place."""
+    """[(start, end, box)] of the things of a prompt and where its words say that they are. Of things that are only listed ("a <new1> and a cat") the boxes are
+    None. A prompt that has not two things, whose learned words are not all among them, or that tells another relation ("a <new1> wearing <new2>"), has none."""
     body = STYLE.sub("", prompt)
     learned = [span for word in words for span in places_of(word, body)]
 
@@ -117,7 +119,10 @@ def told(prompt, words):
         if complete(spans):
             return [(*span, box) for span, box in zip(spans, boxes if forwards else boxes[::-1])]
     both = [[phrase_before(body, match.start()), phrase_after(body, match.end())] for match in AND.finditer(body)]
-    spans = next((pair for pair in both if learned and complete(pair)), learned if len(learned) > 1 else [])
+    both = [pair for pair in both if all(ARTICLE.match(body[start:end]) or (start, end) in learned for start, end in pair)]  # not "black and white"
+    learned.sort()
+    listed = len(learned) > 1 and all(LISTED.fullmatch(body[end:start]) for (_, end), (start, _) in pairwise(learned))
+    spans = next((pair for pair in both if learned and complete(pair)), learned if listed else [])
     return [(*span, None) for span in spans]
 
 

@@ -91,13 +91,15 @@ def main():
     add_judge_arguments(parser)
     parser.add_argument("--pairs", type=int, default=40, help="pairs of classes that set the threshold, and as many that try it")
     parser.add_argument("--seed", type=int, default=0, help="of pairs and compositions")
-    parser.add_argument("--output", type=Path, default=ROOT / "report" / "results" / "p3_both.json", help="the file to write")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: p3_both.json of the project's report for the bundled pictures "
+                        "and judge, otherwise runs/p3_both.json)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_flags(args, ("pairs",), lambda value: 1 <= value <= 10_000, "between 1 and 10000")
     check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")
     paths, classes, _ = read_data(args.data)
-    writable_file(args.output)
+    bundled = args.data.resolve() == MINI / "clip_zeroshot" and not args.model
+    args.output = writable_file(args.output or (ROOT / "report" / "results" if bundled else Path("runs")) / "p3_both.json")
     by_class = {}
     for path, name in zip(paths, classes):
         by_class.setdefault(name, []).append(path)

@@ -3,7 +3,7 @@
     bash scripts/p3_train.sh --output runs/p3        # likewise with --seed 1 --output runs/p3_seed1, and 2
     python -m p3_clip_textual_inversion.experiments.compare --learned runs/p3 runs/p3_seed1 runs/p3_seed2
 
-writes report/results/p3_compare.json and figures/p3_compare.png.
+writes report/results/p3_compare.json and figures/p3_compare.png; for another model than the miniature, into the folder report of the first words.
 
 Image and text scores are those of the course's grader, averaged over all pictures of a prompt (not only the best five); the rest score is a text score too,
 of the prompt without the learned word, such as "a drawing of on a blue background": whether the rest of the prompt is still obeyed.
@@ -26,14 +26,14 @@ from PIL import Image
 from ..concepts import read_concepts
 from ..custom_diffusion import tell_projections
 from ..data import example_pictures
-from ..defaults import input_of
+from ..defaults import MINIATURE, input_of, report_of
 from ..device import progress
-from ..embedding import add_words, expand, initial_rows
+from ..embedding import add_words, expand, initial_rows, note_models
 from ..evaluate import add_judge_arguments, best_of, clip_scores, judge_of
-from ..files import ROOT, check_flags, lock, read_json, run, writable_file, writable_folder, write_json
+from ..files import check_flags, fingerprint, lock, note, read_json, run, writable_file, writable_folder, write_json
 from ..formats.words import gather
 from ..inference import add_arguments, generate, load, settings_of
-from ..lora import add_loras, find_loras
+from ..lora import add_loras, find_loras, loras_of
 from ..measures import drift
 from ..model import MINI_SD
 from ..pictures import save_image, sheet
@@ -86,9 +86,9 @@ def drifts_of(checkpoint, row, loras, config, device, grader):
     parts, prompts = load(checkpoint, device, config), [row.templates["object"][-1].format(word) for word in row.ordinary]
     originals, moved = list(generate(parts, prompts, prompts, config)), {}
     for way, files in loras.items():
-        added, moved[way] = add_loras(parts, files, 1.0), {}
+        added, moved[way], prints = add_loras(parts, files, 1.0), {}, {word: fingerprint(file) for word, file in files.items()}
         for words in dict.fromkeys([*((word,) for word in files), tuple(files)]):
-            added.use(words)
+            added.use(loras_of(" ".join(words), files, prints))
             moved[way][" + ".join(words)] = drift(list(generate(parts, prompts, prompts, config)), originals, grader)
         added.use(())
     return moved
@@ -102,18 +102,23 @@ def main():
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     add_judge_arguments(parser)
     parser.add_argument("--num-images", type=int, default=25, help="pictures per prompt and way")
-    parser.add_argument("--output", type=Path, default=ROOT / "report", help="folder for results/p3_compare.json and figures/p3_compare.png")
+    parser.add_argument("--output", type=Path, default=None, help="folder for results/p3_compare.json and figures/p3_compare.png (default: the project's "
+                        "report for the miniature's own concepts, otherwise the folder report in the first one of --learned)")
     parser.add_argument("--write-baselines", action="store_true", help="write the pass mark of each prompt into INPUT_JSON")
     add_arguments(parser)
     args = parser.parse_args()
-    config, device, row, _ = settings_of(args)
+    config, device, row, model = settings_of(args)
     args.input = input_of(args.input, row.input)
+    args.output = report_of(args.output, args.input, MINIATURE.input, args.checkpoint, MINI_SD, args.learned[0])
     check_flags(args, ("num_images",), lambda value: 1 <= value <= 10**6, "between 1 and 1000000")
     concepts = read_concepts(args.input)
     found = [gather([folder], [concept.token for concept in concepts]) for folder in args.learned]
     learned = [vectors for vectors, *_ in found]
     for *_, origin in found:
         tell_projections(None, origin)
+        note_models(origin, model)
+        for word, init in ((word, metadata["init"]) for word, (_, metadata) in origin.items() if metadata.get("init", "src_image") != "src_image"):
+            note(f"{word} was learned from {init!r} (--init); its row of initial words is of src_image all the same")
     args.loras = {f"learned ({folder})": files for folder, (*_, origin) in zip(args.learned, found) if (files := find_loras((), origin))}
     for name in ("results", "figures"):
         writable_folder(args.output / name)
@@ -121,10 +126,10 @@ def main():
     if args.write_baselines:
         writable_file(args.input)
     with lock(args.output, "-p3_compare"):
-        compare(args, config, device, row, concepts, learned, examples)
+        compare(args, config, device, row, model, concepts, learned, examples)
 
 
-def compare(args, config, device, row, concepts, learned, examples):
+def compare(args, config, device, row, model, concepts, learned, examples):
     """learned: [{word: rows}], one for each seed; examples: {concept's number: its pictures}."""
     grader = judge_of(row, args, device=device)
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
@@ -146,7 +151,8 @@ def compare(args, config, device, row, concepts, learned, examples):
              for number, features in references.items()}
     summary = [summary_of(concept.prompts[k], {way: rows[j] for way, rows in scores.items()}) for j, (concept, k) in enumerate(prompts)]
     results = {"summary": summary, "ways": scores, "examples_among_themselves": among, "pictures": args.num_images,
-               "guidance_weight": config.guidance_weight, "steps": config.num_steps}
+               "guidance_weight": config.guidance_weight, "steps": config.num_steps, "seed": config.seed, "model": model,
+               "judge": Path(args.model or row.judge).name}
     if args.loras:
         results["drift"] = drifts_of(args.checkpoint, row, args.loras, config, device, grader)
     write_json(args.output / "results" / "p3_compare.json", results)

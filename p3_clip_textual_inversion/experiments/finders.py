@@ -124,11 +124,11 @@ class BothFinder:
         return torch.stack([torch.minimum(found[0][:, i], found[1][:, j]) for i, j in OPPOSITE]).amax(0)
 
 
-def make_finders(grader, concepts, folder, row, others, ordinary, labels):
+def make_finders(grader, concepts, folder, row, others, ordinary, labels, side):
     """({key: finder}, {key: how many real pictures that set no threshold it judges rightly}).
 
     folder: of the concepts' folders of examples; row: the model's `Defaults`; others: ordinary pictures; ordinary: the name of the thing that "ordinary"
-    finds, among the names `labels`.
+    finds, among the names `labels`; side: of the pictures that will be judged, which real ones of two things are made as large as.
 
     A concept's two most typical examples are kept from its references: with one the threshold is set, with the other the finder is tried; likewise the two
     halves of the ordinary pictures. (One that shows it small, in company, says little of how it looks at half size.) A subject is seen beside another thing.
@@ -138,7 +138,6 @@ def make_finders(grader, concepts, folder, row, others, ordinary, labels):
     finders, validation = {}, {}
     examples = {concept.number: most_typical_last(grader, example_pictures(folder / concept.number)) for concept in concepts}
     styles = [concept.number for concept in concepts if kind_of(concept) == "style"]
-    side = others[0].width
     halves_of_others = others[0::2], others[1::2]
     for concept in concepts:
         *references, setting, trying = examples[concept.number]
@@ -190,10 +189,10 @@ def validate(finders, validation, key, new_present, new_absent):
 
 
 def paste_side_by_side(left, right, side):
-    """A real picture of two: both at half size beside each other, on the left one's ground."""
+    """A real picture of two: the squares in their middles, at half size beside each other, on the left one's ground."""
     picture = Image.new("RGB", (side, side), left.getpixel((0, 0)))
     for i, part in enumerate((left, right)):
-        picture.paste(part.resize((side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
+        picture.paste(ImageOps.fit(part, (side // 2, side // 2), Image.Resampling.BOX), (i * side // 2, side // 4))
     return picture
 
 

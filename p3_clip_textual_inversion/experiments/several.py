@@ -20,11 +20,11 @@ from PIL import Image
 from ..concepts import kind_of, read_concepts
 from ..custom_diffusion import merge, read_projections, set_projections, weights_of
 from ..data import example_pictures, read_data
-from ..defaults import add_argument, fill_in, input_of
+from ..defaults import MINIATURE, add_argument, fill_in, input_of, report_of
 from ..device import describe, progress
-from ..embedding import add_words, expand
+from ..embedding import add_words, expand, note_models
 from ..evaluate import add_judge_arguments, judge_of
-from ..files import ROOT, UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
+from ..files import UserError, check_flags, fingerprint, lock, note, run, writable_folder, write_json
 from ..formats.identity import weights_fingerprint
 from ..formats.words import gather
 from ..inference import add_arguments, generate, load, settings_of
@@ -57,13 +57,14 @@ def slug(name):
     return name.lower().replace(",", "").replace(" ", "-")
 
 
-def prepare(method, args, concepts, device, config):
+def prepare(method, args, concepts, model, device, config):
     """(model with the method's words and other weights, {word: rows}, fingerprints of what was learned)"""
     source, weights, _ = METHODS[method]
     folder = args.runs / source
     parts = load(args.checkpoint, device, config)
     words, _, origin = gather([folder], [concept.token for concept in concepts])
     words = {concept.token: words[concept.token] for concept in concepts}
+    note_models({word: origin[word] for word in words}, model)
     counts = {word: len(rows) for word, rows in words.items()}
     add_words(parts, words)
     files = []
@@ -110,7 +111,7 @@ def make_prompts(args, concepts, finders):
 
 def draw_method(method, args, concepts, prompts, model, device, config, bar):
     """Draws what is missing of a method's pictures. Returns [their paths] of the ordinary ones, then of each prompt."""
-    parts, counts, made_of = prepare(method, args, concepts, device, config)
+    parts, counts, made_of = prepare(method, args, concepts, model, device, config)
     folder = writable_folder(args.runs / "pictures" / slug(method))
     own = {f"ordinary/{i}.png": {"prompt": prompt, "noise": prompt} for i, prompt in enumerate(args.ordinary_prompts)}  # first: in the untouched one's batches
     own |= {f"{k}/{i}.png": {"prompt": prompt, "noise": f"{prompt}/{i}"} for k, (prompt, _) in enumerate(prompts) for i in range(args.num_images)}
@@ -131,7 +132,7 @@ def draw_method(method, args, concepts, prompts, model, device, config, bar):
 def known_words(args, config, parts, grader):
     """What words can do that the model knows, {"words" or "words, regions": {...}, "times": how much longer the latter take}: "a A next to a B" of ordinary
     things, by seed. Both are there where CLIP, among all those names, takes one half for one of them and the other half for the other."""
-    names = [args.ordinary, *args.row.ordinary]
+    names = list(dict.fromkeys((args.ordinary, *args.row.ordinary)))  # of two alike CLIP would find one
     rng, results = np.random.default_rng(config.seed), {}
     pairs = [rng.choice(len(names), 2, replace=False).tolist() for _ in range(args.num_images)]
     prompts = [f"a {names[a]}{NEXT}a {names[b]}" for a, b in pairs]
@@ -171,7 +172,8 @@ def parse_args():
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
     parser.add_argument("--runs", type=Path, default=Path("runs/p3_several"),
                         help="folder of the trainings apart, together, custom, custom_apart, lora_apart, and for the pictures")
-    parser.add_argument("--report", type=Path, default=ROOT / "report", help="folder for results/p3_several.json")
+    parser.add_argument("--report", type=Path, default=None, help="folder for results/p3_several.json (default: the project's report for the miniature's own "
+                        "concepts, otherwise RUNS/report)")
     add_argument(parser, "several", "--ordinary", "ordinary thing that stands beside the first subject")
     add_argument(parser, "several", "--ordinary-pictures", "pictures of ordinary things, to set the score's thresholds by", type=Path)
     parser.add_argument("--num-images", type=int, default=100, help="pictures per prompt and method")
@@ -187,6 +189,7 @@ def main():
     args = parse_args()
     config, device, args.row, model = settings_of(args)
     args.input = input_of(args.input, args.row.several.input)
+    args.report = report_of(args.report, args.input, MINIATURE.several.input, args.checkpoint, MINI_SD, args.runs)
     fill_in(args, args.row.several)
     concepts = read_concepts(args.input)
     if all(kind_of(concept) == "style" for concept in concepts):
@@ -208,7 +211,7 @@ def main():
 def compare(args, config, device, model, concepts, methods, others, labels):
     """Draws, measures and writes it all. others: an ordinary picture of each class, of the names `labels`."""
     grader = judge_of(args.row, args, device=device)
-    finders, validation = make_finders(grader, concepts, args.input.parent, args.row, others, args.ordinary, labels)
+    finders, validation = make_finders(grader, concepts, args.input.parent, args.row, others, args.ordinary, labels, config.side or args.row.side)
     prompts = make_prompts(args, concepts, finders)
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
@@ -233,9 +236,11 @@ def compare(args, config, device, model, concepts, methods, others, labels):
                                            **{f"finds {key}": found[i].float().mean().item() for i, key in enumerate(keys)}}
     write_json(args.report / "results" / "p3_several.json", {
         "methods": results, "known": known, "drift": drifts, "validation": validation, "pictures": args.num_images, "guidance_weight": config.guidance_weight,
-        "steps": config.num_steps, "seed": config.seed, "folders": shown, "prompts": [prompt for prompt, _ in prompts]})
+        "steps": config.num_steps, "seed": config.seed, "folders": shown, "prompts": [prompt for prompt, _ in prompts],
+        "model": model, "judge": Path(args.model or args.row.judge).name})
     print_table(results, drifts)
-    print(f"wrote results/p3_several.json to {args.report}\nnext: {script_line('p3_figures.sh', '--several', args.runs)} draws p3_several.png")
+    line = script_line("p3_figures.sh", "--several", args.runs, "--report", args.report)
+    print(f"wrote results/p3_several.json to {args.report}\nnext: {line} draws p3_several.png")
 
 
 def print_table(results, drifts):

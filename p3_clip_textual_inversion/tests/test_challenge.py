@@ -13,7 +13,7 @@ from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_entries
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.embedding import installed_folder, model_name, read_embeddings, save_embedding
+from p3_clip_textual_inversion.embedding import installed_folder, model_name, save_embedding
 from p3_clip_textual_inversion.experiments import both, finders
 from p3_clip_textual_inversion.experiments.finders import BothFinder
 from p3_clip_textual_inversion.files import MINI, ROOT, UserError
@@ -163,7 +163,7 @@ def test_the_bundled_challenge_has_its_words_and_pictures():
     assert len(entries) == 4 and [concept.kind for concept in concepts] == ["object", "object", "style"]
     assert any("on the left" in entry.prompts[0] for entry in entries)
     assert all(len(example_pictures(concept.folder)) == 5 for concept in concepts)
-    words = read_embeddings(installed_folder(model_name(MINIATURE, identify(MINI_SD))), [concept.token for concept in concepts])
+    words = gather([installed_folder(model_name(MINIATURE, identify(MINI_SD)))], [concept.token for concept in concepts])[0]
     assert [len(rows) > 0 for rows in words.values()] == [True] * 3
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from p3_clip_textual_inversion import embedding
 from p3_clip_textual_inversion.clip import check_clip
-from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, row_of
+from p3_clip_textual_inversion.defaults import MINIATURE, ROWS, SD_V1, report_of, row_of
 from p3_clip_textual_inversion.embedding import check_models, find_words, install, installed_folder, model_name, models_of, read_embedding, save_embedding
 from p3_clip_textual_inversion.evaluate import judge_of
 from p3_clip_textual_inversion.experiments.fullsize import original_layout, write_checkpoint
 from p3_clip_textual_inversion.experiments.several import METHODS, check_runs
-from p3_clip_textual_inversion.files import UserError, fingerprint
+from p3_clip_textual_inversion.files import ROOT, UserError, fingerprint
 from p3_clip_textual_inversion.formats import identity
 from p3_clip_textual_inversion.formats.identity import identify, weights_fingerprint
 from p3_clip_textual_inversion.miniature.world import STYLES, words
@@ -165,6 +165,7 @@ def test_the_rows_differ_where_the_models_do():
     assert real.lr_projections <= 8e-5
     assert MINIATURE.several.other_styles == tuple(map(words, STYLES)) and (SD_V1.judge, SD_V1.judge_weights) == ("ViT-B-32-quickgelu", "openai")
     for row in ROWS:
+        assert row.several.ordinary not in row.ordinary and len(set(row.ordinary)) == len(row.ordinary)  # CLIP tells names apart, and the prior draws others
         assert set(row.templates) == {"object", "style"} and all("{}" in template for group in row.templates.values() for template in group)
 
 
@@ -309,6 +310,14 @@ def test_words_are_found_by_their_model(call, concepts_json, tiny_sd, tmp_path, 
     drawing[2] = shutil.copytree(tiny_sd, tmp_path / "elsewhere")
     code, out, err = call(f"{PACKAGE}.inference", *drawing)
     assert code == 0 and f"words: <new1>, <new2> of {installed_folder(name)}" in out and "note:" not in out, err
+
+
+def test_the_report_is_of_the_bundled_model_alone(tmp_path):
+    """What is measured on another model, or on other concepts, does not replace what the report tells."""
+    own = MINIATURE.several.input
+    assert report_of(None, own, own, str(MINI_SD), MINI_SD, tmp_path) == ROOT / "report"
+    assert {report_of(None, *others, tmp_path) for others in ((own, own, tmp_path, MINI_SD), (tmp_path, own, MINI_SD, MINI_SD))} == {tmp_path / "report"}
+    assert report_of(tmp_path / "x", own, own, MINI_SD, MINI_SD, tmp_path) == tmp_path / "x"
 
 
 def test_words_of_another_model_are_told(tmp_path):

@@ -122,7 +122,7 @@ def test_several_sums_what_learned_apart_and_leaves_it_in_the_model(places, tiny
         save_embedding(file_of(folder, concept.token), concept.token, rows, metadata)
         shutil.copy(lora_file(file_of(places.folder / "whole", "<new1>")), lora_file(file_of(folder, concept.token)))
     args = types.SimpleNamespace(runs=tmp_path, checkpoint=str(tiny_sd))
-    parts, counts, made_of = several.prepare("LoRA, apart, summed", args, concepts, torch.device("cpu"), DrawConfig(num_steps=1))
+    parts, counts, made_of = several.prepare("LoRA, apart, summed", args, concepts, "miniature-0-0", torch.device("cpu"), DrawConfig(num_steps=1))
     assert counts == {"<new1>": 1, "<new3>": 1} and len(made_of["projections"]) == 2
     name, content = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", load_file(lora_file(file_of(folder, "<new3>")))
     product = content[f"unet.{name}.lora_B.weight"] @ content[f"unet.{name}.lora_A.weight"]
@@ -222,8 +222,10 @@ def test_compare_draws_with_the_weights_and_tells_how_ordinary_prompts_move(call
 def test_how_far_prompts_move_with_one_runs_weights_does_not_depend_on_anothers(places, tiny_sd, monkeypatch):
     monkeypatch.setattr(compare, "drift", lambda pictures, originals, _: float(np.abs(np.stack(pictures).astype(int) - np.stack(originals)).mean()))
     file = lora_file(file_of(places.folder / "whole", "<new1>"))
-    moved = compare.drifts_of(str(tiny_sd), MINIATURE, {"a": {"<new1>": file}, "b": {"<new1>": file}}, DrawConfig(num_steps=1), torch.device("cpu"), None)
+    runs = {"a": {"<new1>": file}, "b": {"<new1>": file}, "jointly": {"<new1>": file, "<new3>": file}}
+    moved = compare.drifts_of(str(tiny_sd), MINIATURE, runs, DrawConfig(num_steps=1), torch.device("cpu"), None)
     assert moved["a"] == moved["b"] and moved["a"]["<new1>"] > 0
+    assert moved["jointly"]["<new1> + <new3>"] == moved["a"]["<new1>"]  # what learned together counts once, as in drawing
 
 
 def layer(width=WIDTH, name="unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", rank=2):

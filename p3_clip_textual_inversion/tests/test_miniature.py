@@ -14,10 +14,11 @@ from p3_clip_textual_inversion.clip import Grader, load_clip
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name, read_embeddings
+from p3_clip_textual_inversion.embedding import add_words, expand, installed_folder, model_name
 from p3_clip_textual_inversion.evaluate import clip_scores
 from p3_clip_textual_inversion.files import MINI
 from p3_clip_textual_inversion.formats.identity import identify
+from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.model import MINI_SD, load_stable_diffusion
 from p3_clip_textual_inversion.samplers import ImageNoise
@@ -91,7 +92,7 @@ def test_shipped_words_draw_their_concept(grader, number):
     """Eight pictures of each prompt are nearer to the examples with the learned word than with the words it started from, noise by noise, beyond chance."""
     concept = next(c for c in read_concepts(INPUT) if c.number == number)
     references = grader.of_pictures(example_pictures(INPUT.parent / number))
-    vectors = read_embeddings(WORDS)
+    vectors = gather([WORDS], [])[0]
     counts, names, config = {w: len(rows) for w, rows in vectors.items()}, list("abcdefgh"), DrawConfig(guidance_weight=GUIDANCE, num_steps=15)
     plain, learned = load_stable_diffusion(), load_stable_diffusion()
     add_words(learned, vectors)
@@ -110,4 +111,4 @@ def test_sizes():
     assert sum(path.stat().st_size for path in files) < 60e6
     content = json.loads(INPUT.read_text())
     assert all(len(example_pictures(INPUT.parent / number)) == 5 for number in content)
-    assert {entry["token_name"] for entry in content.values()} <= set(read_embeddings(WORDS))
+    assert {entry["token_name"] for entry in content.values()} <= set(gather([WORDS], [])[0])

@@ -37,6 +37,19 @@ def both():
     return (parts, learned), (page, words), written
 
 
+def test_photographs_of_any_name_stand_upright(both, tmp_path):
+    """As a camera says in its EXIF data; .JPG is a picture, too."""
+    rng, exif, parts = np.random.default_rng(0), Image.Exif(), both[1][0]
+    picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
+    exif[274] = 6  # to be turned clockwise
+    for name, shown, options in (("upright", picture, {}), ("lying", picture.transpose(Image.Transpose.ROTATE_90), {"exif": exif})):
+        (tmp_path / name).mkdir()
+        shown.save(tmp_path / name / "a.PNG", **options)
+    (tmp_path / "lying" / "notes.txt").write_text("")
+    upright, lying = (minimal.encode_pictures(parts, tmp_path / name).mean for name in ("upright", "lying"))
+    torch.testing.assert_close(upright, lying)
+
+
 def test_the_same_pictures(both):
     (parts, _), (page, _), written = both
     prompt, names = PROMPT.format(written), ["one", "two"]

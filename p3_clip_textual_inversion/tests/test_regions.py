@@ -30,8 +30,12 @@ LEFT, RIGHT, TOP, BOTTOM = PLACES.values()
     (f"a {A} below a house", [(f"a {A}", BOTTOM), ("a house", TOP)]),
     (f"a cat next to a dog next to a {A}, oil", [("a cat", (0, 0, 1 / 3, 1)), ("a dog", (1 / 3, 0, 2 / 3, 1)), (f"a {A}", (2 / 3, 0, 1, 1))]),
     (f"a {A} and a {B} in a garden with trees and flowers", [(f"a {A}", None), (f"a {B}", None)]),
-    (f"a {A} chasing a {B}", [(f"a {A}", None), (f"a {B}", None)]),
-    (f"a {A} on a beach, a boat next to a tree, a {B}", [(f"a {A}", None), (f"a {B}", None)]),  # what has a place is not what was learned
+    (f"a {A}, a {B}, and a <new2> at sea", [(f"a {A}", None), (f"a {B}", None), ("a <new2>", None)]),
+    (f"a {A} & {B}", [(f"a {A}", None), (B, None)]), (f"a cat, and a {A}", [("a cat", None), (f"a {A}", None)]),
+    (f"a {A} on the left of a {B}", [(f"a {A}", LEFT), (f"a {B}", RIGHT)]), (f"a {A} on the right of a cat", [(f"a {A}", RIGHT), ("a cat", LEFT)]),
+    (f"a {A} on top of a car", [(f"a {A}", TOP), ("a car", BOTTOM)]),
+    (f"A {A} wearing {B}.", []), (f"A {A} in a {B}", []), (f"a {A} chasing a {B}", []), (f"a {A} with a {B} in <new2> style", []),  # no halves of a picture
+    (f"a {A} on a beach, a boat next to a tree, a {B}", []), (f"a black and white {A}", []), (f"a red apple on the left and a {A}", []),
     (f"a {A} on a hill", []), (f"a {A} on the left", []), ("a house in the style of <new2>", []), (f"a photo of {A} in style of <new2>", []),
     (f"A {A} on the left and a {B} on the right in a <new2> <new2>_1 style", [(f"A {A}", LEFT), (f"a {B}", RIGHT)]), ("bread and butter", [])])
 def test_what_the_words_of_a_prompt_tell(prompt, expected):

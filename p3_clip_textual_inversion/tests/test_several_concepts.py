@@ -12,10 +12,11 @@ from tqdm import tqdm
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_projections, save_projections, set_projections, weights_of
 from p3_clip_textual_inversion.data import side_by_side
-from p3_clip_textual_inversion.embedding import file_of, initial_rows, read_embeddings, save_embedding
+from p3_clip_textual_inversion.embedding import file_of, initial_rows, save_embedding
 from p3_clip_textual_inversion.experiments import several
 from p3_clip_textual_inversion.experiments.finders import half_crops, most_typical_last, paste_side_by_side
 from p3_clip_textual_inversion.files import UserError
+from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.measures import drift, wilson
 from p3_clip_textual_inversion.model import load_stable_diffusion
@@ -29,7 +30,7 @@ def test_joint_custom_diffusion_trains_every_word_and_every_projection(call, con
                  "--sample-every=0", "--dtype=fp32", "--prior=2", "--vectors=1", "--lr-projections=1e-3", "--norm=free"]
     code, out, err = call(f"{PACKAGE}.train", *arguments)
     assert code == 0 and f" --projections {tmp_path / '0+1' / 'projections.safetensors'}\n" in out, err
-    parts, learned = load_stable_diffusion(tiny_sd), read_embeddings(tmp_path)
+    parts, learned = load_stable_diffusion(tiny_sd), gather([tmp_path], [])[0]
     for word, source in (("<new1>", "dog"), ("<new2>", "red car")):
         assert (learned[word] - initial_rows(parts, source, 1)).abs().max() > 1e-3
     before, after = weights_of(parts.unet), load_file(tmp_path / "0+1" / "projections.safetensors")
@@ -94,6 +95,9 @@ def test_pictures_side_by_side():
     pasted = paste_side_by_side(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), 64)
     left, right = (np.asarray(crop) for crop in half_crops(pasted))
     assert left[:, :30, 0].min() == 255 and right[2:-4, -30:, 2].min() == 255
+    wide = Image.new("RGB", (96, 32), "red")
+    wide.paste("blue", (32, 0, 64, 32))
+    assert {color for _, color in paste_side_by_side(wide, wide, 64).crop((0, 16, 64, 48)).getcolors()} == {(0, 0, 255)}  # its middle, not squeezed
 
 
 def test_interval_of_a_share():

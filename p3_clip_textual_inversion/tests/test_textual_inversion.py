@@ -20,10 +20,11 @@ from p3_clip_textual_inversion.clip import Grader
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.data import CAPTIONS, example_pictures, read_captions, varied
 from p3_clip_textual_inversion.defaults import MINIATURE
-from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, read_embeddings, save_embedding
+from p3_clip_textual_inversion.embedding import add_words, expand, file_of, initial_rows, nearest_words, read_embedding, save_embedding
 from p3_clip_textual_inversion.evaluate import Rule, best_of, clip_scores, passes
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.formats.identity import identify
+from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.inference import DrawConfig, generate
 from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.objective import Best, Loss
@@ -105,7 +106,7 @@ def test_file_loads_into_a_stock_pipeline_and_draws_the_same(parts, tiny_sd, tmp
     pipeline.set_progress_bar_config(disable=True)
     noise = ImageNoise(0, ["x", "y"], (4, 8, 8))()
     theirs = pipeline(["a <new1> on a hill"] * 2, latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="np").images
-    add_words(parts, read_embeddings(tmp_path))
+    add_words(parts, gather([tmp_path], [])[0])
     prompt = expand("a <new1> on a hill", {"<new1>": 2})
     ours = list(generate(parts, [prompt] * 2, ["x", "y"], DrawConfig(sampler="ddim", num_steps=10, guidance_weight=3.0)))
     assert np.abs(np.stack(ours).astype(int) - (theirs * 255).round().astype(int)).max() <= 1
@@ -153,7 +154,7 @@ def test_training_writes_what_inference_and_grading_read(call, concepts_json, ti
     code, out, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "run", vectors=2))
     assert code == 0, err
     assert "new1.safetensors" in out
-    vectors = read_embeddings(tmp_path / "run")
+    vectors = gather([tmp_path / "run"], [])[0]
     assert {word: tuple(rows.shape) for word, rows in vectors.items()} == {"<new1>": (2, 32), "<new2>": (2, 32)}
     arguments = [concepts_json, tmp_path / "out", tiny_sd, "--embeddings", tmp_path / "run", "--num-images=3", "--steps=2", "--dtype=fp32"]
     code, out, err = call(f"{PACKAGE}.inference", *arguments)
@@ -373,7 +374,7 @@ def test_wrong_embeddings(tmp_path):
             read_embedding(tmp_path / f"{name}.safetensors")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="has no embeddings"):
-        read_embeddings(tmp_path / "none")
+        gather([tmp_path / "none"], [])[0]
 
 
 @pytest.mark.parametrize("module, arguments, said", [
@@ -423,7 +424,7 @@ def test_a_word_does_not_end_worse_than_it_began(call, concepts_json, tiny_sd, t
     arguments = train_arguments(concepts_json, tiny_sd, tmp_path / "run", steps=2, lr=30, norm="free")
     code, out, err = call(f"{PACKAGE}.train", *arguments, "--concepts", "0")
     assert code == 0 and "no state is better than the initial words, which are kept" in out, err
-    rows = read_embeddings(tmp_path / "run")["<new1>"]
+    rows = gather([tmp_path / "run"], [])[0]["<new1>"]
     assert torch.allclose(rows, initial_rows(load_stable_diffusion(tiny_sd), "dog", 1), atol=1e-6)
     assert json.loads((tmp_path / "run" / "0" / "validation.json").read_text()) == {"kept_step": 0, "losses": {"0": 1.0, "1": 2.0, "2": 3.0}}
 
