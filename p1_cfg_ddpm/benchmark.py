@@ -18,8 +18,8 @@ import torch
 
 from .device import DTYPES, describe, is_slow, machine, pick_device, pick_dtype
 from .evaluate import grade
-from .files import ROOT, UserError, check_flags, run, writable_file, write_json
-from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
+from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
+from .inference import STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, default_checkpoint, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
 from .provenance import HelpFormatter
@@ -86,7 +86,7 @@ def formats(checkpoint, device, batch_size=100, repeats=3):
 
 def main():
     parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain, for the default settings: 50 are the grader's files")
     parser.add_argument("--seeds", type=int, default=5, help="with the default settings, so many seeds are drawn and graded")
@@ -96,7 +96,8 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    check_flags(args, ("images_per_digit", "seeds", "sweep_images_per_digit", "batch_size"), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("images_per_digit", "sweep_images_per_digit"), lambda value: value >= 2, "at least 2")
+    check_flags(args, ("seeds", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("classic_images_per_digit",), lambda value: value >= 0, "at least 0")
     writable_file(args.output)
     device = pick_device(args.device)
@@ -105,7 +106,8 @@ def main():
     model, diffusion = load_generator(args.checkpoint, device, dtype)
     if model.config.times:
         raise UserError(f"{args.checkpoint} is a student, which has no samplers to compare; the bundled one is measured beside any other network")
-    results = {"machine": machine(device), "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
+    results = {"machine": machine(device), "made_of": {"model": fingerprint(args.checkpoint)},
+               "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
     default, judges = DrawConfig(), Judges(device)
 
     def rows(configs, images_per_digit, network=(model, diffusion)):

@@ -21,7 +21,7 @@ from .files import UserError, run, writable_folder, write_json
 from .model import DOMAINS, NUM_DIGITS
 from .pictures import left_out, note_left_out, save_image
 from .provenance import HelpFormatter, check_made, digest, told
-from .quality import Judges
+from .quality import PER_DIGIT, Judges
 
 
 def read_folder(folder):
@@ -125,7 +125,7 @@ def nearest_of(images, others):
 
 
 def print_table(scores):
-    print("ratios to as many real images, in the embedding: 1 is as good as real\n"
+    print(f"ratios to as many real images, at most {PER_DIGIT} of a digit, in the embedding: 1 is as good as real\n"
           f"{'domain':8} {'images':>6} {'accuracy':>9} {'worst digit':>12} {'second judge':>13} {'Frechet':>8} {'precision':>10} {'coverage':>9}  classifier")
     for domain in DOMAINS:
         s = scores[domain]

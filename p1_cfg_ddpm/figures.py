@@ -2,7 +2,7 @@
 
     python -m p1_cfg_ddpm.figures        # writes report/figures/p1_*.png
 
-Two grids (rows: the digits 0-9, columns: ten noise inputs, the files {digit}_001 .. _010 of inference --tries 1), two reverse processes of the first 0
+Two grids (rows: the digits 0-9, columns: ten noise inputs, the files {digit}_001 .. _010 of inference), two reverse processes of the first 0
 of those grids (the file 0_001.png), at six moments (reverse) and at all (process), and from the benchmark's results two charts: guidance weight, and
 sampler and steps; from p1_cfg_ddpm.pareto's, one of what was tried.
 """
@@ -17,8 +17,8 @@ import torch
 
 from .benchmark import RESULTS
 from .device import describe
-from .files import ROOT, UserError, lock, run, writable_folder
-from .inference import Job, add_arguments, add_tries, all_jobs, generate, load_with_settings, states
+from .files import ROOT, UserError, fingerprint, lock, note, run, writable_folder
+from .inference import CHECKPOINT, Job, add_arguments, add_tries, all_jobs, draw_again, generate, load_with_settings, names_of, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pareto import RESULTS as PARETO
 from .pareto import panels as pareto_panels
@@ -40,8 +40,10 @@ def grid(images):
 @torch.inference_mode()
 def reverse_process(model, diffusion, job, config):
     """The way of one image from noise to digit, as two pictures: six moments of it, and all; x_t above, the x0 that the network sees in it below."""
-    every = list(states(model, diffusion, [job], config))
-    noise = ImageNoise(config.seed, [job.name], (3, IMAGE_SIZE, IMAGE_SIZE))()
+    every, kept = list(states(model, diffusion, [job], config)), 1
+    if config.tries > 1 and (kept := draw_again(every[-1].x.clone(), model, diffusion, [job], config)[1].item()) > 1:
+        every = list(states(model, diffusion, [job], config, attempt=kept))
+    noise = ImageNoise(config.seed, names_of([job], kept), (3, IMAGE_SIZE, IMAGE_SIZE))()
     xt, x0 = [noise, *(state.x for state in every)], [*(state.x0 for state in every), every[-1].x]
     label = [*(f"t = {state.t}" for state in every), "finished"]
     pictures = []
@@ -113,7 +115,12 @@ def main():
         for path, draw, command in ((args.results, charts, "scripts/p1_benchmark.sh"), (args.pareto, pareto_chart, "p1_cfg_ddpm.pareto")):
             if path.is_file():
                 try:
-                    written += draw(json.loads(path.read_text(encoding="utf-8")), args.output)
+                    results = json.loads(path.read_text(encoding="utf-8"))
+                    measured = results["made_of"]["model"] if "made_of" in results else fingerprint(CHECKPOINT)  # which older results are of
+                    if not model.config.times and measured != fingerprint(checkpoint):
+                        note(f"{path} is of another network than {checkpoint}: its charts are left out; {command} --checkpoint {checkpoint} measures it")
+                        continue
+                    written += draw(results, args.output)
                 except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                     raise UserError(f"{path} is not what {command} writes ({type(error).__name__}: {error}); run it again") from None
         for domain in DOMAINS:

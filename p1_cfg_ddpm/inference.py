@@ -97,7 +97,10 @@ def load_generator(checkpoint, device, dtype):
     """Returns (UNet in eval mode, Diffusion) of a checkpoint."""
     model, metadata = load_model(checkpoint, device, dtype)
     try:
-        model.max_weight = float(metadata["training"]["max_weight"]) if model.config.times else None  # a student has learned guidance weights up to it
+        # a student has learned guidance weights up to the first, half of its paths the second
+        taught = metadata["training"] if model.config.times else {}
+        model.max_weight = float(taught["max_weight"]) if taught else None
+        model.most_learned = min(float(taught.get("guidance_weight", STUDENT.guidance_weight)), model.max_weight) if taught else None
         return model, Diffusion(DiffusionConfig(**metadata["diffusion"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of this project (its diffusion settings: {error})") from None
@@ -150,9 +153,9 @@ def states(model, diffusion, jobs, config, guide=None, attempt=1):
 
 def draw_again(x, model, diffusion, jobs, config, guide=None):
     """Draws those of the finished images x [B, 3, 28, 28] again, from another noise, in which the network is not sure to see their digit, up to config.tries
-    in all. Returns x with that try of each which it doubts least."""
+    in all. Returns (x with that try of each which it doubts least, which try it is, int [B])."""
     digit, domain = conditions(jobs, x.device)
-    doubts = doubt(model, diffusion, x.clamp(-1, 1), digit, domain, config.seed, [f"{name}, read" for name in names_of(jobs)])
+    doubts, kept = doubt(model, diffusion, x.clamp(-1, 1), digit, domain, config.seed, [f"{name}, read" for name in names_of(jobs)]), torch.ones_like(digit)
     for attempt in range(2, config.tries + 1):
         again = (doubts > 0).nonzero()[:, 0]
         if not len(again):
@@ -161,8 +164,8 @@ def draw_again(x, model, diffusion, jobs, config, guide=None):
         new = finish(states(model, diffusion, some, config, guide, attempt)).x
         found = doubt(model, diffusion, new.clamp(-1, 1), digit[again], domain[again], config.seed, [f"{name}, read" for name in names_of(some, attempt)])
         better = found < doubts[again]
-        x[again[better]], doubts[again[better]] = new[better], found[better]
-    return x
+        x[again[better]], doubts[again[better]], kept[again[better]] = new[better], found[better], attempt
+    return x, kept
 
 
 @torch.inference_mode()
@@ -174,7 +177,7 @@ def generate(model, diffusion, jobs, config, batch_size, progress=True, guide=No
             for state in states(model, diffusion, batch, config, guide):
                 bar.update(len(batch))
                 last = state
-            return last.x if config.tries == 1 else draw_again(last.x, model, diffusion, batch, config, guide)
+            return last.x if config.tries == 1 else draw_again(last.x, model, diffusion, batch, config, guide)[0]
 
         for batch, x in in_batches(jobs, batch_size, draw, "image", "--device cpu", share):
             if not x.isfinite().all():
@@ -188,8 +191,8 @@ def add_arguments(parser):
                         f"(default: the installed one, or the bundled {CHECKPOINT.name})")
     parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
     parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
-                        f"(default: {STUDENT.guidance_weight:g} for a student, {TEACHER.guidance_weight:g} for others, {WEIGHT_OF_TRIES:g} where "
-                        "digits are drawn again)")
+                        f"(default: {STUDENT.guidance_weight:g} for the bundled student, for others what they learned most; {TEACHER.guidance_weight:g} for "
+                        f"other networks, {WEIGHT_OF_TRIES:g} where digits are drawn again)")
     parser.add_argument("--sampler", choices=OFFERED, default=None, help="the update rule; heun asks the network twice a step; "
                         f"not for students, as the next five (default: {TEACHER.sampler})")
     parser.add_argument("--steps", type=int, default=None, dest="num_steps", help=f"steps of the sampler (default: {TEACHER.num_steps})")
@@ -211,7 +214,7 @@ def add_tries(parser):
     """The flag of the commands that draw the grader's files, or show them."""
     parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
                         "its digit in it, for three times the work: fewer are misread, and they vary more, by the lower weight, chosen on the "
-                        "bundled network; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU)".format(**TRIES))
+                        "bundled network; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU and without guidance)".format(**TRIES))
 
 
 def load_with_settings(args):
@@ -228,7 +231,8 @@ def load_with_settings(args):
     checkpoint = args.checkpoint or (STUDENT_CHECKPOINT if args.student else default_checkpoint())
     model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
     if not model.config.times:
-        tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") else TEACHER.tries)
+        plain = given.get("guidance_weight", 1) <= 0  # without guidance nothing is chosen either, unasked
+        tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") and not plain else TEACHER.tries)
         unasked = {"tries": tries, "guidance_weight": WEIGHT_OF_TRIES if tries > 1 else TEACHER.guidance_weight}
         return model, diffusion, replace(TEACHER, **unasked | given, seed=args.seed), batch_size, checkpoint
     for name in OF_THE_TEACHER:
@@ -236,7 +240,7 @@ def load_with_settings(args):
             flag = name.removeprefix("num_").replace("_", "-")
             raise UserError(f"--{flag} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
                             "only other networks have it")
-    weight = min(STUDENT.guidance_weight, model.max_weight)
+    weight = STUDENT.guidance_weight if fingerprint(checkpoint) == fingerprint(STUDENT_CHECKPOINT) else model.most_learned
     config = replace(STUDENT, **{"guidance_weight": weight, **given}, num_steps=len(model.config.times), seed=args.seed)
     if not 0 <= config.guidance_weight <= model.max_weight:
         raise UserError(f"--guidance-weight of {checkpoint.name} must be between 0 and {model.max_weight:g}, which it has learned, "

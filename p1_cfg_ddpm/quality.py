@@ -86,11 +86,12 @@ def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT):
 def over_splits(features, digit, real, real_digit, splits=SPLITS):
     """`against_real` over several splits of the real images: the mean of each measure, and the ratio of the means. None for too few images.
 
-    digit int [N]: what the images shall be; as many real ones of each digit stand for them, at most `PER_DIGIT`."""
+    digit int [N]: what the images shall be. The first `PER_DIGIT` of each digit count, and as many real ones stand for them: more would cover more."""
     per_digit = np.bincount(digit, minlength=NUM_DIGITS).clip(max=PER_DIGIT)
     if per_digit.sum() < 2 * NUM_DIGITS:
         return None
-    scores = [against_real(features, real, real_digit, seed, per_digit) for seed in splits]
+    first = np.sort(np.concatenate([np.flatnonzero(digit == d)[:PER_DIGIT] for d in range(NUM_DIGITS)]))
+    scores = [against_real(features[first], real, real_digit, seed, per_digit) for seed in splits]
     means = {name: {part: float(np.mean([score[name][part] for score in scores])) for part in ("value", "real")} for name in MEASURES}
     return {name: mean | {"ratio": mean["value"] / mean["real"] if mean["real"] else float("nan")} for name, mean in means.items()}
 
@@ -99,12 +100,12 @@ def by_digit(features, digit, real, real_digit, splits=SPLITS):
     """Precision and coverage of each digit among its like, as ratios to real: {digit: {"precision", "coverage"}}."""
     scores = {}
     for d in range(NUM_DIGITS):
-        own, theirs = features[digit == d], real[real_digit == d]
+        own, theirs = features[digit == d][:PER_DIGIT], real[real_digit == d]
         if len(own) > NEIGHBOURS and len(theirs) > PER_DIGIT + NEIGHBOURS:
             rows = []
             for seed in splits:
                 order = np.random.default_rng(seed).permutation(len(theirs))
-                some, others = theirs[order[:min(len(own), PER_DIGIT)]], theirs[order[PER_DIGIT:]]
+                some, others = theirs[order[:len(own)]], theirs[order[PER_DIGIT:]]
                 rows.append([neighbourhood_measures(x, others) for x in (own, some)])
             scores[str(d)] = {name: float(np.mean([ours[name] for ours, _ in rows]) / np.mean([real_[name] for _, real_ in rows]))
                               for name in ("precision", "coverage")}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .data import default_data, load_digits
 from .device import compile_blocks
@@ -106,8 +106,7 @@ def parse_args():
 def main():
     config, args = parse_args()
     clock = Clock(args.minutes)
-    folder = writable_folder(args.output)
-    accelerator, dtype = prepare(args, folder)
+    accelerator, dtype = prepare(args, folder := writable_folder(args.output))
     if args.minutes and accelerator.num_processes > 1:
         raise UserError("--minutes is for one process: several would not stop at the same step; give --steps")
     with held(accelerator, folder), guarded(ADVICE):
@@ -217,7 +216,7 @@ def save_run(run, accelerator, clock, **more):
     """Writes what `make_run` and a `Clock` go on from, if it is finite; more: what else the state keeps."""
     refuse_nonfinite(run.step, [*run.recent, *run.net.parameters(), *run.ema.averages[0].values()], run.state_file)
     save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer,
-               seconds=clock.gone(), prepared=clock.prepared, **more)
+               seconds=clock.gone(), prepared=clock.prepared, allowed=clock.seconds, **more)
 
 
 def refuse_nothing(run, args):
@@ -255,7 +254,9 @@ class Clock:
     def go_on(self, state, path):
         """Counts on from where a state, which is at `path`, was saved; from nothing where it is None."""
         with fitting(path):
-            self.before, self.prepared = (float((state or {}).get(name, 0)) for name in ("seconds", "prepared"))
+            self.before, self.prepared, allowed = (float((state or {}).get(name, 0)) for name in ("seconds", "prepared", "allowed"))
+        if self.before >= self.seconds != allowed:  # otherwise the run is over and this its command again
+            raise UserError(f"--minutes {self.seconds / 60:g} are over: the training in {path} has taken {self.before / 60:.1f} so far; give it more")
 
     def begin(self):
         self.prepared = min(self.gone(), 0.99 * self.seconds)
@@ -342,8 +343,7 @@ def sample_grid(net, diffusion, device, seed, w=1.0, num_steps=12):
     guided = Guided(net.eval(), diffusion, digit, domain, w)
     last = finish(dpmpp_2m(guided, noise, trailing(diffusion.alpha_bar, num_steps)))
     grid = to_uint8(last.x).reshape(len(DOMAINS), NUM_DIGITS, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
-    picture = Image.fromarray(grid.reshape(len(DOMAINS) * IMAGE_SIZE, NUM_DIGITS * IMAGE_SIZE, 3))
-    return picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
+    return ImageOps.scale(Image.fromarray(grid.reshape(len(DOMAINS) * IMAGE_SIZE, NUM_DIGITS * IMAGE_SIZE, 3)), 3, Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":

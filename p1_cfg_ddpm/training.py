@@ -253,9 +253,9 @@ class Validation:
         return {"validation": sum(means) / self.bands, **{f"validation_{low}_{high - 1}": mean for low, high, mean in zip(edges, edges[1:], means)}}
 
 
-def is_flat(history, patience):
-    """Whether the last `patience` validations brought the lowest loss not even a thousandth lower."""
-    losses = [row["validation"] for row in history if "validation" in row]
+def is_flat(history, patience, since=0):
+    """Whether the last `patience` validations, of those after the step `since`, brought the lowest loss not even a thousandth lower."""
+    losses = [row["validation"] for row in history if "validation" in row and row["step"] > since]
     return 0 < patience < len(losses) and min(losses[-patience:]) > (1 - LEAST_GAIN) * min(losses[:-patience])
 
 

@@ -1,5 +1,6 @@
 """A student: its target by hand, the whole way from a teacher to drawn images, and what it is refused."""
 
+import argparse
 import csv
 import sys
 from dataclasses import replace
@@ -62,7 +63,7 @@ def test_the_target_lands_where_the_path_is():
 
 def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
     """One call draws with many weights, some paths at a time, what `Guided` draws with each."""
-    monkeypatch.setattr(distill, "AT_ONCE", 4)
+    monkeypatch.setitem(distill.AT_ONCE, "cpu", 4)
     diffusion, config = Diffusion(), replace(TEACHER, num_steps=3)
     ts = steps_of(config, diffusion)
     paths = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
@@ -182,6 +183,26 @@ def test_a_flag_given_at_its_default_is_the_same_run(monkeypatch, tiny_checkpoin
 def test_what_a_student_has_no_choice_of(monkeypatch, student, tmp_path, flags, said):
     with pytest.raises(UserError, match=said.replace(".", "[.]")):
         call(monkeypatch, inference, tmp_path, "--checkpoint", student, *flags)
+
+
+def test_another_student_is_drawn_at_the_weight_that_it_learned_most(student):
+    """What was chosen for the bundled one says nothing of others."""
+    parser = argparse.ArgumentParser()
+    inference.add_arguments(parser)
+    for told, weight in (({}, 3), ({"guidance_weight": 1.5}, 1.5)):
+        net = inference.load_generator(student, "cpu", torch.float32)[0]
+        save_model(student, net, Diffusion(), {"max_weight": 3.0, **told})
+        config = inference.load_with_settings(parser.parse_args(["--checkpoint", str(student), "--device", "cpu"]))[2]
+        assert config.guidance_weight == weight
+    assert inference.load_with_settings(parser.parse_args(["--student", "--device", "cpu"]))[2].guidance_weight == 5
+
+
+def test_a_flat_stage_does_not_end_what_another_follows(monkeypatch, tiny_checkpoint, tmp_path):
+    monkeypatch.setattr(distill, "is_flat", lambda history, patience, since: any(row["step"] > since for row in history))
+    for tuning, steps in ((0, 1), (0.5, 3)):  # two are supervised, then one ends the tuning
+        folder = tmp_path / str(tuning)
+        call(monkeypatch, distill, "--teacher", tiny_checkpoint, *SETTINGS, "--steps", 4, "--tuning", tuning, "--validate-every", 1, "--output", folder)
+        assert torch.load(folder / "state.pt", weights_only=True)["step"] == steps
 
 
 def test_a_students_image_does_not_depend_on_the_others(student):

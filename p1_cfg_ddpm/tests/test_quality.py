@@ -6,6 +6,7 @@ import torch
 
 from p1_cfg_ddpm.quality import (
     against_real,
+    by_digit,
     compare,
     frechet_distance,
     frechet_of_gaussians,
@@ -71,6 +72,14 @@ def test_images_of_one_digit_are_measured_against_real_ones_of_it():
     assert ratios["frechet"]["ratio"] == pytest.approx(1, abs=0.05) and ratios["precision"]["ratio"] == pytest.approx(1, abs=0.05)
     assert ratios["coverage"]["real"] < 0.2  # of all digits
     assert over_splits(normal(19, 7), np.full(19, 3), real, digit) is None
+
+
+def test_more_images_are_not_measured_against_fewer():
+    """Four times as many would cover more of the real ones, and look better."""
+    digit, per_digit = np.arange(1200) % 10, np.arange(1000) % 10
+    real, fake = normal(1200, 0) + torch.from_numpy(4.0 * digit)[:, None], normal(1000, 3, 0.7) + torch.from_numpy(4.0 * per_digit)[:, None]
+    assert over_splits(fake, per_digit, real, digit) == over_splits(fake[:500], per_digit[:500], real, digit)
+    assert by_digit(fake, per_digit, real, digit) == by_digit(fake[:500], per_digit[:500], real, digit) != {}
 
 
 def test_mean_pairwise_distance():

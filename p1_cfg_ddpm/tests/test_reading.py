@@ -1,13 +1,16 @@
 """What the network reads in an image, by hand, and that what it doubts is drawn again."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
-from p1_cfg_ddpm import inference, reading
-from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm import figures, inference, reading
+from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig
 from p1_cfg_ddpm.inference import WEIGHT_OF_TRIES, DrawConfig, all_jobs, generate
 from p1_cfg_ddpm.provenance import read_made
+from p1_cfg_ddpm.reading import SURE, as_noisy
 
 INFER = "p1_cfg_ddpm.inference"
 
@@ -80,6 +83,38 @@ def test_the_command_reads_where_it_is_asked_to(call, tiny_checkpoint, tmp_path)
         assert (settings["tries"], settings["guidance_weight"]) == (tries, weight)
     code, text, err = call("p1_cfg_ddpm.redraw", tmp_path / "3" / "svhn" / "1_001.png", "--output", tmp_path / "again.png")
     assert code == 0 and "byte for byte" in text, err
+
+
+def test_other_schedules_are_read_in_as_much_noise():
+    cosine, linear = (Diffusion(DiffusionConfig(schedule)) for schedule in ("cosine", "linear"))
+    for t, _ in SURE:
+        assert as_noisy(t, cosine) == t
+        other = as_noisy(t, linear)
+        assert linear.alpha_bar[other + 1] < cosine.alpha_bar[t] < linear.alpha_bar[other - 1]
+
+
+def test_without_guidance_nothing_is_chosen_unasked(monkeypatch, tiny_checkpoint):
+    """On a GPU, too, where digits are drawn again otherwise."""
+    monkeypatch.setitem(inference.TRIES, "cpu", 4)
+    parser = argparse.ArgumentParser()
+    inference.add_arguments(parser)
+    inference.add_tries(parser)
+    for flags, tries in (([], 4), (["--guidance-weight", "2"], 4), (["--guidance-weight", "0"], 1), (["--guidance-weight", "0", "--tries", "3"], 3)):
+        config = inference.load_with_settings(parser.parse_args(["--checkpoint", str(tiny_checkpoint), "--device", "cpu", *flags]))[2]
+        assert config.tries == tries
+
+
+def test_the_reverse_process_is_that_of_the_try_that_is_kept(monkeypatch, tiny_model):
+    seen = iter([1.0, 0.5, -1.0] * 2)
+    monkeypatch.setattr(inference, "doubt", lambda *_: torch.tensor([next(seen)]))
+    shown = []
+    monkeypatch.setattr(figures, "sheet", lambda rows, **_: shown.append(rows))
+    config, job = DrawConfig(num_steps=2, tries=4), all_jobs(1)[0]
+    (_, image), = generate(tiny_model, Diffusion(), [job], config, 1, progress=False)
+    figures.reverse_process(tiny_model, Diffusion(), job, config)
+    assert (shown[0][0][-1] == image).all()
+    first = inference.finish(inference.states(tiny_model, Diffusion(), [job], config)).x
+    assert (inference.to_uint8(first)[0] != image).any()
 
 
 @pytest.mark.parametrize("flags, message", [(["--tries", 0], "--tries must be between 1 and 100, not 0"),

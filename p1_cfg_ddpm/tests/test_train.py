@@ -66,6 +66,10 @@ def test_minutes_count_on_and_never_go_below_a_rate_of_zero(call, monkeypatch, t
     assert 60 <= state["seconds"] < 70 and 5 < state["step"] < 60 and all(row["lr"] >= 0 for row in state["history"])
     code, out, err = call(TRAIN, *settings)
     assert code == 0 and f"after {state['step']} steps" in out and (tmp_path / "run" / "model.safetensors").read_bytes() == before, err
+    code, out, err = call(TRAIN, *settings, "--minutes", 0.5)
+    assert code == 1 and err.startswith("error: --minutes 0.5 are over: the training in ") and " so far; give it more" in err
+    code, out, err = call(TRAIN, *settings, "--minutes", 2)
+    assert code == 0 and torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] > state["step"], err
     code, out, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "none", "--minutes", 0.001)
     assert code == 1 and err.startswith("error: --minutes 0.001 were over before the first step") and not (tmp_path / "none" / "model.safetensors").exists()
 
