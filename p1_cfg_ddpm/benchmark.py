@@ -19,10 +19,10 @@ import torch
 from .device import DTYPES, describe, is_slow, machine, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
-from .inference import STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, default_checkpoint, generate, load_generator
+from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, default_checkpoint, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
-from .provenance import HelpFormatter
+from .provenance import REPORTED, HelpFormatter, report_file, script_line
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
@@ -87,7 +87,7 @@ def formats(checkpoint, device, batch_size=100, repeats=3):
 def main():
     parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain, for the default settings: 50 are the grader's files")
     parser.add_argument("--seeds", type=int, default=5, help="with the default settings, so many seeds are drawn and graded")
     parser.add_argument("--sweep-images-per-digit", type=int, default=20, help="for the ladder and the guidance sweep; fewer is quicker and less exact")
@@ -99,7 +99,7 @@ def main():
     check_flags(args, ("images_per_digit", "sweep_images_per_digit"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("seeds", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("classic_images_per_digit",), lambda value: value >= 0, "at least 0")
-    writable_file(args.output)
+    args.output = writable_file(report_file(args.output, RESULTS.name, args.checkpoint, CHECKPOINT))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
@@ -128,7 +128,8 @@ def main():
     if args.classic_images_per_digit:
         results["classic"] = next(rows([replace(CLASSIC, guidance_weight=default.guidance_weight)], args.classic_images_per_digit))
     write_json(args.output, results)
-    print(f"wrote {args.output}\nnext: bash scripts/p1_figures.sh")
+    own = () if args.output == RESULTS else ("--results", args.output, "--checkpoint", args.checkpoint)
+    print(f"wrote {args.output}\nnext: {script_line('p1_figures.sh', *own)}")
 
 
 if __name__ == "__main__":

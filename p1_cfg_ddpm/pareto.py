@@ -19,9 +19,9 @@ import numpy as np
 from .benchmark import measure, show
 from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
-from .inference import TEACHER, default_checkpoint, load_generator, steps_of
+from .inference import CHECKPOINT, TEACHER, default_checkpoint, load_generator, steps_of
 from .model import DOMAINS
-from .provenance import HelpFormatter, command_line
+from .provenance import REPORTED, HelpFormatter, command_line, report_file
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_pareto.json"
@@ -103,11 +103,12 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     args = parser.parse_args()
     args.command = command_line("python -m p1_cfg_ddpm.pareto", parser, args, leave_out=("device", "output"))
     check_flags(args, ("finalists", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("images_per_digit",), lambda value: value >= 2, "at least 2")
+    args.output = report_file(args.output, RESULTS.name, args.checkpoint, CHECKPOINT)
     if set(args.seeds) & set(args.fresh):
         raise UserError("--fresh must be other seeds than --seeds, since those choose")
     return args
@@ -129,11 +130,11 @@ def compare(args):
     if model.config.times or (guide is not None and guide.config.times):
         raise UserError("a student has no settings to choose; give networks of p1_cfg_ddpm.train")
     judges, made_of = Judges(device), {name: fingerprint(path) for name, path in (("model", args.checkpoint), ("guide", args.guide)) if path}
-    start = {"command": args.command, "made_of": made_of, "dtype": name_of(dtype),
-             "seeds": args.seeds, "fresh_seeds": args.fresh, "finalists": args.finalists, "images_per_digit": args.images_per_digit, "wanted": WANTED}
+    start = {"made_of": made_of, "dtype": name_of(dtype), "images_per_digit": args.images_per_digit}
     results = read_json(args.output) if args.output.is_file() else {}
-    if {name: results.get(name) for name in start} != start:  # otherwise the run goes on
+    if {name: results.get(name) for name in start} != start:  # otherwise its rows are as they would be measured again, and count
         results = {**start, "machine": machine(device), "rows": []}
+    results |= {"command": args.command, "seeds": args.seeds, "fresh_seeds": args.fresh, "finalists": args.finalists, "wanted": WANTED}
     results["default"], rows = asdict(TEACHER) | {"guide": False}, results["rows"]
 
     def ensure(config, guided_by, seeds):

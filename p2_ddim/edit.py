@@ -20,14 +20,14 @@ from .data import MINI_DATA, checked_pair, square
 from .device import DTYPES, describe, in_batches, machine, name_of, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
-from .files import RESULTS, ROOT, UserError, atomic_path, check_flags, fingerprint, lock, run, writable_file, writable_folder, write_json
+from .files import ROOT, UserError, atomic_path, check_flags, fingerprint, lock, run, writable_file, writable_folder, write_json
 from .inference import DrawConfig, check_size, generate, to_pictures
 from .interpolation import slerp
 from .inversion import exact_batch, to_pair
 from .model import load_unet
 from .pictures import read_picture, read_pictures, save_image, sheet, to_model
-from .provenance import HelpFormatter, Made, read_made, script_line
-from .tensors import read_tensors
+from .provenance import REPORTED, HelpFormatter, Made, read_made, report_file, script_line
+from .tensors import read_tensors, tensor_fingerprint
 
 
 def squares(pictures, side):
@@ -65,14 +65,24 @@ def value_range(picture):
     return float(picture.min()), float(picture.max())
 
 
-def refuse_others(folder, stems):
-    """A `UserError` for a file in the way of a picture's noise that `invert` did not write, such as one of the course's noises."""
-    for path in (folder / f"{stem}.pt" for stem in stems):
-        if os.path.lexists(path):
-            try:
-                checked_pair(read_tensors(path, "noise tensor"), path)
-            except (UserError, AttributeError):
-                raise UserError(f"{path} is there, was not made by p2_invert, and is not overwritten; choose another OUT") from None
+def facts_of(picture, num_steps, network, dtype):
+    """What a pair is of, beside its numbers. picture: uint8 [H, W, 3]; network, dtype: by what it is found, as text; only the same draws the picture."""
+    return {"picture": tensor_fingerprint(torch.from_numpy(picture)), "steps": torch.tensor(num_steps), "network": network, "dtype": dtype}
+
+
+def refuse_others(folder, facts, overwrite):
+    """A `UserError` for a file in the way of a picture's noise that `invert` did not write, such as one of the course's noises, or that is of another
+    picture or network or of other settings, unless that may be overwritten. facts: {stem: `facts_of` what will be written}"""
+    for stem, own in facts.items():
+        path = folder / f"{stem}.pt"
+        if not os.path.lexists(path):
+            continue
+        try:
+            there = checked_pair(read_tensors(path, "noise tensor"), path)
+        except (UserError, AttributeError):
+            raise UserError(f"{path} is there, was not made by p2_invert, and is not overwritten; choose another OUT") from None
+        if not overwrite and {name: there.get(name) for name in own} != own:
+            raise UserError(f"{path} is of another picture, of another network or of other settings; choose another OUT, or give --overwrite")
 
 
 def refuse_strip(folder):
@@ -81,11 +91,10 @@ def refuse_strip(folder):
         raise UserError(f"{folder} has a strip.png or morph.webp that p2_ddim.edit did not make, and which is not overwritten; choose another OUT")
 
 
-def save_pair(path, pair, picture, num_steps, network, dtype):
-    """network, dtype: by what it was found, as text; only the same draws the picture."""
+def save_pair(path, pair, picture, facts):
+    """facts: of `facts_of`"""
     with atomic_path(path) as temporary:
-        torch.save({"states": pair.clone(), "range": torch.tensor(value_range(picture), dtype=torch.float64), "steps": torch.tensor(num_steps),
-                    "network": network, "dtype": dtype}, temporary)
+        torch.save({"states": pair.clone(), "range": torch.tensor(value_range(picture), dtype=torch.float64), **facts}, temporary)
 
 
 def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
@@ -116,7 +125,7 @@ def round_trip(unet, pictures, config, batch_size):
 
 def measure(unet, args, config, batch_size):
     """The `measure` command: round trips of pictures that the network drew, and of others."""
-    results = {"machine": machine(args.device), "checkpoint": args.checkpoint.name, "steps": config.num_steps}
+    results = {"machine": machine(args.device), "checkpoint": args.checkpoint.name, "model": fingerprint(args.checkpoint), "steps": config.num_steps}
     for kind in ("references", "drawings"):
         found = read_pictures(getattr(args, kind))[0]
         chosen = list(found)[::max(len(found) // args.count, 1)][:args.count]  # spread over the folder
@@ -137,6 +146,7 @@ def parse_args():
     invert.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of pictures, all of one size (or give --side)")
     invert.add_argument("output", type=Path, metavar="OUT", help="folder to write {name}.pt into")
     invert.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
+    invert.add_argument("--overwrite", action="store_true", help="also where OUT has noises of other pictures or settings, which is refused otherwise")
     way = commands.add_parser("morph", help="from picture to picture", formatter_class=HelpFormatter,
                               description="From each picture to the next, through the noises that they come from: OUT/strip.png, OUT/morph.webp.")
     way.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="two pictures or more, of one size (or give --side)")
@@ -150,7 +160,7 @@ def parse_args():
     check.add_argument("--drawings", type=Path, default=ROOT / "hw2_data" / "mini" / "clip_zeroshot" / "val", help="folder of others, of the same size")
     check.add_argument("--checkpoint", type=Path, default=MINI_DATA / "UNet.pt", help="the network's state dict")
     check.add_argument("--count", type=int, default=10, help="pictures of each")
-    check.add_argument("--output", type=Path, default=RESULTS / "p2_exact.json", help="the JSON file to write")
+    check.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     for command in (invert, way, check):
         command.add_argument("--side", type=int, default=None, help="crop pictures to their middle square and bring it to this side (default: as they are)")
         command.add_argument("--steps", type=int, default=50, help="network calls a picture, each way")
@@ -177,7 +187,7 @@ def main():
     batch_size = args.batch_size or (2 if device.type == "cpu" else 10)
     if args.command == "measure":
         check_flags(args, ("count",), lambda value: value >= 1, "at least 1")
-        writable_file(args.output)
+        args.output = writable_file(report_file(args.output, "p2_exact.json", args.checkpoint, MINI_DATA / "UNet.pt"))
         measure(load_unet(args.checkpoint, device), args, config, batch_size)
         return
     dtype = pick_dtype(args.dtype, device)
@@ -189,15 +199,15 @@ def main():
 
 def write(args, pictures, config, batch_size, device, dtype):
     """The `invert` and the `morph` command. pictures: {name: uint8 [H, W, 3]}, all of one size."""
-    output, first = args.output, next(iter(pictures))
+    output, first, network = args.output, next(iter(pictures)), fingerprint(args.checkpoint)
     if args.command == "invert":
         stems = {name: Path(name).stem for name in pictures}
         if len(set(stems.values())) < len(stems):
             raise UserError(f"two pictures of {args.pictures} have one name but for its ending; rename one")
-        refuse_others(output, stems.values())
+        facts = {stems[name]: facts_of(picture, config.num_steps, network, name_of(dtype)) for name, picture in pictures.items()}
+        refuse_others(output, facts, args.overwrite)
     else:
         refuse_strip(output)
-    network = fingerprint(args.checkpoint)
     started = time.perf_counter()
     unet = load_unet(args.checkpoint, device)
     check_size(unet.config, (3, *pictures[first].shape[:2]))
@@ -205,7 +215,7 @@ def write(args, pictures, config, batch_size, device, dtype):
     if args.command == "invert":
         pairs = invert_all(unet, pictures, config, batch_size, dtype)
         for name, pair in pairs.items():
-            save_pair(output / f"{stems[name]}.pt", pair, pictures[name], config.num_steps, network, name_of(dtype))
+            save_pair(output / f"{stems[name]}.pt", pair, pictures[name], facts[stems[name]])
         spread = [pair[0].std().item() for pair in pairs.values()]
         print(f"wrote {len(pairs)} noises to {output} in {time.perf_counter() - started:.1f} s; their standard deviations are {min(spread):.2f} to "
               f"{max(spread):.2f} (noise has 1)\nnext: "

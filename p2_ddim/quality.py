@@ -15,10 +15,10 @@ import torch
 
 from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, pick_device, pick_dtype
-from .files import RESULTS, ROOT, UserError, check_flags, run, writable_file, write_json
+from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
 from .inference import QUALITIES, check_size, generate, to_pictures
 from .model import load_unet
-from .provenance import HelpFormatter, command_line
+from .provenance import REPORTED, HelpFormatter, command_line, report_file
 from .samplers import ImageNoise
 
 HELD_OUT = Path("runs/held_out")  # which make_mini faces draws, as above
@@ -93,11 +93,11 @@ def main():
     parser.add_argument("--batch-size", type=int, default=50, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--output", type=Path, default=RESULTS / "p2_quality.json", help="the JSON file to write")
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     args = parser.parse_args()
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     check_faces(args.faces)
-    writable_file(args.output)
+    args.output = writable_file(report_file(args.output, "p2_quality.json", args.checkpoint, MINI_DATA / "UNet.pt"))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"measuring {args.checkpoint} on {describe(device, dtype)}", flush=True)
@@ -117,7 +117,8 @@ def main():
         rows[quality] = compare(measure(generated, truth), drawn)
         print("\n".join(f"{quality:6} {name:15} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()) for name, row in rows[quality].items()))
     command = command_line("python -m p2_ddim.quality", parser, args, leave_out=("device", "output"))
-    write_json(args.output, {"command": command, "checkpoint": args.checkpoint.name, "count": args.count, "dtype": args.dtype, **rows})
+    write_json(args.output, {"command": command, "checkpoint": args.checkpoint.name, "model": fingerprint(args.checkpoint), "count": args.count,
+                             "dtype": args.dtype, **rows})
     print(f"wrote {args.output}")
 
 

@@ -22,11 +22,11 @@ import torch
 from .data import MINI_DATA, read_faces
 from .device import DTYPES, describe, machine, pick_device, pick_dtype
 from .diffusion import NUM_TIMESTEPS
-from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
+from .files import UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
-from .provenance import HelpFormatter, command_line
+from .provenance import REPORTED, HelpFormatter, command_line, report_file
 from .quality import HELD_OUT, check_faces, features, frechet_distance
 from .samplers import SAMPLERS, ImageNoise
 from .state import data_fingerprint
@@ -58,7 +58,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=25, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--output", type=Path, default=RESULTS / "p2_samplers.json", help="the JSON file to write")
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     args = parser.parse_args()
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("near",), lambda value: value >= 1, "at least 1")
@@ -69,6 +69,7 @@ def parse_args():
         raise UserError(f"--evaluations: {error}") from None
     if "frechet" in args.measure:
         check_faces(args.faces)
+    args.output = report_file(args.output, "p2_samplers.json", args.checkpoint, MINI_DATA / "UNet.pt")
     args.command = command_line("python -m p2_ddim.sweep", parser, args, leave_out=("measure", "device", "output"))
     return args
 
@@ -106,15 +107,16 @@ def compare(args):
 
     results = read_json(args.output) if args.output.is_file() else {}
     for measure in args.measure:
-        part = {"command": args.command, "model": fingerprint(args.checkpoint), "dtype": args.dtype, "seed": args.seed}
+        part = {"model": fingerprint(args.checkpoint), "dtype": args.dtype, "seed": args.seed, "side": args.side}
         clip, fine = measure != "distance", None
         if measure == "frechet":
             part |= {"faces": args.count, "drawn": data_fingerprint(read_faces(args.faces, args.side))}
         else:
             part |= {"faces": args.near, "truth_steps": args.truth}
-        before = {"drawn": part.get("drawn")} | results.get(measure, {})  # older files do not tell it
-        if {name: before.get(name) for name in part} != part:  # otherwise the run goes on
+        before = {"drawn": part.get("drawn"), "side": 64} | results.get(measure, {})  # older files do not tell them
+        if {name: before.get(name) for name in part} != part:  # otherwise its rows are as they would be measured again, and count
             results[measure] = {"machine": machine(device), **part, "rows": []}
+        results[measure]["command"] = args.command
         if measure == "frechet":
             truth, drawn = reference_of(args.faces, args.side, args.count)
             results[measure] |= {"of_drawn": float(np.mean(drawn)), "of_drawn_sets": drawn}

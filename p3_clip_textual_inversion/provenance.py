@@ -20,11 +20,17 @@ import torch
 from PIL import Image
 
 from .device import describe, pick_device
-from .files import UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
+from .files import ROOT, UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
 from .pictures import SETTINGS, read_picture, save_image
 
+REPORTED = "(default: the report's own, which tells of the bundled network alone, or runs/ and its name for another one)"
 RECORD = f".hw2-made-by-{__package__}.json"  # of this problem alone: another one may have the same folder
 BEFORE = ".hw2-made-by.json"  # its name when it was of whichever problem drew last
+
+
+def report_file(given, name, measured, bundled):
+    """Where a measurement is written: the file that is given; the report's where what was measured is what is bundled; otherwise one in runs/."""
+    return given or (ROOT / "report" / "results" if Path(measured).resolve() == Path(bundled).resolve() else Path("runs")) / name
 
 
 @dataclass(frozen=True)

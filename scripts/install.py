@@ -30,6 +30,10 @@ def main():
             fail(f"no such file or folder: {source}")
         if (source / "model.safetensors").is_file():  # a run of p1_train.sh
             source /= "model.safetensors"
+        if (source / "UNet.pt").is_file() or source.name == "UNet.pt":
+            fail(f"{source} is a face network of P2, which is not installed: p2_infer.sh and hw2_2.sh take its path")
+        if (source / "state.pt").is_file():
+            fail(f"{source} is a training that has not ended: the command that began it goes on with it")
         if source.is_file() and is_digit_model(source):
             from p1_cfg_ddpm import files, inference
 

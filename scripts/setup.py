@@ -92,6 +92,8 @@ def make_venv(venv):
     if result.returncode:
         if ours:
             shutil.rmtree(venv, ignore_errors=True)
+        if "ensurepip is not" in result.stdout + result.stderr:  # Debian's Python comes in parts
+            fail("this Python lacks its module venv: sudo apt install python{}.{}-venv, and run this again".format(*sys.version_info))
         fail(f"cannot make a virtual environment in {venv}: {last_line(result)}")
 
 
@@ -114,6 +116,8 @@ def install(python, files):
             fail("the disk is full: free about 6 GB, or set VENV to a folder on another disk, and run this again")
         if not os.access(Path(python).parent, os.W_OK):
             fail(f"{Path(python).parent.parent} lacks packages of requirements.txt and cannot be written to; set VENV to a folder of your own")
+        if "connection broken" in output:
+            fail("pip cannot reach the package index: is there internet? (a mirror or a proxy: PIP_INDEX_URL, HTTPS_PROXY)")
         fail(f"pip could not install the packages: {last_line(result)}")
 
 
@@ -133,7 +137,8 @@ def fail(text):
 
 if __name__ == "__main__":
     if sys.version_info < OLDEST_PYTHON:
-        main()  # says so
-    from common import run
+        main()  # says so, unless there is an environment already, which has a Python of its own
+    else:
+        from common import run
 
-    run(main)
+        run(main)

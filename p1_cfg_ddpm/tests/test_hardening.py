@@ -14,7 +14,7 @@ from p1_cfg_ddpm import device, inference
 from p1_cfg_ddpm.classifier import CourseClassifier, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, load_digits, read_image
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.files import UserError
+from p1_cfg_ddpm.files import UserError, fingerprint
 from p1_cfg_ddpm.inference import CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from p1_cfg_ddpm.model import DOMAINS, load_model
 from p1_cfg_ddpm.state import load_state
@@ -233,3 +233,15 @@ def test_a_training_that_diverges_keeps_its_last_state_and_goes_on_from_it(call,
 
 def test_crowded_and_killed_runs_leave_the_pictures_of_one_run(call, command, one_thread, tiny_checkpoint, tmp_path):
     check_crowded_and_killed(lambda output: [output, "--checkpoint", tiny_checkpoint, *DRAW], tmp_path, call, command, count=6, killed_at=4)
+
+
+def test_charts_are_of_the_network_that_draws(call, tiny_checkpoint, tmp_path):
+    """Results that do not tell their network are of the bundled one."""
+    for name, told in (("old", {}), ("own", {"made_of": {"model": fingerprint(tiny_checkpoint)}})):
+        (tmp_path / "results.json").write_text(json.dumps(told))
+        code, _, err = call("p1_cfg_ddpm.figures", "--output", tmp_path / name, "--results", tmp_path / "results.json", "--pareto", tmp_path / "none",
+                            "--checkpoint", tiny_checkpoint, "--steps", 2)
+        if name == "old":
+            assert code == 0 and "results.json is of another network than" in err and len(list((tmp_path / name).glob("*.png"))) == 6
+        else:
+            assert code == 1 and "is not what scripts/p1_benchmark.sh writes" in err  # it is read

@@ -132,6 +132,22 @@ def test_bad_pictures_are_refused_in_one_line(call, files):
     assert not (files / "noises").exists() or not list((files / "noises").iterdir())
 
 
+def test_noises_of_other_pictures_are_not_replaced_in_silence(call, files):
+    """The same call again changes nothing; another picture of the name, or other settings, are told."""
+    arguments = ["invert", files / "pictures", files / "noises", files / "UNet.pt"]
+    for _ in range(2):
+        call(edit, *arguments, "--steps", 3)
+    before = (files / "noises" / "0.pt").read_bytes()
+    with pytest.raises(UserError, match=r"0\.pt is of another picture, of another network or of other settings; choose another OUT, or give --overwrite"):
+        call(edit, *arguments, "--steps", 4)
+    Image.new("RGB", (16, 16), "red").save(files / "pictures" / "0.png")
+    with pytest.raises(UserError, match=r"0\.pt is of another picture"):
+        call(edit, *arguments, "--steps", 3)
+    assert (files / "noises" / "0.pt").read_bytes() == before
+    call(edit, *arguments, "--steps", 3, "--overwrite")
+    assert (files / "noises" / "0.pt").read_bytes() != before
+
+
 def test_the_way_from_picture_to_picture(call, files):
     """It passes through the pictures themselves."""
     given = sorted((files / "pictures").iterdir())

@@ -42,6 +42,10 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
     write_json(tmp_path / "s.json", results | {"distance": results["distance"] | {"rows": broken}})
     sweep.main()
     assert json.loads((tmp_path / "s.json").read_text())["distance"]["rows"] == broken + left[:2]
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "8", "--measure", "distance"])
+    sweep.main()  # one more: what was measured before counts
+    more = json.loads((tmp_path / "s.json").read_text())["distance"]["rows"]
+    assert more[:len(left)] == broken + left[:2] and {row["asked"] for row in more[len(left):]} == {8}
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--measure", "distance", "--seed", "1"])
     sweep.main()  # another question: none of the answers is one to it
     others = json.loads((tmp_path / "s.json").read_text())["distance"]["rows"]

@@ -21,10 +21,10 @@ from ..data import read_data
 from ..defaults import row_of
 from ..device import pick_device
 from ..evaluate import add_judge_arguments, judge_of
-from ..files import MINI, ROOT, UserError, check_flags, run, writable_file, write_json
+from ..files import MINI, UserError, check_flags, run, writable_file, write_json
 from ..measures import share
 from ..pictures import read_picture
-from ..provenance import HelpFormatter
+from ..provenance import REPORTED, HelpFormatter, report_file
 from .finders import BothFinder, beside, blend, chimera
 
 WRONG = 0.04  # of wrong compositions the threshold lets in, among those that set it: less than the 5 % that are wanted, since other classes differ
@@ -91,15 +91,13 @@ def main():
     add_judge_arguments(parser)
     parser.add_argument("--pairs", type=int, default=40, help="pairs of classes that set the threshold, and as many that try it")
     parser.add_argument("--seed", type=int, default=0, help="of pairs and compositions")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: p3_both.json of the project's report for the bundled pictures "
-                        "and judge, otherwise runs/p3_both.json)")
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_flags(args, ("pairs",), lambda value: 1 <= value <= 10_000, "between 1 and 10000")
     check_flags(args, ("seed",), lambda value: value >= 0, "at least 0")
     paths, classes, _ = read_data(args.data)
-    bundled = args.data.resolve() == MINI / "clip_zeroshot" and not args.model
-    args.output = writable_file(args.output or (ROOT / "report" / "results" if bundled else Path("runs")) / "p3_both.json")
+    args.output = writable_file(report_file(args.output, "p3_both.json", args.model or args.data, MINI / "clip_zeroshot"))
     by_class = {}
     for path, name in zip(paths, classes):
         by_class.setdefault(name, []).append(path)

@@ -14,9 +14,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from p1_cfg_ddpm.diffusion import Diffusion
-from p1_cfg_ddpm.files import MINI, lock
+from p1_cfg_ddpm.files import MINI, ROOT, lock
 from p1_cfg_ddpm.model import SIZES, save_model
 from p1_cfg_ddpm.model import UNet as DigitUNet
+from p1_cfg_ddpm.provenance import report_file
 from p2_ddim.model import UNet, UNetConfig
 from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.tests.conftest import tiny_clip, tiny_sd  # noqa: F401
@@ -252,6 +253,14 @@ def test_copies_that_a_user_made_are_never_removed(call, places, tmp_path, packa
     if package == P2:
         (tmp_path / "noise" / "01.pt").unlink()
         assert draw("--seed", 2, "--overwrite")[0] == 0 and not (out / last).exists()
+
+
+def test_the_report_tells_of_what_is_bundled_alone(tmp_path):
+    """A measurement of one's own network, or pictures, lies beside it."""
+    bundled = ROOT / "p1_cfg_ddpm" / "weights" / "small.safetensors"
+    assert report_file(None, "x.json", bundled, bundled) == ROOT / "report" / "results" / "x.json"
+    assert report_file(None, "x.json", tmp_path, bundled) == Path("runs/x.json")
+    assert report_file(tmp_path / "y.json", "x.json", bundled, bundled) == tmp_path / "y.json"
 
 
 @pytest.mark.parametrize("package", [P1, P2, P3])

@@ -170,6 +170,25 @@ def test_setup_makes_no_environment_by_an_old_python(setup, monkeypatch, tmp_pat
     assert capsys.readouterr().out == f"{tmp_path / 'venv' / 'bin' / 'python'}\n"
 
 
+def test_an_old_python_beside_a_good_environment_is_no_trouble(tmp_path):
+    """The whole script, of which env.sh reads one path; and env.sh takes the newer one of several."""
+    (tmp_path / "scripts").mkdir()
+    for path in (SCRIPTS / "setup.py", SCRIPTS / "common.py", SCRIPTS.parent / "requirements.txt"):
+        shutil.copy(path, tmp_path / path.relative_to(SCRIPTS.parent))
+    script = tmp_path / "scripts" / "setup.py"
+    text = script.read_text(encoding="utf-8").replace("OLDEST_PYTHON = (3, 10)", "OLDEST_PYTHON = (99, 0)")
+    assert "(99, 0)" in text
+    script.write_text(text, encoding="utf-8")
+    good = Path(sys.prefix) / "bin" / "python"
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=os.environ | {"VENV": sys.prefix})
+    assert found.returncode == 0 and found.stdout == f"{good}\n", found
+    for name, code in (("python3", 1), ("python3.12", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name}\n')
+        (tmp_path / name).chmod(0o755)
+    line = f'PATH={shlex.quote(str(tmp_path))}:$PATH; source {shlex.quote(str(SCRIPTS / "env.sh"))}; echo "$python"'
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout == "python3.12\n"
+
+
 def test_setup_refuses_a_full_disk(setup, monkeypatch, tmp_path):
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3e8))
     with pytest.raises(SystemExit, match=r"only 0\.3 GB free"):
@@ -178,7 +197,8 @@ def test_setup_refuses_a_full_disk(setup, monkeypatch, tmp_path):
 
 
 def test_setup_reports_what_pip_says(setup, monkeypatch, tmp_path):
-    for output, message in (("ERROR: [Errno 28] No space left on device", "the disk is full"), ("x\nERROR: No matching\ny", "No matching")):
+    for output, message in (("ERROR: [Errno 28] No space left on device", "the disk is full"), ("x\nERROR: No matching\ny", "No matching"),
+                            ("WARNING: Retrying after connection broken by 'X'\nERROR: No matching distribution", "cannot reach the package index")):
         result = subprocess.CompletedProcess([], 1, "", output)
         monkeypatch.setattr(setup.subprocess, "run", lambda *_, result=result, **__: result)
         with pytest.raises(SystemExit, match=message):
