@@ -240,8 +240,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     guided = partial(teacher_step, teacher, guide, diffusion, config)
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, run.step, run.history)
-    if not state:
-        clock.begin()  # the paths have taken some of the minutes
+    state or clock.begin()  # the paths have taken some of the minutes
 
     def came():  # what share of the training is done
         return clock.share() if args.minutes else run.step / args.steps

@@ -7,8 +7,7 @@ Textual inversion (Gal et al. 2023): in a Stable Diffusion, all of it frozen, x0
     (3)  eps = (1 + w) eps(x_t, t, text(prompt)) - w eps(x_t, t, text(""))      guidance; diffusers' scale is 1 + w
 
 And zero-shot classification by CLIP (Radford et al. 2021): the class is the caption whose feature is nearest.
-Left out, and in the package: captions for each picture, min-SNR weights, half precision (without it 11 GB hold --batch-size 2
-of Stable Diffusion), resuming, single files, checks.
+Left out, and in the package: captions for each picture, min-SNR weights, half precision, resuming, single files, checks.
 
     python -m p3_clip_textual_inversion.minimal learn hw2_data/mini/textual_inversion/0 --initial bird --vectors 4 --lr 5e-3 \
         --steps 150 --batch-size 16 --w 3 --caption "a drawing of a {}" --prompt "a drawing of a {} on a blue background"
@@ -133,7 +132,7 @@ def classify(folder, clip, caption):
 FLAGS = {  # the published settings of Stable Diffusion v1; the miniature's are in the example above
     "--model": ("hw2_data/mini/stable_diffusion", "folder, or a name on the hub"), "--word": ("<new1>", "to learn"),
     "--initial": ("dog", "words to begin with"), "--vectors": (1, "rows of the word"), "--steps": (3000, "of learning"),
-    "--batch-size": (4, "pictures a step"), "--lr": (5e-4, "learning rate"), "--caption": ("a photo of a {}", "of each picture"),
+    "--batch-size": (4, "pictures a step; 11 GB hold 2"), "--lr": (5e-4, "learning rate"), "--caption": ("a photo of a {}", "of each picture"),
     "--prompt": ("a photo of a {}", "to draw"), "--w": (6.5, "guidance weight"), "--clip": ("ViT-B-32-quickgelu", "of open_clip, or a folder"),
     "--output": ("p3_minimal", "OUTPUT.safetensors will be the word, OUTPUT.png four pictures")}
 
@@ -152,8 +151,7 @@ def main():
     words, written = add_word(parts, args.word, args.initial, args.vectors)
     learn(parts, words, encode_pictures(parts, args.folder), args.caption.format(written), args.steps, args.batch_size, args.lr)
     save_file({args.word: words.rows.data.cpu()}, f"{args.output}.safetensors")  # as web UIs and diffusers read it
-    side = parts.unet.config.sample_size
-    noise = torch.randn(4, 4, side, side, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    noise = torch.randn(4, 4, *[parts.unet.config.sample_size] * 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     pictures = draw(parts, noise, args.prompt.format(written), args.w)
     save_image(pictures, f"{args.output}.png", normalize=True, value_range=(-1, 1))
 

@@ -215,7 +215,7 @@ def rows():
         ("p1_train.sh --size medium --batch-size 512", "7.5 M, the same", partial(p1_train, size="medium"), {"batch": 512}, auto, smaller),
         ("p1_infer.sh OUT", "a base model, batches of 1,000", partial(p1_infer, size="base"), {"batch": 1000}, auto, []),
         ("p2_infer.sh NOISE_DIR OUT UNet.pt", "the course's 113.67 M, 256x256, batches of 10, fp32", p2_infer, {"batch": 10}, "fp32", []),
-        ("p2_train.sh", f"the miniature, batches of 32, {FACES:,} pictures of 64x64 on the GPU",
+        ("p2_train.sh", f"the defaults, batches of 32, {FACES:,} pictures of 64x64 on the GPU",
          partial(p2_train, side=64, widths=(32, 32, 64, 96, 128), attention=(4,), blocks=1), {"batch": 32}, auto, smaller[3:]),
         ("p2_train.sh --image-size 256 --widths 128 128 256 256 512 512 --blocks 2",
          f"the course's 113.67 M, batches of 32, {FACES:,} pictures on the GPU", partial(p2_train, side=256), {"batch": 32}, auto, smaller[3:]),
