@@ -17,7 +17,7 @@ def test_it_is_short():
 
 def test_its_results_are_the_measured_ones():
     results = {path.stem: read_json(path) for path in RESULTS.glob("*.json")}
-    assert table(results) in README, ("python scripts/results.py prints its table; a benchmark that ran here has replaced report/results: put that into README, "
+    assert table(results) in README, ("python scripts/results.py prints its table; a benchmark that ran here has replaced report/results: put it into README, "
                                       "or take it back by git checkout report")
     for page, told in sentences(results).items():
         text = " ".join((ROOT / page).read_text().split())
