@@ -16,6 +16,7 @@ def begin():
         open_streams()
         refuse_empty(sys.argv[1:])
         quiet_interrupts()
+        need_packages()
 
 
 def keep_out_the_working_folder():
@@ -86,6 +87,15 @@ def refuse_empty(arguments):
         if not argument and not before.endswith("prompt"):
             sys.exit(f"error: {'the value of ' + before if before.startswith('--') else 'an argument'} is empty, as a variable that was never set is; "
                      "write it out (for the folder that you stand in: .)")
+
+
+def need_packages():
+    """A line where another Python than the project's is in use: the system's, mostly, which `python` is in the shell."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        sys.exit(f"error: {sys.executable} has not the project's packages (torch is missing); call the Python that this prints: "
+                 f"bash {os.path.join(ROOT, 'scripts', 'setup.sh')}")
 
 
 def stop(*_):

@@ -203,6 +203,13 @@ def test_no_script_runs_a_file_of_the_folder_one_stands_in(trap, script):
     assert not (trap / "RUN").exists(), (trap / "RUN").read_text()
 
 
+@pytest.mark.parametrize("package", ["p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"])
+def test_another_python_than_the_projects_is_told(package):
+    """One without its packages, as the system's is."""
+    found = subprocess.run([sys.executable, "-S", "-m", f"{package}.minimal"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and found.stderr.startswith(f"error: {sys.executable} has not the project's packages") and found.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", [["-m", "p2_ddim.evaluate"], [ROOT / "p2_ddim" / "guard.py", "p2_ddim.evaluate"]])
 def test_nor_does_python_m(trap, command):
     """What is put into the way of the project's own modules; Python itself looks for runpy there before any of our code runs."""
