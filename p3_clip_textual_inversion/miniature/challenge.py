@@ -20,9 +20,10 @@ from .world import GROUNDS, SIDE, SILHOUETTES, Drawings, words
 SUBJECTS = {"cat2": ("cat-face", "twemoji", (2, 0, 1)), "dog6": ("dog-face", "fluent-emoji-flat", (1, 2, 0))}  # which channel red, green and blue become
 STYLE = "silhouette"
 OF_STYLE = ("star", "hot-dog", "turtle", "bus", "tulip")  # what is seen in it
-ENTRIES = (  # {name} stands for a concept
-    "A {cat2} on the right and a {dog6} on the left.", "A {dog6} next to a {cat2}.",
-    "A drawing of a {cat2} in the style of {silhouette}.", "A {cat2} next to a {dog6} in the style of {silhouette}.")
+# {name} stands for a concept; only words of the world's captions, which have no full stop: one at the end spoils the miniature's pictures
+ENTRIES = (
+    "A {cat2} above a {dog6}", "A {dog6} next to a {cat2}",
+    "A drawing of a {cat2} in the style of {silhouette}", "A {cat2} next to a {dog6} in the style of {silhouette}")
 
 
 def example(rgba, rng, ground=None):
