@@ -161,7 +161,7 @@ def test_the_bundled_challenge_has_its_words_and_pictures():
     path = MINI / "challenge" / "prompts.json"
     entries, concepts = read_entries(path), concepts_of(path)
     assert len(entries) == 4 and [concept.kind for concept in concepts] == ["object", "object", "style"]
-    assert any("on the left" in entry.prompts[0] for entry in entries)
+    assert any(" above " in entry.prompts[0] for entry in entries) and not any("." in entry.prompts[0] for entry in entries)  # which it never saw
     assert all(len(example_pictures(concept.folder)) == 5 for concept in concepts)
     words = gather([installed_folder(model_name(MINIATURE, identify(MINI_SD)))], [concept.token for concept in concepts])[0]
     assert [len(rows) > 0 for rows in words.values()] == [True] * 3
