@@ -19,7 +19,7 @@ import torch
 from .device import DTYPES, describe, is_slow, machine, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
-from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, default_checkpoint, generate, load_generator
+from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
 from .provenance import REPORTED, HelpFormatter, report_file, script_line
@@ -86,7 +86,7 @@ def formats(checkpoint, device, batch_size=100, repeats=3):
 
 def main():
     parser = argparse.ArgumentParser(description="Measures samplers, steps and guidance.", formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain, for the default settings: 50 are the grader's files")
     parser.add_argument("--seeds", type=int, default=5, help="with the default settings, so many seeds are drawn and graded")

@@ -236,11 +236,11 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     first_line_of(accelerator, dtype, f"a {args.size} student of {args.teacher}, called at t = {', '.join(map(str, times))},"
                   + (f" going on at step {run.step}," if run.step else ""))
     paths, held_out = make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, settings["teacher_weights"])
-    digits = on_device(data, device) if data else None
-    guided = partial(teacher_step, teacher, guide, diffusion, config)
+    digits, guided = on_device(data, device) if data else None, partial(teacher_step, teacher, guide, diffusion, config)
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
     log = Log(accelerator, folder, "distilling P1", args, run.step, run.history)
-    state or clock.begin()  # the paths have taken some of the minutes
+    if not state:
+        clock.begin()  # the paths have taken some of the minutes
 
     def came():  # what share of the training is done
         return clock.share() if args.minutes else run.step / args.steps
@@ -285,8 +285,8 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
 
 def read_inputs(args, state_file):
     """(digits for the tuning, as `load_digits`, or None without it; what the run is known by; its state, or None where it begins)"""
-    settings = settings_of(args, FREE_TO_CHANGE, teacher_weights=fingerprint(args.teacher, *([args.guide] if args.guide else [])),
-                           init=args.init and fingerprint(args.init))
+    teachers = [path for path in (args.teacher, args.guide) if path]
+    settings = settings_of(args, FREE_TO_CHANGE, teacher_weights=fingerprint(*teachers), init=args.init and fingerprint(args.init))
     data = load_digits(args.data, "train") if args.tuning > 0 else None
     settings["pictures"] = data and data_fingerprint(data.images, data.digit, data.domain)
     refuse_others(state_file, [state_file.with_name("model.safetensors")])

@@ -19,7 +19,7 @@ import numpy as np
 from .benchmark import measure, show
 from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
-from .inference import CHECKPOINT, TEACHER, default_checkpoint, load_generator, steps_of
+from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
 from .model import DOMAINS
 from .provenance import REPORTED, HelpFormatter, command_line, report_file
 from .quality import Judges
@@ -94,7 +94,7 @@ def panels(results):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Measures which settings draw best.", formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=default_checkpoint(), help="a model.safetensors of p1_cfg_ddpm.train")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a model.safetensors of p1_cfg_ddpm.train")
     parser.add_argument("--guide", type=Path, default=None, help="a weaker one; autoguidance by it is measured too (default: left out)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="the first has every point, all of them choose")
     parser.add_argument("--fresh", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="seeds that tell how good the chosen one is")

@@ -119,8 +119,9 @@ def told(prompt, words):
         if complete(spans):
             return [(*span, box) for span, box in zip(spans, boxes if forwards else boxes[::-1])]
     both = [[phrase_before(body, match.start()), phrase_after(body, match.end())] for match in AND.finditer(body)]
-    both = [pair for pair in both if all(ARTICLE.match(body[start:end]) or (start, end) in learned for start, end in pair)]  # not "black and white"
     learned.sort()
+    starts = {start for start, _ in learned}  # with their articles
+    both = [pair for pair in both if all(start in starts or ARTICLE.match(body[start:end]) for start, end in pair)]  # not "black and white"
     listed = len(learned) > 1 and all(LISTED.fullmatch(body[end:start]) for (_, end), (start, _) in pairwise(learned))
     spans = next((pair for pair in both if learned and complete(pair)), learned if listed else [])
     return [(*span, None) for span in spans]

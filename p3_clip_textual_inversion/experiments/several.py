@@ -59,12 +59,13 @@ def slug(name):
 
 def prepare(method, args, concepts, model, device, config):
     """(model with the method's words and other weights, {word: rows}, fingerprints of what was learned)"""
-    source, weights, _ = METHODS[method]
+    source, weights, regions = METHODS[method]
     folder = args.runs / source
     parts = load(args.checkpoint, device, config)
     words, _, origin = gather([folder], [concept.token for concept in concepts])
     words = {concept.token: words[concept.token] for concept in concepts}
-    note_models({word: origin[word] for word in words}, model)
+    if not regions:  # once: with regions the same words are drawn again
+        note_models({word: origin[word] for word in words}, model)
     counts = {word: len(rows) for word, rows in words.items()}
     add_words(parts, words)
     files = []

@@ -32,6 +32,7 @@ LEFT, RIGHT, TOP, BOTTOM = PLACES.values()
     (f"a {A} and a {B} in a garden with trees and flowers", [(f"a {A}", None), (f"a {B}", None)]),
     (f"a {A}, a {B}, and a <new2> at sea", [(f"a {A}", None), (f"a {B}", None), ("a <new2>", None)]),
     (f"a {A} & {B}", [(f"a {A}", None), (B, None)]), (f"a cat, and a {A}", [("a cat", None), (f"a {A}", None)]),
+    (f"a {A} dog and a {B} cat on a hill", [(f"a {A} dog", None), (f"a {B} cat", None)]), (f"{A} dog and a cat", [(f"{A} dog", None), ("a cat", None)]),
     (f"a {A} on the left of a {B}", [(f"a {A}", LEFT), (f"a {B}", RIGHT)]), (f"a {A} on the right of a cat", [(f"a {A}", RIGHT), ("a cat", LEFT)]),
     (f"a {A} on top of a car", [(f"a {A}", TOP), ("a car", BOTTOM)]),
     (f"A {A} wearing {B}.", []), (f"A {A} in a {B}", []), (f"a {A} chasing a {B}", []), (f"a {A} with a {B} in <new2> style", []),  # no halves of a picture
