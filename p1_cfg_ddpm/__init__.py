@@ -7,7 +7,7 @@ The map; a file imports only from floors with a lower number (scripts/tests/test
      3  pictures (one careful reader), tensors (one careful reader), device (where and in which format)
      4  model (the conditional UNet), reading (which digit it sees), training (optimisers, averages), state (to go on from), provenance, estimate (of time)
      5  data (the course's layout), inference (the graded files)
-     6  classifier (the judges), train (the training), redraw (a picture again)
+     6  classifier (the judges), train (the training), paths (a teacher's, for a student), redraw (a picture again)
      7  embedding (features without labels), distill (a student of few evaluations)
      8  quality (Fréchet distance, coverage)
      9  evaluate (the grade)

@@ -32,21 +32,18 @@ from pathlib import Path
 import torch
 
 from .data import default_data, load_digits
-from .device import compile_blocks, progress
+from .device import compile_blocks
 from .diffusion import Distilled, Guided
-from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
+from .files import UserError, check_flags, fingerprint, run, writable_folder
 from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
-from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, save_model
+from .model import IMAGE_SIZE, SIZES, Block, save_model
+from .paths import CLEAN, LEAPS, all_paths, chosen, draw_paths, student_times
 from .provenance import HelpFormatter, script_line
-from .samplers import SAMPLERS, ddim, finish, steps_at
+from .samplers import ddim, finish, steps_at
 from .state import add_row, data_fingerprint, held, load_state, refuse_others, settings_of
-from .tensors import is_plain, read_tensors
 from .train import NEEDED, Clock, batch_of, make_run, on_device, refuse_nothing, save_run
 from .training import WATCHING, Log, add_arguments, due, first_line_of, guarded, is_flat, optimizer_step, prepare, share_of_peak
 
-LEAPS = {1: (), 2: (0.8,), 3: (2.0, 0.4)}  # sigma / alpha of the student's times after the first; 0.8: as the second step of Song and Dhariwal 2024
-CLEAN = -1  # the time after the last
-CHUNK, AT_ONCE = 2000, {"cpu": 100, "cuda": 500}  # paths per file; at a time: a CPU's cache holds few (half as long again otherwise), 11 GB as many of base
 TUNED_BY, LOG_EVERY = 0.2, 50  # of the learning rate, in the tuning; steps
 FREE_TO_CHANGE = ("output", "paths_in", "teacher", "guide", "data", "steps", "minutes", "save_every", "compile", *WATCHING)
 
@@ -82,49 +79,6 @@ def distance(a, b):
     from it, where a squared error would draw the mean of what could be."""
     c = 0.03 * math.sqrt(a[0].numel())  # as far apart as four grey levels in each value
     return ((a - b).square().flatten(1).sum(dim=1) + c * c).sqrt() - c
-
-
-def student_times(timesteps, alpha_bar, leaps):
-    """Which of the teacher's timesteps the student is called at: the first, and those nearest to the noise levels of `LEAPS`."""
-    log_sigma = 0.5 * ((1 - alpha_bar) / alpha_bar).log()[timesteps]
-    return [timesteps[0], *(timesteps[int((log_sigma - math.log(level)).abs().argmin())] for level in LEAPS[leaps])]
-
-
-@torch.inference_mode()
-def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_weight, generator):
-    """`count` of the teacher's paths from noise to image: {"x": fp16 [len(points) + 1, N, 3, H, W], where they are at the times `points`, and the images;
-    "digit", "domain": int [N]; "w": float [N], for half of them that of `config`, for the others any up to `max_weight`}."""
-    device = next(teacher.parameters()).device
-    digit = torch.randint(NUM_DIGITS, (count,), generator=generator).to(device)
-    domain = torch.randint(len(DOMAINS), (count,), generator=generator).to(device)
-    w = torch.rand(count, generator=generator) * max_weight
-    w[: count // 2] = config.guidance_weight
-    x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
-    kept = []
-    for some in torch.arange(count, device=device).split(AT_ONCE.get(device.type, count)):
-        guided = Guided(teacher, diffusion, digit[some], domain[some], w[some], config.guidance_interval, guide, parallel=config.guidance_parallel)
-        states = SAMPLERS[config.sampler](guided, x[some], steps_at(diffusion.alpha_bar, timesteps))
-        kept.append(torch.stack([x[some], *(s.x for s, after in zip(states, [*timesteps[1:], CLEAN]) if after in points or after == CLEAN)]))
-    return {"x": torch.cat(kept, dim=1).half(), "digit": digit, "domain": domain, "w": w}
-
-
-def all_paths(folder, draw, count, seed, points, times, device, teacher=""):
-    """`count` paths, from the files of `folder` or drawn by `draw(count, generator)` into it, with a generator for each file. Of the times `points`, at
-    which the files have them, those at the student's `times` and the images are returned, on the device; as `draw_paths`. teacher: what tells it."""
-    rows, chunks = [points.index(t) for t in times] + [len(points)], []
-    for number in progress(range(-(-count // CHUNK)), desc="the teacher draws", unit="file"):
-        path, size = folder / f"paths_{seed}_{number:04d}.pt", min(CHUNK, count - number * CHUNK)
-        if not path.exists():
-            chunk = draw(size, torch.Generator().manual_seed(seed * 1_000_003 + number))
-            with atomic_path(path) as temporary:
-                torch.save({name: tensor.cpu() for name, tensor in chunk.items()} | {"points": points, "teacher": teacher}, temporary)
-        else:
-            chunk = read_tensors(path, "file of the teacher's paths")
-            fits = isinstance(chunk, dict) and all(is_plain(chunk.get(part)) for part in ("x", "digit", "domain", "w"))
-            if not fits or chunk.get("points") != points or chunk.get("teacher", teacher) != teacher or len(chunk["w"]) != size:
-                raise UserError(f"{path} has paths of another teacher, of other settings or of another number; choose another --paths-in")
-        chunks.append({"x": chunk["x"][rows].to(device), **{name: chunk[name].to(device) for name in ("digit", "domain", "w")}})
-    return {name: torch.cat([chunk[name] for chunk in chunks], dim=1 if name == "x" else 0) for name in chunks[0]}
 
 
 def supervised_loss(student, diffusion, paths, starts, ends, index, leg):
@@ -304,9 +258,9 @@ def make_paths(args, config, teacher, guide, diffusion, accelerator, folder, tim
             return draw_paths(teacher, guide, diffusion, config, timesteps, points, count, args.max_weight, generator)
 
     paths = all_paths(writable_folder(args.paths_in or folder / "paths"), draw, args.paths, args.seed, points, times, accelerator.device,
-                      f"{weights}, w up to {args.max_weight:g}, {config}")
+                      f"{weights}, w up to {args.max_weight:g}, {config}" )
     seen = args.paths - min(args.paths // 10, 500)
-    return ({name: part[:, some] if name == "x" else part[some] for name, part in paths.items()} for some in (slice(seen), slice(seen, None)))
+    return chosen(paths, slice(seen)), chosen(paths, slice(seen, None))
 
 
 def share_of_stage(name, done, tuning):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from p1_cfg_ddpm import distill, inference
+from p1_cfg_ddpm import distill, inference, paths
 from p1_cfg_ddpm.data import MINI_DATA
 from p1_cfg_ddpm.diffusion import Diffusion, Distilled, Guided
 from p1_cfg_ddpm.files import UserError
@@ -63,16 +63,16 @@ def test_the_target_lands_where_the_path_is():
 
 def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
     """One call draws with many weights, some paths at a time, what `Guided` draws with each."""
-    monkeypatch.setitem(distill.AT_ONCE, "cpu", 4)
+    monkeypatch.setitem(paths.AT_ONCE, "cpu", 4)
     diffusion, config = Diffusion(), replace(TEACHER, num_steps=3)
     ts = steps_of(config, diffusion)
-    paths = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
-    assert paths["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(paths["w"].tolist())) == 4 and paths["x"].shape == (3, 6, 3, 28, 28)
+    drawn = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
+    assert drawn["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(drawn["w"].tolist())) == 4 and drawn["x"].shape == (3, 6, 3, 28, 28)
     for i in (0, 5):
-        predict = Guided(tiny_model, diffusion, paths["digit"][i:i + 1], paths["domain"][i:i + 1], paths["w"][i].item(), parallel=config.guidance_parallel)
+        predict = Guided(tiny_model, diffusion, drawn["digit"][i:i + 1], drawn["domain"][i:i + 1], drawn["w"][i].item(), parallel=config.guidance_parallel)
         with torch.inference_mode():
-            ways = [state.x for state in SAMPLERS[config.sampler](predict, paths["x"][0, i:i + 1].float(), ts)]
-        for ours, theirs in ((ways[0], paths["x"][1, i]), (ways[-1], paths["x"][-1, i])):
+            ways = [state.x for state in SAMPLERS[config.sampler](predict, drawn["x"][0, i:i + 1].float(), ts)]
+        for ours, theirs in ((ways[0], drawn["x"][1, i]), (ways[-1], drawn["x"][-1, i])):
             assert (ours - theirs.float()).abs().max() < 0.02  # fp16 on the way in and out
 
 
