@@ -73,25 +73,31 @@ def split_real(digit, seed, per_digit=PER_DIGIT):
     return some, np.setdiff1d(order, some)
 
 
-def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT):
+def against_real(features, real, real_digit, seed=0, per_digit=PER_DIGIT, known=None):
     """`compare` of generated features with real ones, and the ratio of each measure to that of as many real images, for one split of the real ones.
 
-    features float64 [N, F], real float64 [M, F], real_digit int [M]. Returns {measure: {"value", "real", "ratio"}}."""
+    features float64 [N, F], real float64 [M, F], real_digit int [M]. known: a dict of the real ones' own measures by split, which this goes on to fill:
+    they are most of the work, and the same for the next features. Returns {measure: {"value", "real", "ratio"}}."""
     some, others = split_real(real_digit, seed, per_digit)
-    reach = radii(real[others])
-    ours, theirs = (compare(x, real[others], reach) for x in (features, real[some]))
+    known, split = {} if known is None else known, (seed, *np.broadcast_to(per_digit, NUM_DIGITS).tolist())
+    if split not in known:
+        reach = radii(real[others])
+        known[split] = reach, compare(real[some], real[others], reach)
+    reach, theirs = known[split]
+    ours = compare(features, real[others], reach)
     return {name: {"value": ours[name], "real": theirs[name], "ratio": ours[name] / theirs[name] if theirs[name] else float("nan")} for name in MEASURES}
 
 
-def over_splits(features, digit, real, real_digit, splits=SPLITS):
+def over_splits(features, digit, real, real_digit, splits=SPLITS, known=None):
     """`against_real` over several splits of the real images: the mean of each measure, and the ratio of the means. None for too few images.
 
-    digit int [N]: what the images shall be. The first `PER_DIGIT` of each digit count, and as many real ones stand for them: more would cover more."""
+    digit int [N]: what the images shall be; known: as there. The first `PER_DIGIT` of each digit count, and as many real ones stand for them: more would
+    cover more."""
     per_digit = np.bincount(digit, minlength=NUM_DIGITS).clip(max=PER_DIGIT)
     if per_digit.sum() < 2 * NUM_DIGITS:
         return None
     first = np.sort(np.concatenate([np.flatnonzero(digit == d)[:PER_DIGIT] for d in range(NUM_DIGITS)]))
-    scores = [against_real(features[first], real, real_digit, seed, per_digit) for seed in splits]
+    scores = [against_real(features[first], real, real_digit, seed, per_digit, known) for seed in splits]
     means = {name: {part: float(np.mean([score[name][part] for score in scores])) for part in ("value", "real")} for name in MEASURES}
     return {name: mean | {"ratio": mean["value"] / mean["real"] if mean["real"] else float("nan")} for name, mean in means.items()}
 
@@ -120,6 +126,7 @@ class Judges:
         self.first, self.second = ({domain: load_classifier(folder / f"{judge}_{domain}.safetensors", device) for domain in DOMAINS}
                                    for judge in ("classifier", "second"))
         self.reference, self.facts = load_reference(folder / REFERENCE.name)
+        self.known = {(domain, name): {} for domain in DOMAINS for name in ("embedding", "classifier")}
 
     def scores(self, domain, images, digit):
         """images uint8 [N, 28, 28, 3], digit int [N]: what they shall be. Returns (scores, digits that the classifier reads, int [N])."""
@@ -131,8 +138,8 @@ class Judges:
                   "accuracy_per_digit": {str(d): float((read[group] == d).mean()) for d, group in enumerate(groups) if len(group)},
                   # as a share of the real images' diversity, over the digits that have at least two images
                   "pixel_diversity": (pixel_diversity(images, digit) / reference["pixel_diversity"]).nanmean().item(),
-                  "embedding": over_splits(embedded, digit, reference["embedding"], reference["digit"]),
-                  "classifier_features": over_splits(features, digit, reference["classifier"], reference["digit"]),
+                  "embedding": over_splits(embedded, digit, reference["embedding"], reference["digit"], known=self.known[domain, "embedding"]),
+                  "classifier_features": over_splits(features, digit, reference["classifier"], reference["digit"], known=self.known[domain, "classifier"]),
                   "embedding_per_digit": by_digit(embedded, digit, reference["embedding"], reference["digit"])}
         return scores, read
 

@@ -65,6 +65,14 @@ def test_as_many_other_real_ones_score_one():
     assert np.mean([against_real(normal(500, seed, 0.7), real, digit, seed=seed)["frechet"]["ratio"] for seed in range(3)]) > 3
 
 
+def test_what_is_known_of_the_real_ones_belongs_to_its_split():
+    real, digit, known = normal(800, 1), np.arange(800) % 10, {}
+    first, second = normal(200, 2), normal(100, 3)
+    for features, seed, per_digit in ((first, 0, 20), (second, 0, 20), (first, 1, 20), (second, 0, 10)):
+        assert against_real(features, real, digit, seed, per_digit, known) == against_real(features, real, digit, seed, per_digit)
+    assert len(known) == 3
+
+
 def test_images_of_one_digit_are_measured_against_real_ones_of_it():
     digit = np.arange(1200) % 10
     real = normal(1200, 0) + torch.from_numpy(4.0 * digit)[:, None]

@@ -139,7 +139,7 @@ def commands(folder):
                                                out / "judge.safetensors"]),
         "P1 inference": (f"{p1}.inference", [out / "digits", "--steps", 2, "--images-per-digit", 1, "--checkpoint", out / "p1/model.safetensors"]),
         "P1 evaluate": (f"{p1}.evaluate", [out / "digits"]),
-        "P1 figures": (f"{p1}.figures", ["--steps", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
+        "P1 figures": (f"{p1}.figures", ["--steps", 2, "--tries", 2, "--checkpoint", out / "p1/model.safetensors", "--output", out / "figures"]),
         "P1 benchmark": (f"{p1}.benchmark", ["--images-per-digit", 2, "--seeds", 1, "--sweep-images-per-digit", 2, "--classic-images-per-digit", 0,
                                              "--checkpoint", out / "p1/model.safetensors", "--output", out / "p1.json"]),
         "P1 embedding": (f"{p1}.embedding", ["--epochs", 1, "--batch-size", 10, "--data", digits, "--output", out / "embedding.safetensors"]),
