@@ -67,15 +67,19 @@ def varied(picture, side, count, rng, margin=0.15):
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def side_by_side(left, right):
-    """Squares [N, 3, H, W] and [M, 3, H, W] -> [max(N, M), 3, H, W]: both at half size beside each other, their upper and lower rows drawn out to fill."""
+def side_by_side(left, right, crop=False):
+    """Squares [N, 3, H, W] and [M, 3, H, W] -> [max(N, M), 3, H, W]: both at half size beside each other, their upper and lower rows drawn out to fill;
+    or, with `crop`, the middle half of each."""
     count, side = max(len(left), len(right)), left.shape[-1]
-    above = (side - side // 2) // 2
+    above, half = (side - side // 2) // 2, side // 2
     halves = []
     for squares in (left, right):
-        small = F.interpolate(squares, size=side // 2, mode="area")
-        small = F.pad(small, (0, 0, above, side - side // 2 - above), mode="replicate")
-        halves.append(small[torch.arange(count) % len(small)])
+        if crop:
+            part = squares[..., (side - half) // 2:(side - half) // 2 + half]
+        else:
+            part = F.interpolate(squares, size=half, mode="area")
+            part = F.pad(part, (0, 0, above, side - half - above), mode="replicate")
+        halves.append(part[torch.arange(count) % len(part)])
     return torch.cat(halves, dim=-1)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .concepts import read_concepts
 from .data import example_pictures
-from .defaults import input_of
+from .defaults import MINIATURE, input_of, report_of
 from .device import progress
 from .embedding import add_words, expand, file_of, nearest_words, note_models, read_embedding
 from .files import ROOT, UserError, first_line, lock, note, read_json, run, writable_folder
@@ -80,7 +80,8 @@ def main():
                         "the project's report)")
     parser.add_argument("--input", type=Path, default=None, help="the concepts (default: the model's, see defaults.py)")
     parser.add_argument("--checkpoint", default=str(MINI_SD), help="sd-v1-4.ckpt, another file of its layout, a diffusers folder or a hub name")
-    parser.add_argument("--output", type=Path, default=ROOT / "report" / "figures", help="folder for the figures")
+    parser.add_argument("--output", type=Path, default=None, help="folder for the figures (default: the project's report for the miniature's own concepts, "
+                        "otherwise report/figures in --runs)")
     add_arguments(parser)
     args = parser.parse_args()
     if args.several:
@@ -91,6 +92,7 @@ def main():
         parser.error("the following arguments are required: --runs, or --several")
     config, device, defaults, model = settings_of(args)
     args.input = input_of(args.input, defaults.input)
+    args.output = args.output or report_of(None, args.input, MINIATURE.input, args.checkpoint, MINI_SD, args.runs) / "figures"
     concepts = read_concepts(args.input)
     vectors, _, origin = gather([args.runs], [concept.token for concept in concepts])
     note_models(origin, model)

@@ -132,7 +132,7 @@ def classify(folder, clip, caption):
 FLAGS = {  # the published settings of Stable Diffusion v1; the miniature's are in the example above
     "--model": ("hw2_data/mini/stable_diffusion", "folder, or a name on the hub"), "--word": ("<new1>", "to learn"),
     "--initial": ("dog", "words to begin with"), "--vectors": (1, "rows of the word"), "--steps": (3000, "of learning"),
-    "--batch-size": (4, "pictures a step; 11 GB hold 2"), "--lr": (5e-4, "learning rate"), "--caption": ("a photo of a {}", "of each picture"),
+    "--batch-size": (4, "pictures a step; 11 GB hold 2"), "--lr": (2e-3, "learning rate"), "--caption": ("a photo of a {}", "of each picture"),
     "--prompt": ("a photo of a {}", "to draw"), "--w": (6.5, "guidance weight"), "--clip": ("ViT-B-32-quickgelu", "of open_clip, or a folder"),
     "--output": ("p3_minimal", "OUTPUT.safetensors will be the word, OUTPUT.png four pictures")}
 

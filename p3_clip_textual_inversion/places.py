@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .files import UserError
 
-AUTO = "auto"
+AUTO, LEARNED = "auto", "learned"  # by the prompt's words; the same only where two learned words are apart: another thing may be scenery
 PLACES = {"left": (0.0, 0.0, 0.5, 1.0), "right": (0.5, 0.0, 1.0, 1.0), "top": (0.0, 0.0, 1.0, 0.5), "bottom": (0.0, 0.5, 1.0, 1.0)}
 RELATIONS = {  # of what stands between two things: (axis, whether the first comes first along it)
     "next to": (0, True), "beside": (0, True), "to the left of": (0, True), "left of": (0, True), "to the right of": (0, False), "right of": (0, False),
@@ -22,7 +22,10 @@ PLACED = re.compile(rf"\s+(?:on|at|to|in)\s+the\s+({'|'.join(PLACES)})(?:\s+side
 AND = re.compile(r",?\s+and\s+", re.IGNORECASE)  # both are there, and nothing tells where
 LISTED = re.compile(r"\s*(?:,|&|,?\s+and)\s*", re.IGNORECASE)  # likewise; what wears, holds or stands in another thing has no place of its own
 ARTICLE = re.compile(r"(?:an?|the|one|my)\s+\w", re.IGNORECASE)
-END = re.compile(r"\s+(?:of|on|in|at|against|from|by|to|for|over|with|and)\s+|[,.;:]", re.IGNORECASE)  # where the words of a thing begin or end
+END = re.compile(  # where the words of a thing begin or end
+    r"\s+(?:of|on|in|at|against|from|by|to|for|over|with|and|near|behind|beneath|inside|atop|amid|among|around|through|along|across|between)\s+|[,.;:]",
+    re.IGNORECASE)
+DOING = re.compile(r"\s+(?:both|side|\w+ing)$", re.IGNORECASE)  # behind a learned word: no part of the thing
 STYLE = re.compile(  # it has no place, and stays in what every region is told
     r",?\s+in\s+(?:(?:the\s+)?style\s+of|(?:an?\s+|the\s+)?(?:(?:\S*[<>]\S*\s+)+|\w+[ -])style)\b.*", re.IGNORECASE | re.DOTALL)
 
@@ -37,9 +40,9 @@ class Region(NamedTuple):
 
 
 def read_regions(texts):
-    """What --regions was given: () for nothing and "none", "auto", or ((name, (left, top, right, bottom)), ...), checked."""
-    if not texts or texts in ([AUTO], ["none"]):
-        return AUTO if texts == [AUTO] else ()
+    """What --regions was given: () for nothing and "none", "auto", "learned", or ((name, (left, top, right, bottom)), ...), checked."""
+    if not texts or texts in ([AUTO], [LEARNED], ["none"]):
+        return texts[0] if texts and texts != ["none"] else ()
     found = []
     for text in texts:
         name, _, numbers = str(text).rpartition("=")
@@ -54,9 +57,9 @@ def read_regions(texts):
 
 
 def regions_of(content):
-    """The same of ("auto" or) lists of a name and a box, as a PNG tells them."""
-    if content == AUTO:
-        return AUTO
+    """The same of ("auto", "learned" or) lists of a name and a box, as a PNG tells them."""
+    if content in (AUTO, LEARNED):
+        return content
     found = tuple((name, (left, top, right, bottom)) for name, (left, top, right, bottom) in content)
     for name, (left, top, right, bottom) in found:
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -67,7 +70,7 @@ def regions_of(content):
 
 def check_regions(regions, prompts):
     """A `UserError` for a region of what is in none of the prompts (learned words not written out)."""
-    for name, _ in regions if regions != AUTO else ():
+    for name, _ in regions if regions not in (AUTO, LEARNED) else ():
         if not any(places_of(name, prompt) for prompt in prompts):
             raise UserError(f"--regions: {name!r} is in none of the prompts, such as {prompts[0]!r}; give a learned word or another thing of a prompt")
 
@@ -80,8 +83,8 @@ def places_of(name, prompt):
 def plan(prompt, regions, words=()):
     """The `Region`s of a prompt, none where there is nothing to tell apart. prompt: learned words written out, as they are in regions (`read_regions`) and in
     words, those that have one."""
-    if regions == AUTO:
-        spans = told(prompt, words)
+    if regions in (AUTO, LEARNED):
+        spans = told(prompt, words, apart=2 if regions == LEARNED else 0)
     else:
         seen, spans = {}, []
         for name, box in regions:  # a name that comes several times: its places in turn
@@ -100,25 +103,38 @@ def with_thing(prompt, spans, thing):
     return prompt
 
 
-def told(prompt, words):
+def told(prompt, words, apart=0):
     """[(start, end, box)] of the things of a prompt and where its words say that they are. Of things that are only listed ("a <new1> and a cat") the boxes are
-    None. A prompt that has not two things, whose learned words are not all among them, or that tells another relation ("a <new1> wearing <new2>"), has none."""
+    None. A prompt that has not two things, whose learned words are not all among them, or that tells another relation ("a <new1> wearing <new2>"), has none;
+    nor has one of which fewer than `apart` things are learned."""
     body = STYLE.sub("", prompt)
     learned = [span for word in words for span in places_of(word, body)]
 
     def complete(spans):
-        return any(spans) and all(any(start <= s and e <= end for start, end, *_ in spans) for s, e in learned)
-    placed = [(*phrase_before(body, match.start()), PLACES[match[1].lower()]) for match in PLACED.finditer(body)]
+        with_learned = [any(start <= s and e <= end for s, e in learned) for start, end, *_ in spans]
+        return any(spans) and sum(with_learned) >= apart and all(any(start <= s and e <= end for start, end, *_ in spans) for s, e in learned)
+
+    def thing(span):  # without what it does
+        start, end = span
+        doing = DOING.search(body, start, end)
+        return start, doing.start() if doing and any(start <= s and e <= doing.start() for s, e in learned) else end
+
+    def before(end):
+        return thing(phrase_before(body, end))
+
+    def after(start):
+        return thing(phrase_after(body, start))
+    placed = [(*before(match.start()), PLACES[match[1].lower()]) for match in PLACED.finditer(body)]
     if len({box for *_, box in placed}) > 1 and complete(placed):
         return placed
     between = list(BETWEEN.finditer(body))
     if len({RELATIONS[match[1].lower()] for match in between}) == 1:
         (axis, forwards), = {RELATIONS[match[1].lower()] for match in between}
-        spans = [phrase_before(body, between[0].start()), *(phrase_after(body, match.end()) for match in between)]
+        spans = [before(between[0].start()), *(after(match.end()) for match in between)]
         boxes = strips(len(spans), axis)
         if complete(spans):
             return [(*span, box) for span, box in zip(spans, boxes if forwards else boxes[::-1])]
-    both = [[phrase_before(body, match.start()), phrase_after(body, match.end())] for match in AND.finditer(body)]
+    both = [[before(match.start()), after(match.end())] for match in AND.finditer(body)]
     learned.sort()
     starts = {start for start, _ in learned}  # with their articles
     both = [pair for pair in both if all(start in starts or ARTICLE.match(body[start:end]) for start, end in pair)]  # not "black and white"

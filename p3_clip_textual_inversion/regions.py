@@ -23,7 +23,7 @@ import torch
 
 from .diffusion import Guided
 from .embedding import expand
-from .places import AUTO, arranged, plan
+from .places import AUTO, LEARNED, arranged, plan
 
 WATCHED = 0.8  # t/T down to which a picture's own attention is watched, where its prompt tells no places; set, not measured, for any model
 
@@ -148,7 +148,7 @@ def regional(parts, plans, hidden):
 
 def plans_of(prompts, config, counts):
     """{prompt: its regions}, of prompts with learned words written out that have some. counts: {word: number of vectors}"""
-    regions = AUTO if config.regions == AUTO else [(expand(name, counts), box) for name, box in config.regions]
+    regions = config.regions if config.regions in (AUTO, LEARNED) else [(expand(name, counts), box) for name, box in config.regions]
     words = [expand(word, counts) for word in counts]
     return {prompt: found for prompt in dict.fromkeys(prompts) if (found := plan(prompt, regions, words))}
 

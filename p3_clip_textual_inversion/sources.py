@@ -13,14 +13,29 @@ from .inference import check_lengths, generate
 from .pictures import read_pictures
 
 HELD = 2  # crops of each example that are kept from learning
+MOST_TOKENS = 4  # of initial words that have a vector each
 
 
 class Source(NamedTuple):
-    """Latents of one kind of picture, means and deviations [N, 4, h, w], with captions; either any caption fits any picture, or each its own."""
+    """Latents of one kind of picture, means and deviations [N, 4, h, w], with captions; either any caption fits any picture, or each its own. ordinary: of
+    a prior, without a learned word."""
     means: torch.Tensor
     deviations: torch.Tensor
     captions: list
     paired: bool = False
+    ordinary: bool = False
+
+
+def initial_words(concept, config):
+    """What a word begins as: --init, by default what input.json says of the concept; None for noise."""
+    return {"src_image": concept.src_image, "noise": None}.get(config.init, config.init)
+
+
+def counts_of(parts, concepts, config):
+    """{word: number of vectors}: --vectors or, where that is 0, as many as its initial words have tokens, `MOST_TOKENS` at most."""
+    def tokens(words):
+        return len(parts.tokenizer(words, add_special_tokens=False).input_ids) if words else 1
+    return {concept.token: config.vectors or min(max(tokens(initial_words(concept, config)), 1), MOST_TOKENS) for concept in concepts}
 
 
 @torch.no_grad()
@@ -64,7 +79,7 @@ def make_held(parts, concepts, config, row, side):
         texts = own or [template.format(concept.token) for template in row.templates[kind_of(concept, config.kind)]]
         squares += [varied(picture, side, 2 + HELD, rng)[2:] for picture in pictures.values()]
         captions += [texts[i // HELD if own else i % len(texts)] for i in range(HELD * len(pictures))]
-    counts = {concept.token: config.vectors for concept in concepts}
+    counts = counts_of(parts, concepts, config)
     return encode(parts, torch.cat(squares), [expand(text, counts) for text in captions], paired=True)
 
 
@@ -72,7 +87,7 @@ def make_sources(parts, concepts, config, row, side, drawing):
     """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if weights learn.
 
     config: train.py's `TrainConfig`; row: the model's `Defaults`, for captions and ordinary things; drawing: `DrawConfig` of the latter."""
-    counts = {concept.token: config.vectors for concept in concepts}
+    counts = counts_of(parts, concepts, config)
     sources, subjects = [], []
     for concept in concepts:
         rng, folder, kind = np.random.default_rng(config.seed), concept.folder, kind_of(concept, config.kind)
@@ -86,16 +101,20 @@ def make_sources(parts, concepts, config, row, side, drawing):
         if kind == "object":
             subjects.append((concept, squares))
     if config.joint:
+        pairs = []
         for left, ours in subjects:
             for right, theirs in subjects:  # also of one twice: regional guidance asks for that (places.py)
                 caption = expand(f"a {left.token} next to a {right.token}", counts)
                 check_lengths(parts, [caption], counts)
-                sources.append(encode(parts, side_by_side(ours, theirs), [caption]))
+                pairs.append(encode(parts, side_by_side(ours, theirs, crop=row.joined is not None), [caption]))
+        if row.joined:  # a source several times is picked as often
+            sources *= max(round(len(pairs) * (1 / row.joined - 1) / len(sources)), 1)
+        sources += pairs
     if (config.custom_diffusion or config.lora) and config.prior:
         words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(config.prior)]
         with progress(total=config.prior, unit="picture", desc="drawing ordinary pictures") as bar:
             drawn = np.stack(list(generate(parts, captions, [f"prior/{i}" for i in range(config.prior)], drawing, progress=bar)))
         ordinary = encode(parts, torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1, captions, paired=True)
-        sources += [ordinary] * len(sources)  # half of each batch
+        sources += [ordinary._replace(ordinary=True)] * len(sources)  # half of each batch
     return sources

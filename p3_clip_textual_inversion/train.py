@@ -36,11 +36,11 @@ from .model import MINI_SD, load_stable_diffusion
 from .objective import NEEDED, hold_back, make_run, on_cpu, pull_of_step, save_run, set_rates
 from .pictures import read_pictures, save_image
 from .provenance import HelpFormatter, script_line
-from .sources import draw_batch, make_held, make_sources
+from .sources import MOST_TOKENS, counts_of, draw_batch, initial_words, make_held, make_sources
 from .state import add_row, held, load_state, refuse_others
 from .training import Log, add_arguments, add_settings, configured, due, first_line_of, guarded, is_flat, prepare, setting, share
 
-LOG_EVERY = 20
+LOG_EVERY, SAMPLE_STEPS = 20, 20  # the latter of the sampler, for samples and for a prior's ordinary pictures
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
 VALIDATIONS = 15  # how often in a run
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
@@ -54,7 +54,7 @@ class TrainConfig:
     Where no flag says otherwise (None), `parse_args` puts in what the model's row of defaults.py has."""
 
     kind: str = setting("auto", "which captions to train with; auto: style where each prompt has 'style of'", choices=["auto", "object", "style"])
-    vectors: int = setting(None, f"per word {of_model('learning', 'vectors')}", type=int)
+    vectors: int = setting(None, f"per word; 0: as many as its initial words have tokens, {MOST_TOKENS} at most {of_model('learning', 'vectors')}", type=int)
     init: str = setting("src_image", "words to start from; src_image: those of input.json; noise: none")
     steps: int = setting(None, f"optimiser steps {of_model('learning', 'steps')}", type=int)
     batch_size: int = setting(None, f"latents per step, over all processes together {of_model('learning', 'batch_size')}", type=int)
@@ -81,9 +81,9 @@ class TrainConfig:
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
-        check_flags(self, ("steps", "batch_size", "accumulate", "lr", "vectors", "crops", "lr_projections"),
+        check_flags(self, ("steps", "batch_size", "accumulate", "lr", "crops", "lr_projections"),
                     lambda value: 0 < value < math.inf, "a number above 0")
-        check_flags(self, ("min_snr_gamma", "prior"), lambda value: 0 <= value < math.inf, "a number from 0")
+        check_flags(self, ("vectors", "min_snr_gamma", "prior"), lambda value: 0 <= value < math.inf, "a number from 0")
         for flag, most in MOST.items():
             check_flags(self, (flag,), lambda value, most=most: value <= most, f"at most {most}")
         check_flags(self, ("decay", "pull"), lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
@@ -121,7 +121,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
     parts = load_stable_diffusion(args.checkpoint, accelerator.device, dtype)
     side = config.side or parts.side
     parts.latent_shape(side)  # refuses a side that does not fit
-    drawing = DrawConfig(num_steps=20, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
+    drawing = DrawConfig(num_steps=SAMPLE_STEPS, guidance_weight=row.drawing.guidance_weight, side=side, dtype=dtype, batch_size=4)
     rows = add_words(parts, first_rows(parts, concepts, config)).rows
     sources, held_out = make_sources(parts, concepts, config, row, side, drawing), make_held(parts, concepts, config, row, side)
     if not args.sample_every:
@@ -148,13 +148,15 @@ def train(run, parts, sources, concepts, config, args, row, drawing, accelerator
     log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, run.step, run.history)
     strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
     every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
+    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and row.prior_waits else 0
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
     while not last:
         strength = strengths[run.step]
         set_rates(run, config, strength)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)  # so that a resumed run draws the same numbers
+        learned_from = alone if run.step < waiting else sources
         for _ in range(config.accumulate):
-            x0, eps, t, texts = share(accelerator, *draw_batch(sources, parts.vae.config.scaling_factor, config.batch_size, generator))
+            x0, eps, t, texts = share(accelerator, *draw_batch(learned_from, parts.vae.config.scaling_factor, config.batch_size, generator))
             with accelerator.accumulate(run.model):
                 with accelerator.autocast():
                     loss = run.model(x0, t, eps, *run.loss.ids(texts))
@@ -187,7 +189,7 @@ def word_settings(concepts, config, args, row, model_id):
     if pull is None:
         pull = row.learning.style_pull if set(kinds) == {"style"} else 0.0
     return asdict(config) | {
-        "pull": pull, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing, "model": model_id, "weights": args.weights,
+        "pull": pull, "dtype": args.dtype, "model": model_id, "weights": args.weights,
         "tokens": ", ".join(concept.token for concept in concepts), "src_images": ", ".join(concept.src_image for concept in concepts),
         "kinds": ", ".join(kinds), "pictures": pictures_fingerprint([concept.folder for concept in concepts])}
 
@@ -211,15 +213,15 @@ def results_of(concepts, output):
 
 
 def first_rows(parts, concepts, config):
-    """{token: float32 [vectors, dim]} to start from: --init, by default what input.json says of each concept."""
-    generator = torch.Generator().manual_seed(config.seed)
-    return {concept.token: initial_rows(parts, {"src_image": concept.src_image, "noise": None}.get(config.init, config.init), config.vectors, generator)
-            for concept in concepts}
+    """{token: float32 [vectors, dim]} to start from."""
+    generator, counts = torch.Generator().manual_seed(config.seed), counts_of(parts, concepts, config)
+    return {concept.token: initial_rows(parts, initial_words(concept, config), counts[concept.token], generator) for concept in concepts}
 
 
 def sample_row(parts, concepts, config, row, drawing):
     """A picture of four drawings of each concept, beside each other."""
-    shown = [expand(row.templates[kind_of(c, config.kind)][-1].format(c.token), {c.token: config.vectors}) for c in concepts]
+    counts = counts_of(parts, concepts, config)
+    shown = [expand(row.templates[kind_of(c, config.kind)][-1].format(c.token), counts) for c in concepts]
     pictures = list(generate(parts, [prompt for prompt in shown for _ in range(4)], [f"sample/{i}" for i in range(4)] * len(shown), drawing))
     return Image.fromarray(np.concatenate(pictures, axis=1))
 
@@ -236,7 +238,8 @@ def export(run, results, concepts, config, parts):
         save_kohya(results.folder / f"{path.stem}_kohya.safetensors", run.weights, metadata)
     if config.custom_diffusion:
         save_projections(results.projections, weights_of(parts.unet), metadata)
-    for concept, path, rows in zip(concepts, results.words, run.trained["rows"].detach().split(config.vectors)):
+    counts = counts_of(parts, concepts, config)
+    for concept, path, rows in zip(concepts, results.words, run.trained["rows"].detach().split(list(counts.values()))):
         save_embedding(path, concept.token, rows, metadata)
 
 

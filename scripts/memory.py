@@ -147,7 +147,7 @@ def p3_train(batch, dtype, checkpointing=False, projections=False, lora=0, only=
     from p3_clip_textual_inversion.sources import encode
 
     parts = stable_diffusion(dtype)
-    learned = add_words(parts, {"<new1>": torch.zeros(SD_V1.learning.vectors, 768)})
+    learned = add_words(parts, {"<new1>": torch.zeros(max(SD_V1.learning.vectors, 1), 768)})
     if "pictures" in only:
         encode(parts, torch.zeros(4, 3, 512, 512), [""])
     if checkpointing:

@@ -27,7 +27,7 @@ from ..concepts import read_concepts
 from ..custom_diffusion import tell_projections
 from ..data import example_pictures
 from ..defaults import MINIATURE, input_of, report_of
-from ..device import progress
+from ..device import free_memory, progress
 from ..embedding import add_words, expand, initial_rows, note_models
 from ..evaluate import add_judge_arguments, best_of, clip_scores, judge_of
 from ..files import check_flags, fingerprint, lock, note, read_json, run, writable_file, writable_folder, write_json
@@ -83,7 +83,7 @@ def drifts_of(checkpoint, row, loras, config, device, grader):
     """{way: {words: `drift` of the ordinary prompts where the weights of these words stay in the model}}: of each word, and of all together.
 
     loras: {way: {word: file}}"""
-    parts, prompts = load(checkpoint, device, config), [row.templates["object"][-1].format(word) for word in row.ordinary]
+    parts, prompts = load(checkpoint, device, config), [row.templates["object"][-1].format(word) for word in row.several.moved]
     originals, moved = list(generate(parts, prompts, prompts, config)), {}
     for way, files in loras.items():
         added, moved[way], prints = add_loras(parts, files, 1.0), {}, {word: fingerprint(file) for word, file in files.items()}
@@ -135,6 +135,8 @@ def compare(args, config, device, row, model, concepts, learned, examples):
     references = {number: grader.of_pictures(pictures) for number, pictures in examples.items()}
     parts, generator = load(args.checkpoint, device, config), torch.Generator().manual_seed(args.seed)
     untrained = [{c.token: initial_rows(parts, None, len(vectors[c.token]), generator) for c in concepts} for vectors in learned]
+    del parts  # a card has no place for it beside those that draw
+    free_memory()
     ways = {"initial words": None, **{f"untrained ({i})": vectors for i, vectors in enumerate(untrained)},
             **{f"learned ({folder})": {c.token: vectors[c.token] for c in concepts} for folder, vectors in zip(args.learned, learned)}}
     prompts = [(concept, k) for concept in concepts for k in range(len(concept.prompts))]

@@ -36,7 +36,7 @@ from ..measures import DRAWS, percentiles
 from ..model import MINI_SD
 from ..pictures import picture_files, read_picture, save_image, sheet
 from ..provenance import HelpFormatter, Made, batches_with, claim
-from ..train import learning_of
+from ..train import SAMPLE_STEPS, learning_of
 from .dino import read_dino, stand_in
 from .subjects import PUBLISHED, TEXT_SCALE, read_benchmark
 
@@ -147,7 +147,10 @@ def announce(args, config, device, learned, tasks, pairs, texts):
     else:
         step, decoding = (seconds for seconds, _ in measured)
         drawing = to_draw / batch * (config.num_steps * step + decoding)
-        learning = len(to_learn) * learned.steps * step * learned.batch_size / (2 * batch) * LEARNING
+        taken = learned.steps * learned.batch_size / 2 * LEARNING  # in pictures of a guided step
+        if learned.lora or learned.custom_diffusion:
+            taken += learned.prior * SAMPLE_STEPS
+        learning = len(to_learn) * taken * step / batch
         print(f"{told}: about {minutes(learning + drawing)} minutes in all ({minutes(learning)} to learn, {learned.steps} steps each)", flush=True)
     del parts, work
     free_memory()

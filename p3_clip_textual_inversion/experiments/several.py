@@ -28,7 +28,7 @@ from ..files import UserError, check_flags, fingerprint, lock, note, run, writab
 from ..formats.identity import weights_fingerprint
 from ..formats.words import gather
 from ..inference import add_arguments, generate, load, settings_of
-from ..lora import add_loras, find_loras
+from ..lora import add_loras, find_loras, ordinary_captions
 from ..measures import drift, wilson
 from ..model import MINI_SD
 from ..pictures import read_picture, save_image
@@ -91,9 +91,13 @@ def merged(parts, concepts, counts, tuned, row):
         captions = [expand(t.format(concept.token), counts) for t in row.templates[kind_of(concept)]]
         ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
         targets.append(hidden[parts.text_encoder.get_input_embeddings().is_new(ids).cpu()])
-    captions = [t.format(word) for t in row.templates["object"] for word in row.ordinary]
-    ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
-    return merge(weights_of(parts.unet), tuned, targets, hidden[ids != parts.tokenizer.pad_token_id])
+    templates = row.templates["object"]
+    captions = ordinary_captions(parts.tokenizer, templates) if row.several.vocabulary else [t.format(word) for t in templates for word in row.ordinary]
+    kept = []
+    for some in (captions[i:i + 64] for i in range(0, len(captions), 64)):
+        ids, hidden = parts.tokens(some), parts.encode_text(some).cpu()
+        kept.append(hidden[ids != parts.tokenizer.pad_token_id])
+    return merge(weights_of(parts.unet), tuned, targets, torch.cat(kept))
 
 
 def make_prompts(args, concepts, finders):
@@ -217,7 +221,7 @@ def compare(args, config, device, model, concepts, methods, others, labels):
     for key, row in validation.items():
         print(f"score of {key}: found in {row['found_where_present']:.0%} of {row['present']} real pictures with it, "
               f"in {row['found_where_absent']:.0%} of {row['absent']} without")
-    args.ordinary_prompts = [args.row.templates["object"][-1].format(word) for word in args.row.ordinary]
+    args.ordinary_prompts = [args.row.templates["object"][-1].format(word) for word in args.row.several.moved]
     untouched = load(args.checkpoint, device, config)
     originals = list(generate(untouched, args.ordinary_prompts, args.ordinary_prompts, config))
     known = known_words(args, config, untouched, grader)

@@ -13,13 +13,14 @@ from ..tensors import FLOATS, find_state_dict, is_plain, read_tensors
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
             "BoolStorage": torch.bool}
+AVERAGED = 100  # a published file without averaged weights still has their counters, such as model_ema.decay
 
 
 def read_checkpoint(path):
     """{name: tensor} of a file, of which no code is run: a published .ckpt also holds objects of the package that trained it."""
     content = read_tensors(path, "checkpoint", "a checkpoint of Stable Diffusion or CLIP", foreign=True)
     named, _ = find_state_dict(content, path, expected="a checkpoint of Stable Diffusion")
-    if any(name.startswith("model_ema.") for name in named):
+    if sum(name.startswith("model_ema.") for name in named) > AVERAGED:
         note(f"{path} also holds averaged weights (model_ema); the plain ones are used, as diffusers does")
     for name, tensor in named.items():
         if not is_plain(tensor):

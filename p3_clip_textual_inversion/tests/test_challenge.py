@@ -14,6 +14,7 @@ from p3_clip_textual_inversion.concepts import concepts_of, read_concepts, read_
 from p3_clip_textual_inversion.data import example_pictures
 from p3_clip_textual_inversion.defaults import MINIATURE
 from p3_clip_textual_inversion.embedding import installed_folder, model_name, save_embedding
+from p3_clip_textual_inversion.evaluate import as_graders_read
 from p3_clip_textual_inversion.experiments import both, finders
 from p3_clip_textual_inversion.experiments.finders import BothFinder
 from p3_clip_textual_inversion.files import MINI, ROOT, UserError
@@ -30,6 +31,20 @@ ENTRIES = {  # as the challenge writes them
           "prompt": "A <dog>, a <pet_cat1> and a <dog6> near a forest.", "prompt_4_clip_eval": "A dog, a pet cat and a hound near a forest."},
     "2": {"src_image": ["cat2", "wearable_glasses", "watercolor"], "token_name": ["<cat2>", "<wearable_glasses>", "<watercolor>"],
           "prompt": "A <cat2> wearing <wearable_glasses> in a <watercolor> style.", "prompt_4_clip_eval": "Glasses on a cat, painted."}}
+
+
+def test_examples_are_graded_as_the_graders_read_them(tmp_path, capsys):
+    """`convert("RGB")`: no turn by EXIF, and under transparency what the file hides there."""
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "b.jpg", exif=exif)
+    Image.new("RGB", (40, 30), "lime").save(tmp_path / "c.png")
+    hidden, turned, plain = as_graders_read(tmp_path)
+    assert hidden.getpixel((0, 0)) == (255, 0, 0) and turned.size == (40, 30) and plain.getpixel((0, 0)) == (0, 255, 0)
+    assert "a.png, b.jpg are graded as the course's graders read" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink(), (tmp_path / "b.jpg").unlink()
+    assert len(as_graders_read(tmp_path)) == 1 and "graders" not in capsys.readouterr().err
 
 
 def written(folder, content):
@@ -114,7 +129,7 @@ def test_photographs_to_score(call, challenge, tiny_sd, tiny_clip, tmp_path):
     code, said, err = call(f"{PACKAGE}.evaluate", out, challenge, "--model", tiny_clip)
     assert code == 0 and "left out of" in err and "Thumbs.db" in err, err
     grade, grader = json.loads((tmp_path / "out_grade" / "grade.json").read_text()), Grader(tiny_clip)
-    references = torch.cat([grader.of_pictures(example_pictures(challenge.parent / "concept_image" / name)) for name in ("cat2", "dog6")])
+    references = torch.cat([grader.of_pictures(as_graders_read(challenge.parent / "concept_image" / name)) for name in ("cat2", "dog6")])
     features = grader.of_pictures([read_picture(out / "0" / f"{i:02d}.png") for i in range(3)])
     image = (100 * features @ references.T).mean(1)  # over all five photographs alike, three of them the cat's
     text = 100 * features @ grader.of_texts([ENTRIES["0"]["prompt_4_clip_eval"]])[0]

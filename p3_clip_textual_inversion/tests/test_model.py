@@ -124,6 +124,14 @@ def test_whole_component_missing(layout, tmp_path):
         load_stable_diffusion(tmp_path / "no_text.safetensors")
 
 
+@pytest.mark.parametrize("count", [2, 101])
+def test_averaged_weights_are_told_where_there_are_some(tmp_path, capsys, count):
+    """A published file has only their counters left."""
+    torch.save({"state_dict": {"a": torch.ones(2)} | {f"model_ema.{i}": torch.tensor(1.0) for i in range(count)}}, tmp_path / "a.ckpt")
+    assert len(read_checkpoint(tmp_path / "a.ckpt")) == 1 + count
+    assert ("also holds averaged weights" in capsys.readouterr().err) == (count > 100)
+
+
 class Hostile:
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments

@@ -13,7 +13,7 @@ from p3_clip_textual_inversion.embedding import save_embedding
 from p3_clip_textual_inversion.files import UserError
 from p3_clip_textual_inversion.inference import DrawConfig, encoded, generate, guidance_and_noise
 from p3_clip_textual_inversion.model import load_stable_diffusion
-from p3_clip_textual_inversion.places import AUTO, PLACES, arranged, check_regions, plan, read_regions, regions_of
+from p3_clip_textual_inversion.places import AUTO, LEARNED, PLACES, arranged, check_regions, plan, read_regions, regions_of
 from p3_clip_textual_inversion.provenance import read_made
 from p3_clip_textual_inversion.regions import WATCHED, Bounded, Regional, cover, plans_of, regional, texts_of
 
@@ -35,6 +35,9 @@ LEFT, RIGHT, TOP, BOTTOM = PLACES.values()
     (f"a {A} dog and a {B} cat on a hill", [(f"a {A} dog", None), (f"a {B} cat", None)]), (f"{A} dog and a cat", [(f"{A} dog", None), ("a cat", None)]),
     (f"a {A} on the left of a {B}", [(f"a {A}", LEFT), (f"a {B}", RIGHT)]), (f"a {A} on the right of a cat", [(f"a {A}", RIGHT), ("a cat", LEFT)]),
     (f"a {A} on top of a car", [(f"a {A}", TOP), ("a car", BOTTOM)]),
+    (f"a {A} beside a {B} near a forest", [(f"a {A}", LEFT), (f"a {B}", RIGHT)]), (f"a {A} and a {B} side by side", [(f"a {A}", None), (f"a {B}", None)]),
+    (f"a {A} and a {B} sitting beside it", [(f"a {A}", None), (f"a {B}", None)]), (f"a {A} sitting next to a {B}", [(f"a {A}", LEFT), (f"a {B}", RIGHT)]),
+    (f"a {A} next to a painting", [(f"a {A}", LEFT), ("a painting", RIGHT)]),
     (f"A {A} wearing {B}.", []), (f"A {A} in a {B}", []), (f"a {A} chasing a {B}", []), (f"a {A} with a {B} in <new2> style", []),  # no halves of a picture
     (f"a {A} on a beach, a boat next to a tree, a {B}", []), (f"a black and white {A}", []), (f"a red apple on the left and a {A}", []),
     (f"a {A} on a hill", []), (f"a {A} on the left", []), ("a house in the style of <new2>", []), (f"a photo of {A} in style of <new2>", []),
@@ -43,6 +46,14 @@ def test_what_the_words_of_a_prompt_tell(prompt, expected):
     found = plan(prompt, AUTO, [A, B, "<new2>"])
     assert [(thing, box) for _, box, _, thing in found] == [(thing, box and pytest.approx(box)) for thing, box in expected]
     assert all(region.before + region.thing == prompt[:len(region.before + region.thing)] for region in found)
+
+
+@pytest.mark.parametrize("prompt, things", [
+    (f"a {A} next to a {B}", [f"a {A}", f"a {B}"]), (f"A {A} on the right and a {B} on the left.", [f"A {A}", f"a {B}"]),
+    (f"a {A} and a {B} on a hill", [f"a {A}", f"a {B}"]), (f"a {A} beside a lake", []), (f"A {A} under a tree.", []),
+    (f"a {A} on top of a wooden floor", []), (f"a {A} next to a cat", []), ("a cat next to a dog", [])])
+def test_scenery_has_no_region_where_nobody_asked(prompt, things):
+    assert [thing for *_, thing in plan(prompt, LEARNED, [A, B])] == things
 
 
 def test_each_region_is_told_of_its_thing_in_every_place():
@@ -54,7 +65,7 @@ def test_each_region_is_told_of_its_thing_in_every_place():
 
 
 def test_what_the_flag_says():
-    assert read_regions(None) == read_regions(["none"]) == () and read_regions(["auto"]) == AUTO
+    assert read_regions(None) == read_regions(["none"]) == () and read_regions(["auto"]) == AUTO and regions_of(read_regions(["learned"])) == LEARNED
     found = read_regions(["<new1>=0,0.2,0.5,1", "a=b=0.5,0,1,1"])
     assert found == (("<new1>", (0, 0.2, 0.5, 1)), ("a=b", (0.5, 0, 1, 1)))
     assert regions_of(json.loads(json.dumps(found))) == found

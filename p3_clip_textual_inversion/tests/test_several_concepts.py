@@ -92,6 +92,8 @@ def test_pictures_side_by_side():
     both = side_by_side(left, right)
     assert both.shape == (3, 3, 16, 16)
     assert both[..., :8].eq(-1).all() and both[..., 8:].eq(1).all()
+    columns = torch.arange(16.0).expand(1, 3, 16, 16)
+    assert torch.equal(side_by_side(columns, columns + 100, crop=True)[0, 0, 5], torch.cat([torch.arange(4.0, 12), torch.arange(104.0, 112)]))
     pasted = paste_side_by_side(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), 64)
     left, right = (np.asarray(crop) for crop in half_crops(pasted))
     assert left[:, :30, 0].min() == 255 and right[2:-4, -30:, 2].min() == 255

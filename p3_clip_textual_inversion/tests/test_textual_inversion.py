@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ from p3_clip_textual_inversion.model import load_stable_diffusion
 from p3_clip_textual_inversion.objective import Best, Loss
 from p3_clip_textual_inversion.pictures import read_pictures
 from p3_clip_textual_inversion.samplers import ImageNoise
-from p3_clip_textual_inversion.sources import Source, draw_batch, make_held, make_sources
+from p3_clip_textual_inversion.sources import Source, counts_of, draw_batch, make_held, make_sources
+from p3_clip_textual_inversion.train import first_rows
 
 from .conftest import FEW
 
@@ -279,6 +281,41 @@ def test_gradient_checkpointing_changes_nothing(call, concepts_json, tiny_sd, tm
         assert code == 0, err
         rows[name] = read_embedding(tmp_path / name / "new1.safetensors")[1]
     assert torch.allclose(rows["plain"], rows["checkpointing"], atol=1e-6)
+    # it is what a run without memory is told to give, beside what it has finished
+    code, out, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "plain", steps=2), "--concepts", "0", *flags)
+    assert code == 0 and "<new1> is learned already" in out, err
+
+
+def test_a_word_begins_with_a_vector_for_each_token_of_its_initial_words(call, parts, concepts_json, tiny_sd, tmp_path):
+    initial = parts.tokenizer("red car", add_special_tokens=False).input_ids
+    config, (concept,) = types.SimpleNamespace(vectors=0, init="src_image", seed=0), read_concepts(concepts_json)[1:]
+    rows, table = first_rows(parts, [concept], config)["<new2>"], parts.text_encoder.get_input_embeddings().weight.detach()
+    assert len(rows) == len(initial) > 1 and torch.nn.functional.cosine_similarity(rows, table[initial]).min() > 0.999
+    for init, count in (("dog", 1), ("noise", 1), ("a red car on a hill", 4)):
+        assert counts_of(parts, [concept], types.SimpleNamespace(vectors=0, init=init)) == {"<new2>": count}
+    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path / "run", steps=1, vectors=0), "--joint")
+    assert code == 0, err
+    assert [len(read_embedding(tmp_path / "run" / f"new{i}.safetensors")[1]) for i in (1, 2)] == [1, len(initial)]
+
+
+@pytest.mark.parametrize("joined, share", [(None, 4 / 6), (1 / 3, 1 / 3), (0.5, 0.5)])
+def test_pictures_of_two_things_are_a_share_of_what_is_learned_from(parts, concepts_json, joined, share):
+    args = types.SimpleNamespace(vectors=1, seed=0, crops=1, kind="object", joint=True, custom_diffusion=False, lora=0)
+    concepts = read_concepts(concepts_json)
+    add_words(parts, {concept.token: torch.randn(1, 32) for concept in concepts})
+    sources = make_sources(parts, concepts, args, replace(MINIATURE, joined=joined), 64, DrawConfig(num_steps=1))
+    assert sum(source.captions[0].count("<new") == 2 for source in sources) / len(sources) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_ordinary_pictures_wait_for_the_weights_that_they_hold(call, monkeypatch, concepts_json, tiny_sd, tmp_path, waits):
+    seen, draw = [], draw_batch
+    monkeypatch.setattr(f"{PACKAGE}.train.row_of", lambda _: replace(MINIATURE, prior_waits=waits))
+    monkeypatch.setattr(f"{PACKAGE}.train.draw_batch", lambda sources, *a: seen.append(any(source.ordinary for source in sources)) or draw(sources, *a))
+    code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path, steps=4), "--concepts", "0", "--lora", "2", "--pivot", "0.5",
+                        "--hold", "0", "--prior", "1")
+    assert code == 0, err
+    assert seen == [not waits, not waits, True, True]
 
 
 def test_norm_stays_at_the_initial_words(call, concepts_json, tiny_sd, tmp_path):
