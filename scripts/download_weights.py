@@ -8,7 +8,9 @@ import argparse
 import fcntl
 import hashlib
 import http.client
+import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -58,6 +60,10 @@ class Wrong(Exception):
     """What a server answered is not the file, or none of it."""
 
 
+class NotHad(Exception):
+    """A server has one file not, or not for us: others may come all the same."""
+
+
 def sha256_of(path):
     """Of a file, with a progress bar where it is large."""
     digest, size = hashlib.sha256(), path.stat().st_size
@@ -74,6 +80,8 @@ def fetch(url, part, size):
     if size and there == size:
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    if (token := os.environ.get("HF_TOKEN")) and url.startswith(f"{HUB}/"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the hub alone, not for where it sends to
     try:
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
@@ -107,7 +115,7 @@ def fetch(url, part, size):
 
 
 def download(weights, folder):
-    """Puts a file into the folder; whether it had to. Ends the program, in one line, where it cannot."""
+    """Puts a file into the folder; whether it had to. Ends the program, in one line, where it cannot; `NotHad` where that is of this file alone."""
     path, part = folder / weights.name, folder / f"{weights.name}.part"
     elsewhere = f"Without internet, get it elsewhere, put it at {path} and run this again, to check it"
     if path.exists():
@@ -121,8 +129,9 @@ def download(weights, folder):
         except Wrong as error:
             fail(f"{weights.name} could not be downloaded: {error}. {elsewhere}")
         except urllib.error.HTTPError as error:
-            gated = "; its page on the hub may ask to accept the licence first" if error.code in (401, 403) else ""
-            fail(f"{weights.name} could not be downloaded: the server answers {error.code} {error.reason}{gated} ({weights.url}). {elsewhere}")
+            gated = "; its page on the hub may ask to accept the licence first; then set HF_TOKEN to a token of yours" if error.code in (401, 403) else ""
+            raise NotHad(f"{weights.name} could not be downloaded: the server answers {error.code} {error.reason}{gated} ({weights.url}). "
+                         f"{elsewhere}") from None
         except (OSError, http.client.HTTPException) as error:  # a connection that breaks is taken up again
             if attempt + 1 == TRIES or (isinstance(error, OSError) and error.filename is not None):  # a name means: our file, not the network
                 kept = f"; {part.stat().st_size / 1e6:.0f} MB are kept, run this again to go on" if part.exists() and part.stat().st_size else ""
@@ -160,11 +169,21 @@ def main():
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot make the folder {args.output}: {error.strerror}")
-    for weights in [known[name] for name in args.names] or [weights for weights in FILES if weights.url]:
+    asked, failed = [known[name] for name in args.names] or [weights for weights in FILES if weights.url], []
+    for weights in asked:
         if not weights.url and not (args.output / weights.name).exists():
             fail(f"{weights.name} comes with the assignment and has no public address: put it at {args.output / weights.name}")
-        done = "downloaded" if download(weights, args.output) else "there already"
+        try:
+            done = "downloaded" if download(weights, args.output) else "there already"
+        except NotHad as error:
+            if len(asked) == 1:
+                fail(error)
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(weights.name)
+            continue
         print(f"{args.output / weights.name}: {done}{', checked' if weights.sha256 else ''} (licence: {weights.licence})", flush=True)
+    if failed:
+        fail(f"{', '.join(failed)} could not be had, as told above; run this again to go on")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import http.server
 import importlib
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.ranges.append(self.headers.get("Range"))
+        server.tokens.append(self.headers.get("Authorization"))
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", "/file")
+            self.end_headers()
+            return
         if self.path == "/gone":
             self.send_error(404)
             return
@@ -48,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.ranges, server.cuts, server.cut, server.knows_ranges = [], 0, 300_000, True
+        server.ranges, server.tokens, server.cuts, server.cut, server.knows_ranges = [], [], 0, 300_000, True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -132,6 +140,25 @@ def test_no_server_no_file_no_space_end_in_one_line(download, server, monkeypatc
     with pytest.raises(SystemExit, match=r"could not be downloaded \(.*Connection refused\)\. Without internet, get it elsewhere") as error:
         download()
     assert "\n" not in str(error.value)
+
+
+def test_a_token_is_for_the_hub_alone(download, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert download(path="/elsewhere") == CONTENT and server.tokens == [None, None]
+    (Path(sys.argv[-1]) / "a model.bin").unlink()
+    monkeypatch.setattr("download_weights.HUB", f"http://127.0.0.1:{server.server_port}")
+    assert download(path="/elsewhere") == CONTENT and server.tokens[2:] == ["Bearer hf_secret", None]
+
+
+def test_a_file_that_is_not_given_does_not_keep_the_others(download, server, monkeypatch, capsys, tmp_path):
+    assert download() == CONTENT  # fills the table
+    module = importlib.import_module("download_weights")
+    (there,) = module.FILES
+    monkeypatch.setattr(module, "FILES", (replace(there, name="gated.bin", url=there.url.replace("/file", "/gone")), replace(there, name="b.bin")))
+    monkeypatch.setattr(sys, "argv", ["download_weights.py", "--output", str(tmp_path / "weights")])
+    with pytest.raises(SystemExit, match=r"error: gated\.bin could not be had, as told above"):
+        module.main()
+    assert (tmp_path / "weights" / "b.bin").read_bytes() == CONTENT and "the server answers 404" in capsys.readouterr().err
 
 
 def test_the_table(monkeypatch, capsys, tmp_path):
