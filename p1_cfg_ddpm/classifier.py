@@ -31,8 +31,6 @@ EXPECTED = "the course's Classifier.pth or resnet34_svhn, or a .safetensors of p
 class DigitClassifier(nn.Module):
     """A residual network of 0.8 M parameters. Images [B, 3, 28, 28] in [-1, 1] -> logits [B, 10]."""
 
-    num_features = 128
-
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
@@ -70,8 +68,6 @@ class SecondClassifier(nn.Module):
     """The second judge: plain convolutions with BatchNorm and pooling by maxima (Simonyan and Zisserman 2015), another kind of network than the one
     above, trained from another seed. Nothing is chosen by it: it says whether what was chosen by the first pleases the first alone. Same interface."""
 
-    num_features = 192
-
     def __init__(self):
         super().__init__()
         layers, channels = [], 3
@@ -101,8 +97,6 @@ ARCHITECTURES = {"residual": DigitClassifier, "plain": SecondClassifier}
 class CourseClassifier(nn.Module):
     """The course's MNIST-M grader: two convolutions with max-pooling, three linear layers. Same interface as above."""
 
-    num_features = 64
-
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 5)
@@ -129,8 +123,6 @@ class CourseResNet(nn.Module):
     """The course's SVHN grader: timm's resnet34 as `edadaltocg/resnet34_svhn` on the hub has it for small pictures, a 3x3 stem of stride 1 and no
     max-pooling. Its BatchNorm layers keep their running statistics: in training mode a digit would depend on its batch. Same interface as above, and the
     course's mean and deviation of 0.5, not SVHN's, which its card names."""
-
-    num_features = 512
 
     def __init__(self):
         super().__init__()

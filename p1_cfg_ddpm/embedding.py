@@ -47,8 +47,6 @@ class ResidualStage(nn.Module):
 class Embedding(nn.Module):
     """forward: [B, 3, 28, 28] in [-1, 1] -> [B, 128]. In eval mode an image does not depend on the others of its batch."""
 
-    num_features = 128
-
     def __init__(self):
         super().__init__()
         self.stages = nn.Sequential(convolution(3, 48), nn.ReLU(), ResidualStage(48, 96), ResidualStage(96, 128))

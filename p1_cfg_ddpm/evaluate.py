@@ -8,6 +8,8 @@ that nothing was memorised; that check runs where the training data is.
 """
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,30 +19,48 @@ from PIL import Image, ImageDraw, ImageFont
 from .classifier import bundled_classifier, classify, course_classifier, load_classifier
 from .data import COURSE_DATA, load_digits, read_image
 from .device import describe, pick_device
-from .files import UserError, run, writable_folder, write_json
+from .files import UserError, note, run, write_json
 from .model import DOMAINS, NUM_DIGITS
 from .pictures import left_out, note_left_out, save_image
-from .provenance import HelpFormatter, check_made, digest, told
+from .provenance import HelpFormatter, check_made, digest, grade_folder, set_aside, told
 from .quality import PER_DIGIT, Judges
+
+EXPECTED = 50  # images of each digit and domain, as the course's graders count
+MOST_NOTES = 5
 
 
 def read_folder(folder):
-    """Reads OUT/{domain}/{digit}_*.png: {domain: (images uint8 [N, 28, 28, 3], digits int [N], file names)}."""
-    found = {}
+    """({domain: (images uint8 [N, 28, 28, 3], digits int [N], file names)} of OUT/{domain}/{digit}_*.png,
+    {what of it cannot be graded, a file or a domain: why}). A `UserError` where nothing can."""
+    found, spoiled = {}, {}
     for domain in DOMAINS:
-        if not (folder / domain).is_dir():
-            raise UserError(f"{folder / domain} does not exist; expected {folder}/{{mnistm,svhn}}/{{digit}}_{{001..050}}.png")
-        paths = sorted((folder / domain).glob("[!.]*.png"))
-        if not paths:
-            raise UserError(f"{folder / domain} has no .png files; expected {{digit}}_{{001..050}}.png")
+        paths, images = sorted((folder / domain).glob("[!.]*.png")) if os.path.isdir(folder / domain) else [], {}
         for path in paths:
-            if path.name[0] not in "0123456789" or path.name[1:2] != "_":
-                raise UserError(f"{path}: the name must begin with the digit, as in 0_001.png")
-        note_left_out(folder / domain, left_out(folder / domain, paths), "no .png")
-        # another size is refused: the graders expect 28x28, and resizing would hide the mistake
-        images = np.stack([read_image(path, resize=False) for path in paths])
-        found[domain] = (images, np.array([int(path.name[0]) for path in paths]), [path.name for path in paths])
-    return found
+            try:
+                if not re.match("[0-9]_", path.name):
+                    raise UserError(f"{path}: the name must begin with the digit, as in 0_001.png")
+                images[path.name] = read_image(path, resize=False)  # of another size: the graders expect 28x28, and resizing would hide the mistake
+            except UserError as error:
+                spoiled[f"{domain}/{path.name}"] = str(error)
+        if images:
+            note_left_out(folder / domain, left_out(folder / domain, paths), "no .png")
+            found[domain] = (np.stack(list(images.values())), np.array([int(name[0]) for name in images]), list(images))
+        elif not paths:
+            there = "has no .png files" if os.path.isdir(folder / domain) else "does not exist"
+            spoiled[domain] = f"{folder / domain} {there}; expected {folder}/{{mnistm,svhn}}/{{digit}}_{{001..050}}.png"
+    if not found:
+        raise UserError(next(iter(spoiled.values())))
+    return found, spoiled
+
+
+def share_of_expected(found, predictions):
+    """Of the images that the course's graders expect, `EXPECTED` of each digit and domain, the share that is read right: what is missing is not."""
+    shares = np.zeros((len(DOMAINS), NUM_DIGITS))
+    for domain, (_, digit, _) in found.items():
+        for d in range(NUM_DIGITS):
+            right = int((predictions[domain][digit == d] == d).sum())
+            shares[DOMAINS.index(domain), d] = right / max(int((digit == d).sum()), EXPECTED)
+    return float(shares.mean())
 
 
 def confusion_of(digit, read):
@@ -127,7 +147,7 @@ def nearest_of(images, others):
 def print_table(scores):
     print(f"ratios to as many real images, at most {PER_DIGIT} of a digit, in the embedding: 1 is as good as real\n"
           f"{'domain':8} {'images':>6} {'accuracy':>9} {'worst digit':>12} {'second judge':>13} {'Frechet':>8} {'precision':>10} {'coverage':>9}  classifier")
-    for domain in DOMAINS:
+    for domain in (domain for domain in DOMAINS if domain in scores):
         s = scores[domain]
         digit, worst = min(s["accuracy_per_digit"].items(), key=lambda item: item[1])
         ratios = [s["embedding"][name]["ratio"] if s["embedding"] else np.nan for name in ("frechet", "precision", "coverage")]  # too few images have none
@@ -148,32 +168,41 @@ def main():
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and the pictures (default: OUT_grade beside OUT)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    found = read_folder(args.images)
-    paths = [args.images / domain / name for domain in DOMAINS for name in found[domain][2]]
-    made = check_made(args.images, paths)
-    report = writable_folder(args.report or args.images.resolve().with_name(f"{args.images.resolve().name}_grade"))
-    classifiers = {domain: getattr(args, f"classifier_{domain}") or course_classifier(domain) for domain in DOMAINS}
+    report = set_aside(args.report, args.images)
+    found, spoiled = read_folder(args.images)
+    paths = [args.images / domain / name for domain in found for name in found[domain][2]]
+    made, report = check_made(args.images, paths, partly=True), grade_folder(report)
+    classifiers = {domain: getattr(args, f"classifier_{domain}") or course_classifier(domain) for domain in found}
     device = pick_device(args.device)
     print(f"grading {args.images} by {', '.join(str(path or bundled_classifier(domain)) for domain, path in classifiers.items())} "
           f"on {describe(device, torch.float32)}", flush=True)
+    for reason in [*spoiled.values()][:MOST_NOTES]:
+        note(reason)
+    if len(spoiled) > MOST_NOTES:
+        note(f"and {len(spoiled) - MOST_NOTES} more cannot be graded: grade.json names them")
     scores, predictions = grade(found, classifiers, device)
-    for domain in DOMAINS:
-        counts = np.bincount(found[domain][1], minlength=NUM_DIGITS)
-        if set(counts) != {50}:
-            print(f"note: {domain} has {counts.tolist()} images of the digits 0-9; the grader expects 50 of each")
+    counts = {domain: np.bincount(found[domain][1], minlength=NUM_DIGITS) for domain in found}
+    for domain in found:
+        if set(counts[domain]) != {EXPECTED}:
+            print(f"note: {domain} has {counts[domain].tolist()} images of the digits 0-9; the grader expects {EXPECTED} of each")
+    complete = not spoiled and len(found) == len(DOMAINS) and all((counts[domain] >= EXPECTED).all() for domain in found)
+    scores |= {"complete": complete, "accuracy_of_expected": share_of_expected(found, predictions), "spoiled": spoiled}
     scores["made"], scores["pictures"] = made, digest(paths)
     write_json(report / "grade.json", scores)  # now too: neither a closed pipe nor training data that cannot be read must cost the grades
     save_image(mistakes_picture(found, scores, predictions), report / "mistakes.png")
     print(f"{args.images}, {told(made)}")
     print_table(scores)
-    compared = args.data.exists()
+    if not complete:
+        print(f"of the {EXPECTED * NUM_DIGITS * len(DOMAINS):,} images that the grader expects {scores['accuracy_of_expected']:.2%} are right: what is missing "
+              "or cannot be read counts as wrong")
+    compared = args.data.exists() and (args.data != COURSE_DATA or all(os.path.isdir(args.data / domain) for domain in found))
     if compared:
         scores["nearest_training_image"], picture = nearest_training_images(found, args.data)
         save_image(picture, report / "nearest.png")
         for domain, s in scores["nearest_training_image"].items():
             print(f"{domain}: nearest training image at {s['mean_distance']:.1f} grey levels on average, {s['ratio']:.2f} times a real image's distance")
     else:
-        print(f"no training images in {args.data}: the nearest-training-image check was skipped")
+        print(f"no training images of these domains in {args.data}: the nearest-training-image check was skipped")
     write_json(report / "grade.json", scores)
     print(f"wrote grade.json, mistakes.png{' and nearest.png' if compared else ''} to {report}")
 

@@ -205,7 +205,8 @@ def add_arguments(parser):
                         "guidance; chosen on the bundled network (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
-    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone (default: 100 on a CPU, 1000 on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone, or where that "
+                        "decides which try is kept (default: 100 on a CPU, 1000 on a GPU)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format; auto: bf16 or fp16 where it is fast (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or, for the second GPU, cuda:1 (default: auto)")
 
@@ -256,7 +257,8 @@ def main():
     parser.add_argument("--images-per-digit", type=int, default=50, help="per domain (default: 50)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="only these")
     parser.add_argument("--digits", nargs="+", type=int, choices=range(NUM_DIGITS), default=range(NUM_DIGITS), metavar="D", help="only these (0..9)")
-    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused otherwise")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused "
+                        "otherwise; of these what is not drawn now is removed")
     args = parser.parse_args()
     check_flags(args, ("images_per_digit",), lambda value: 1 <= value <= 999, "between 1 and 999")
     started = time.perf_counter()

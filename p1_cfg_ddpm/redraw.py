@@ -9,7 +9,7 @@ import torch
 
 from .device import DTYPES
 from .files import UserError, fingerprint, note, run
-from .inference import DrawConfig, Job, default_checkpoint, generate, load_generator
+from .inference import CHECKPOINT, STUDENT_CHECKPOINT, DrawConfig, Job, default_checkpoint, generate, load_generator
 from .model import DOMAINS
 from .provenance import redraw
 
@@ -37,6 +37,8 @@ def draw(made, name, batch, where, args):
     if "steps" in settings:  # as they called it
         settings["num_steps"] = settings.pop("steps")
     checkpoint = Path(args.checkpoint or where.get("checkpoint", default_checkpoint()))
+    if not checkpoint.is_file() and not args.checkpoint:  # moved: the same one may be bundled
+        checkpoint = next((own for own in (CHECKPOINT, STUDENT_CHECKPOINT, default_checkpoint()) if fingerprint(own) == made["made_of"]["model"]), checkpoint)
     if not checkpoint.is_file():
         raise UserError(f"the model {checkpoint} is no longer there; give it by --checkpoint")
     if fingerprint(checkpoint) != made["made_of"]["model"]:

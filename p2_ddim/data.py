@@ -37,10 +37,10 @@ def checked_pair(content, path):
     return content
 
 
-def read_noises(folder, read=read_noise):
+def read_noises(folder):
     """{name: noise [3, H, W]} of every *.pt in a folder, in name order; all of one size."""
     folder = existing_folder(folder, "folder of noises")
-    noises = {path.stem: read(path) for path in sorted(folder.glob("[!.]*.pt"))}
+    noises = {path.stem: read_noise(path) for path in sorted(folder.glob("[!.]*.pt"))}
     if not noises:
         raise UserError(f"{folder} has no .pt files; expected noise tensors, 00.pt, 01.pt, ...")
     note_left_out(folder, left_out(folder, [f"{name}.pt" for name in noises], ()), "noises are named *.pt")

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import UserError, existing_folder, note, run, writable_folder, write_json
+from .files import UserError, existing_folder, note, run, write_json
 from .pictures import left_out, note_left_out, read_picture, save_image
-from .provenance import HelpFormatter, check_made, digest, told
+from .provenance import HelpFormatter, check_made, digest, grade_folder, set_aside, told
 
 LIMIT = 20.0  # the course's: an image passes below this
 GAIN = 8  # of the differences that are shown
@@ -25,23 +25,30 @@ def read_pixels(path):
 
 
 def read_pairs(output, truth):
-    """{name: (result, reference)}, uint8 [H, W, 3] each, for every reference image."""
+    """({name: (result, reference)}, uint8 [H, W, 3] each, {name: why there is no such pair}) of every reference image. A `UserError` where there is none."""
     for folder in (output, truth):
         existing_folder(folder, "folder")
     names = sorted(path.name for path in truth.glob("[!.]*.png"))
     if not names:
         raise UserError(f"{truth} has no .png files; expected the reference images 00.png, 01.png, ...")
-    pairs = {}
+    pairs, spoiled = {}, {}
     for name in names:
-        if not os.path.isfile(output / name):
-            raise UserError(f"{output / name} is missing; {truth} has {name}")
-        pairs[name] = read_pixels(output / name), read_pixels(truth / name)
-        if pairs[name][0].shape != pairs[name][1].shape:
-            ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in pairs[name])
-            raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
+        reference = read_pixels(truth / name)
+        try:
+            if not os.path.isfile(output / name):
+                raise UserError(f"{output / name} is missing; {truth} has {name}")
+            result = read_pixels(output / name)
+            if result.shape != reference.shape:
+                ours, theirs = (f"{image.shape[1]}x{image.shape[0]}" for image in (result, reference))
+                raise UserError(f"{output / name} is {ours}, but {truth / name} is {theirs}")
+            pairs[name] = result, reference
+        except UserError as error:
+            spoiled[name] = str(error)
+    if not pairs:
+        raise UserError(next(iter(spoiled.values())))
     for folder in (output, truth):
-        note_left_out(folder, left_out(folder, pairs), "GT has no .png of that name" if folder == output else "no .png")
-    return pairs
+        note_left_out(folder, left_out(folder, names), "GT has no .png of that name" if folder == output else "no .png")
+    return pairs, spoiled
 
 
 def mse(a, b):
@@ -80,12 +87,12 @@ def main():
     parser.add_argument("truth", type=Path, metavar="GT", help="folder of the reference images")
     parser.add_argument("--report", type=Path, default=None, help="folder for grade.json and comparison.png (default: OUT_grade beside OUT)")
     args = parser.parse_args()
-    pairs = read_pairs(args.output, args.truth)
     if args.report and args.report.resolve() == args.truth.resolve():
         raise UserError(f"--report {args.report} is the folder of the references; choose another")
-    report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
+    report = set_aside(args.report, args.output)
+    pairs, spoiled = read_pairs(args.output, args.truth)
     paths = [args.output / name for name in pairs]
-    made = check_made(args.output, paths)
+    made, report = check_made(args.output, paths, partly=True), grade_folder(report)
     if len({result.tobytes() for result, _ in pairs.values()}) < len(pairs):
         note(f"{args.output} has the same picture more than once")
     scores, lines = {}, []
@@ -94,6 +101,9 @@ def main():
         scores[name] = {"mse": error, "psnr": None if error == 0 else psnr(error), "passed": error < LIMIT}
         lines.append(f"{name}  MSE {error:8.4f}  PSNR {psnr(error):6.2f} dB  {'pass' if error < LIMIT else 'FAIL'}")
     mean, passed = float(np.mean([s["mse"] for s in scores.values()])), sum(s["passed"] for s in scores.values())
+    for name, reason in spoiled.items():
+        scores[name] = {"mse": None, "psnr": None, "passed": False, "reason": reason}
+        lines.append(f"{name}  FAIL: {reason}")
     write_json(report / "grade.json", {"images": scores, "mean_mse": mean, "passed": passed, "made": made, "pictures": digest(paths)})
     save_image(comparison(pairs, scores), report / "comparison.png")
     print("\n".join([f"{args.output}, {told(made)}", *lines, f"mean  MSE {mean:8.4f}  {passed} of {len(scores)} pass (below {LIMIT:g})"]))

@@ -160,7 +160,8 @@ def main():
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write {noise name}.png into")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the network's state dict, UNet.pt")
     parser.add_argument("--eta", type=float, default=DrawConfig.eta, help="of ddim, fresh noise at each step: 0 none (deterministic), 1 as much as DDPM")
-    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused otherwise")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds of other settings, models or seeds, which is refused "
+                        "otherwise; of these what is not drawn now is removed")
     add_arguments(parser)
     args = parser.parse_args()
     settings = settings_of(args, args.eta)

@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from .device import describe, pick_device
-from .files import ROOT, UserError, check_file, finite, first_line, parse_json, read_json, shown, write_json
+from .files import ROOT, UserError, check_file, finite, first_line, note, parse_json, read_json, shown, writable_folder, write_json
 from .pictures import SETTINGS, read_picture, save_image
 
 REPORTED = "(default: the report's own, which tells of the bundled network alone, or runs/ and its name for another one)"
@@ -117,8 +118,9 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
             ours = name in pictures or name in known
             if not overwrite or not ours:
                 changed = differences(core(found), core(made)) + differences(found["of"], pictures.get(name, found["of"]))
-                raise UserError(f"{path} was made otherwise ({'; '.join(changed[:3])}); choose another folder, or "
-                                f"{'--overwrite to draw it anew' if ours else 'move it away'}")
+                lost = sum(name not in pictures and os.path.exists(folder / name) for name in known)
+                anew = "--overwrite to draw it anew" + (f", which removes {lost} that are not drawn now" if lost else "")
+                raise UserError(f"{path} was made otherwise ({'; '.join(changed[:3])}); choose another folder, or {anew if ours else 'move it away'}")
             stale.append(path)
         elif name in pictures and is_whole(path):
             there.add(name)
@@ -163,16 +165,40 @@ def versions():
             "threads": torch.get_num_threads()}
 
 
-def check_made(folder, paths, expected=None):
+def set_aside(report, graded):
+    """Where a grade goes: `report` or, without it, GRADED_grade beside what is graded. One that is there becomes grade_before.json: it must not stand for
+    pictures that cannot be graded any more."""
+    graded = Path(graded).resolve()
+    folder = report or graded.parent / f"{graded.name}_grade"
+    with suppress(OSError):  # none there, or no right to write, which `grade_folder` tells
+        os.replace(folder / "grade.json", folder / "grade_before.json")
+    return folder
+
+
+def grade_folder(folder):
+    """The folder, made and writable."""
+    try:
+        return writable_folder(folder)
+    except UserError as error:
+        raise UserError(f"{error}; --report FOLDER puts the grade elsewhere") from None
+
+
+def check_made(folder, paths, expected=None, partly=False):
     """What the pictures that are to be graded were made by: a dictionary of `Made`, or None where they are another program's. A `UserError` where they are of
-    several makings, or not all that the folder's record tells. expected: {name below the folder: what must be this picture's own}"""
+    several makings or, unless `partly`, not all that the folder's record tells. expected: {name below the folder: what must be this picture's own}"""
     folder, record = Path(folder), read_record(folder)
     found = {path.relative_to(folder).as_posix(): read_made(path) for path in map(Path, paths)}
+    if record and not any(found.values()):
+        note(f"{folder / RECORD} tells of pictures that are not there any more: these are another program's")
+        record = None
     if record:
         missing = [name for name in record["pictures"] if not (folder / name).is_file()]
         if missing:
-            raise UserError(f"{folder} has {len(record['pictures']) - len(missing)} of the {len(record['pictures'])} pictures that its run was to draw "
-                            f"({missing[0]} is missing): the same command again goes on")
+            text = (f"{folder} has {len(record['pictures']) - len(missing)} of the {len(record['pictures'])} pictures that its run was to draw "
+                    f"({missing[0]} is missing): the same command again goes on")
+            if not partly:
+                raise UserError(text)
+            note(text)
     makings = [core(made) if made else None for made in found.values()]
     first = core(record["made"]) if record else makings[0]
     for name, making in zip(found, makings):
@@ -228,14 +254,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def redraw(program, draw, description):
+def redraw(program, draw, description, more=None):
     """The command that draws a picture again: `draw(made, names, record, args)` gives its pixels, uint8 [H, W, 3], and those of the others drawn with it,
-    {name: pixels}."""
+    {name: pixels}. more: {flag: what argparse shall know of it}, of one problem alone."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG that this problem's inference drew")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/redrawn/ and its name)")
     parser.add_argument("--checkpoint", default=None, help="the model, where it no longer lies where it was (default: as recorded)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1; on another than before, a picture differs in the last bits")
+    for flag, options in (more or {}).items():
+        parser.add_argument(flag, **options)
     args = parser.parse_args()
     args.device = pick_device(args.device)
     made, name, record = read_made(args.picture), args.picture.name, None

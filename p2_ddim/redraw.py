@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from .data import MINI_DATA
 from .device import DTYPES, use_tf32
 from .files import UserError, fingerprint, note, run
 from .inference import DrawConfig, generate, read_states, to_pictures
@@ -17,7 +18,11 @@ def draw(made, name, batch, where, args):
     settings = dict(made["settings"])
     dtype, seed = DTYPES[settings.pop("dtype")], settings.pop("seed")
     use_tf32(settings.pop("tf32", False))
-    config, checkpoint, folder = DrawConfig(**settings), Path(args.checkpoint or where.get("checkpoint", "UNet.pt")), Path(where.get("noises", "."))
+    config, folder = DrawConfig(**settings), Path(args.noises or where.get("noises", "."))
+    checkpoint = Path(args.checkpoint or where.get("checkpoint", "UNet.pt"))
+    own = MINI_DATA / "UNet.pt"
+    if not checkpoint.is_file() and not args.checkpoint and fingerprint(own) == made["made_of"]["model"]:
+        checkpoint = own  # moved with the project
     if not checkpoint.is_file():
         raise UserError(f"the network {checkpoint} is no longer there; give it by --checkpoint")
     if fingerprint(checkpoint) != made["made_of"]["model"]:
@@ -36,7 +41,8 @@ def draw(made, name, batch, where, args):
 
 
 def main():
-    redraw("p2_ddim.inference", draw, __doc__.splitlines()[0])
+    redraw("p2_ddim.inference", draw, __doc__.splitlines()[0],
+           {"--noises": {"type": Path, "default": None, "help": "the folder of noises, where it no longer lies where it was (default: as recorded)"}})
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .clip import Grader
 from .concepts import read_entries
-from .data import example_pictures, labelled_pictures
+from .data import labelled_pictures
 from .defaults import ROWS, SD_V1, WEIGHTS, row_of
 from .device import DTYPES, describe, pick_device, pick_dtype
-from .files import UserError, check_flags, run, writable_folder, write_json
-from .pictures import left_out, note_left_out, picture_files, read_picture, save_image, sheet
-from .provenance import HelpFormatter, check_made, digest, told
+from .files import UserError, check_flags, note, run, write_json
+from .pictures import left_out, note_left_out, picture_files, read_picture, read_pictures, save_image, sheet
+from .provenance import HelpFormatter, check_made, digest, grade_folder, set_aside, told
 
 
 class Rule(NamedTuple):
@@ -40,6 +41,21 @@ SHOWN = 5
 def clip_scores(features, references, direction):
     """(image scores, text scores), [N] each: of features [N, dim], example features [M, dim] and a caption's [dim], all of length 1."""
     return 100 * (features @ references.T).mean(1), 100 * features @ direction
+
+
+def as_graders_read(folder):
+    """The pictures of a folder as the course's graders open them, `convert("RGB")` alone: what lies on its side stays so, and under transparency is what the
+    file hides there. A note tells where that differs from what is seen."""
+    pictures, others = [], []
+    for name, upright in read_pictures(folder)[0].items():
+        with Image.open(Path(folder) / name) as file:
+            pictures.append(file.convert("RGB"))
+        if pictures[-1].size != upright.size or pictures[-1].tobytes() != upright.tobytes():
+            others.append(name)
+    if others:
+        note(f"{folder}: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} {'is' if len(others) == 1 else 'are'} graded as the course's graders "
+             "read, which turn no photograph upright and lay no transparency on white")
+    return pictures
 
 
 def best_of(image, text, rule=COURSE):
@@ -127,6 +143,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    report = set_aside(args.report, args.output)
     entries = read_entries(args.input)
     concepts = {concept.number: concept for entry in entries for concept in entry.concepts}
     for concept in concepts.values():
@@ -137,13 +154,12 @@ def main():
     made = check_made(args.output, all_paths, {path.relative_to(args.output).as_posix(): {"prompt": entry.prompts[k], "token": entry.token}
                                                for entry, k, paths in jobs for path in paths})
     row = row_that_drew(made) or row_of(min(read_picture(all_paths[0]).size))
-    report = writable_folder(args.report or args.output.resolve().with_name(f"{args.output.resolve().name}_grade"))
-    dtype = pick_dtype(args.dtype, device)
+    dtype, report = pick_dtype(args.dtype, device), grade_folder(report)
     print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)
     grader = judge_of(row, args, dtype, device)
     references, rows, lines, results = {}, [], [f"{args.output}, {told(made)}"], []
     for number, concept in concepts.items():  # one after the other: photographs may be large
-        examples = example_pictures(concept.folder)
+        examples = as_graders_read(concept.folder)
         references[number] = grader.of_pictures(examples)
         rows.append((f"examples of {concept.token}", [picture.resize((128, 128)) for picture in examples[:SHOWN]]))
     for entry, k, paths in jobs:

@@ -27,7 +27,7 @@ from .formats.words import gather, own_words
 from .lora import add_loras, find_loras, loras_of
 from .model import MINI_SD, load_stable_diffusion
 from .pictures import save_image, to_uint8
-from .places import AUTO, check_regions, read_regions, regions_of
+from .places import LEARNED, check_regions, read_regions, regions_of
 from .provenance import HelpFormatter, Made, batches_with, claim, script_line
 from .regions import plans_of, print_plans, regional, texts_of
 from .samplers import SAMPLERS, ImageNoise, even, finish, leading
@@ -182,11 +182,12 @@ def main():
     parser.add_argument("--regions", nargs="+", default=None, metavar="THING=BOX", help="where things of the prompts are, such as '<new1>=0,0.2,0.5,1' "
                         "'red apple=0.5,0.2,1,1' (left, top, right, bottom, in shares of the picture; where boxes overlap all share), behind OUT and CKPT; or "
                         "auto: by the prompt's words (on the left, above, next to, ...) or, of things that are only listed (a cat and a dog), by its own "
-                        "attention; or none (default: none, but auto for a prompts.json)")
+                        "attention; or learned: the same, only where two learned words are apart; or none (default: none, but learned for a prompts.json)")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: the empty prompt)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=DrawConfig.guidance_interval,
                         help="guide only at noise levels LOW <= t/1000 <= HIGH")
-    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what OUT holds, also of other settings or words, which is refused otherwise; of "
+                        "these what is not drawn now is removed")
     add_arguments(parser)
     args, started = parser.parse_args(), time.perf_counter()
     regions = read_regions(args.regions)
@@ -195,7 +196,7 @@ def main():
     check_flags(args, ("lora_scale",), math.isfinite, "a finite number")
     entries = read_entries(args.input)
     texts = [prompt for entry in entries for prompt in entry.prompts]
-    regions = AUTO if args.regions is None and any(entry.challenge for entry in entries) else regions
+    regions = LEARNED if args.regions is None and any(entry.challenge for entry in entries) else regions
     check_regions(regions, texts)
     config = replace(config, negative_prompt=args.negative_prompt, guidance_interval=tuple(args.guidance_interval), regions=regions)
     config.check()

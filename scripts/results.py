@@ -40,6 +40,9 @@ def rows(results):
     return [
         ("P1: right among 1,000 digits, MNIST-M; SVHN (five seeds)", f"{mean(seeds, 'mnistm'):.1%}; {mean(seeds, 'svhn'):.1%}", "p1_benchmark.sh"),
         ("P1: the student of one evaluation, likewise", f"{mean(student, 'mnistm'):.1%}; {mean(student, 'svhn'):.1%}", "p1_benchmark.sh"),
+        ("P1: likewise, a GPU's default: seeds 0 to 4; 5 to 9",
+         "; ".join(f"{row['mnistm']['accuracy']:.1%}, {row['svhn']['accuracy']:.1%}" for row in results["p1_trials"]["rows"] if row["flags"] == "--tries 4"),
+         "p1_infer.sh OUT --tries 4"),
         ("P1: Fréchet distance to real digits (1: as good as real ones)",
          f"{mean(seeds, 'mnistm', 'frechet'):.1f}; {mean(seeds, 'svhn', 'frechet'):.1f}", "p1_benchmark.sh"),
         ("P1: seconds for 1,000; by the student", f"{seconds(seeds):.0f}; {seconds(student):.1f}", "p1_benchmark.sh"),
@@ -75,6 +78,13 @@ def sentences(results):
         """The least and the most over the seeds, MNIST-M; SVHN."""
         return "; ".join("{:.2f} to {:.2f}".format(*(pick(row[domain][name] for row in p1[kind]) for pick in (min, max))) for domain in ("mnistm", "svhn"))
 
+    pareto = results["p1_pareto"]
+    every = [row for row in pareto["rows"] if all(row[name] == value for name, value in pareto["default"].items() if name != "seed")]
+
+    def spread(domain, name, form):
+        values = [row[domain][name] for row in every]
+        return f"{min(values):{form}} to {max(values):{form}}"
+
     return {
         "p3_clip_textual_inversion/README.md": p3_sentences(results),
         "p2_ddim/README.md": [
@@ -84,6 +94,9 @@ def sentences(results):
             f"Measured over {len(p1['seeds'])} seeds of 1,000 digits (MNIST-M; SVHN), as many real digits = 1: coverage {span('coverage')}, "
             f"Fréchet distance {span('frechet')}; by the student {span('coverage', 'student')} and {span('frechet', 'student')}. "
             f"Of the digit that is read worst, the share that is read right: {span('worst_digit')}."],
+        "p1_cfg_ddpm/TRIALS.md": [
+            f"Seeds alone move the default's rows: over {len(every)} of them SVHN's accuracy is {spread('svhn', 'accuracy', '.1%')}, its distance "
+            f"{spread('svhn', 'frechet', '.2f')}, MNIST-M's {spread('mnistm', 'accuracy', '.1%')} and {spread('mnistm', 'frechet', '.2f')}."],
         "hw2_data/mini/README.md": [
             f"Measured: CLIP names {zero_shot['top1']:.1%} of {zero_shot['images']} pictures of the unseen style, and is surer of its answers "
             f"than they are right by {zero_shot['ece']:.0%} (expected calibration error); it takes {single['drawn']['share']:.1%} of Stable Diffusion's "
@@ -115,7 +128,7 @@ def p3_sentences(results):
         f"{rest:.0%} of the initial words' score at least.",
         f"On the miniature the penguin comes {low['share_of_the_way']:.2f} and {lower['share_of_the_way']:.2f} of the way on two seeds (by the word alone "
         f"{penguin:.2f}); beside an apple it is found in {low['both_beside']['share']:.0%} and {lower['both_beside']['share']:.0%}.",
-        f"Programs that leave them in the model move ordinary prompts by {moved:.1f} grey levels.",
+        f"Programs that leave them in the model move the prompts that held them by {moved:.1f} grey levels.",
         f"On the miniature two known things are both found in {known['words, regions']['both']:.0%} of pictures ({known['words']['both']:.0%} without boxes), "
         f"two words learned apart in {several['methods'][f'{apart}, regions'][pair]['both']:.0%} ({several['methods'][apart][pair]['both']:.0%}), in "
         f"{known['times']:.2f} times the time.",

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,15 +52,40 @@ def main():
     elif not os.environ.get("VENV") and not os.path.exists(python) and sys.version_info >= OLDEST_PYTHON and meets(sys.executable, requirements):
         python = sys.executable
     else:
-        if not has_pip(python):  # none yet, or one whose making was interrupted
-            if sys.version_info < OLDEST_PYTHON:
-                fail(f"Python {sys.version.split()[0]} is too old; install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and run this again")
-            make_venv(venv)
-        install(python, files)
+        with alone(venv):
+            if not (os.path.exists(python) and meets(python, requirements)):  # another call may have installed them meanwhile
+                if not has_pip(python):  # none yet, or one whose making was interrupted
+                    if sys.version_info < OLDEST_PYTHON:
+                        fail(f"Python {sys.version.split()[0]} is too old; install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and run this again")
+                    make_venv(venv)
+                install(python, files)
         if not meets(python, requirements):
             fail(f"torch and torchvision in {Path(python).parent.parent} do not fit together, as one of them is a CPU build: install both anew from one "
                  "package index, or set VENV to a new folder")
     print(python)
+
+
+@contextmanager
+def alone(venv):
+    """Around the making of an environment: a second call, such as one for each of many folders, waits for the first."""
+    folder = next(p for p in [venv, *venv.parents][1:] if os.path.isdir(p))
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)  # a folder can be locked itself, and no file is left
+    except (ImportError, OSError):  # another system, or a folder that tells nobody what is in it
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("another call is setting up: waiting for it")
+            with suppress(OSError):  # a disk that knows no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def meets(python, requirements):

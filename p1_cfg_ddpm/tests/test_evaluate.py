@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p1_cfg_ddpm import classifier, embedding
+from p1_cfg_ddpm import classifier, embedding, evaluate
 from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, DigitClassifier, bundled_classifier, classify, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, Digits, load_digits
 from p1_cfg_ddpm.embedding import embed
@@ -35,7 +35,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="session")
 def good(drawn):
     """Their scores."""
-    return grade(read_folder(drawn))[0]
+    return grade(read_folder(drawn)[0])[0]
 
 
 def test_the_nearest_image_is_found():
@@ -60,7 +60,7 @@ def test_wrong_images_score_badly(drawn, good, tmp_path):
         (tmp_path / domain).mkdir()
         for path in (drawn / domain).iterdir():
             shutil.copy(path, tmp_path / domain / f"{(int(path.name[0]) + 1) % 10}{path.name[1:]}")
-    scores, _ = grade(read_folder(tmp_path))
+    scores, _ = grade(read_folder(tmp_path)[0])
     assert scores["mean_accuracy"] < 0.1
     noise = {d: (np.random.default_rng(0).integers(0, 256, (50, 28, 28, 3), dtype=np.uint8), np.arange(50) % 10, None) for d in DOMAINS}
     bad = grade(noise)[0]
@@ -174,25 +174,54 @@ def test_downloaded_classifiers_of_the_course_judge_unasked(drawn, tmp_path, mon
     assert scores["mnistm"]["classifier"] == str(tmp_path / "Classifier.pth") and scores["svhn"]["classifier"] == "bundled"
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda out: shutil.rmtree(out / "svhn"), "svhn does not exist"),
-    (lambda out: [path.unlink() for path in (out / "svhn").iterdir()], "has no .png files"),
-    (lambda out: (out / "svhn" / "3_001.png").rename(out / "svhn" / "x_001.png"), "the name must begin with the digit"),
-    (lambda out: (out / "svhn" / "3_001.png").write_bytes(b"no picture"), "cannot read the picture"),
-    (lambda out: Image.new("RGB", (32, 32)).save(out / "svhn" / "3_001.png"), "is 32x32, expected 28x28"),
+@pytest.mark.parametrize("spoil, name, message", [
+    (lambda out: shutil.rmtree(out / "svhn"), "svhn", "svhn does not exist"),
+    (lambda out: [path.unlink() for path in (out / "svhn").iterdir()], "svhn", "has no .png files"),
+    (lambda out: (out / "svhn" / "3_001.png").rename(out / "svhn" / "x_001.png"), "svhn/x_001.png", "the name must begin with the digit"),
+    (lambda out: (out / "svhn" / "3_001.png").write_bytes(b"no picture"), "svhn/3_001.png", "cannot read the picture"),
+    (lambda out: Image.new("RGB", (32, 32)).save(out / "svhn" / "3_001.png"), "svhn/3_001.png", "is 32x32, expected 28x28"),
 ])  # fmt: skip
-def test_bad_folders_end_in_one_line(drawn, tmp_path, spoil, message):
+def test_what_cannot_be_graded_is_named_and_the_rest_is_graded(drawn, tmp_path, spoil, name, message):
     out = shutil.copytree(drawn, tmp_path / "out")
     spoil(out)
-    with pytest.raises(UserError, match=message) as error:
-        read_folder(out)
-    assert "\n" not in str(error.value)
+    found, spoiled = read_folder(out)
+    assert list(spoiled) == [name] and message in spoiled[name] and "\n" not in spoiled[name]
+    assert len(found["mnistm"][0]) == 50 and len(found.get("svhn", [()])[0]) == (0 if name == "svhn" else 49)
+    shutil.rmtree(out / "mnistm")
+    if name == "svhn":
+        with pytest.raises(UserError, match="mnistm does not exist"):
+            read_folder(out)
+
+
+def test_what_is_missing_counts_as_wrong(drawn, tmp_path, monkeypatch, capsys):
+    """A folder of one digit that is read right is no whole one; a grade of before does not stand for what cannot be graded."""
+    out, report = shutil.copytree(drawn, tmp_path / "out"), tmp_path / "out_grade"
+    shutil.rmtree(out / "svhn")
+    (out / "mnistm" / "0_001.png").write_bytes(b"")
+    monkeypatch.setattr("sys.argv", [GRADE, str(out), "--data", "/nonexistent"])
+    main()
+    scores, said = json.loads((report / "grade.json").read_text()), capsys.readouterr()
+    right = round(scores["mnistm"]["accuracy"] * 49)
+    assert not scores["complete"] and scores["accuracy_of_expected"] == pytest.approx(right / 1000) and {*scores["spoiled"]} == {"mnistm/0_001.png", "svhn"}
+    assert f"of the 1,000 images that the grader expects {right / 1000:.2%} are right" in said.out and "svhn does not exist" in said.err
+    shutil.rmtree(out / "mnistm")
+    with pytest.raises(UserError, match="mnistm does not exist"):
+        main()
+    assert not (report / "grade.json").exists() and json.loads((report / "grade_before.json").read_text()) == scores
+
+
+def test_half_the_training_data_is_no_error_where_nobody_asked(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COURSE_DATA", tmp_path / "digits")
+    (tmp_path / "digits" / "mnistm").mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", [GRADE, str(drawn), "--report", str(tmp_path / "grade")])
+    main()
+    assert f"no training images of these domains in {tmp_path / 'digits'}" in capsys.readouterr().out
 
 
 def test_half_an_image_of_a_killed_run_is_not_read(drawn, tmp_path):
     out = shutil.copytree(drawn, tmp_path / "out")
     (out / "svhn" / ".3_006.png.partx.png").write_bytes(b"half")
-    assert len(read_folder(out)["svhn"][0]) == 50
+    assert len(read_folder(out)[0]["svhn"][0]) == 50
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state},

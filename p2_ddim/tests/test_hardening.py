@@ -194,4 +194,4 @@ def test_half_written_files_of_a_killed_run_are_not_read(tmp_path):
     torch.save(torch.zeros(1, 3, 8, 8), tmp_path / "00.pt")
     for name in (".01.png.partx.png", ".01.pt.partx.pt"):
         (tmp_path / name).write_bytes(b"half")
-    assert list(read_noises(tmp_path)) == ["00"] and list(read_pairs(tmp_path, tmp_path)) == ["00.png"] and len(read_faces(tmp_path, 8)) == 1
+    assert list(read_noises(tmp_path)) == ["00"] and list(read_pairs(tmp_path, tmp_path)[0]) == ["00.png"] and len(read_faces(tmp_path, 8)) == 1

@@ -124,3 +124,20 @@ def test_bad_grading_folders(files):
     (files / "result" / "00.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture"):
         read_pairs(files / "result", files / "gt")
+
+
+def test_one_bad_picture_costs_no_other_its_grade(call, files):
+    for name in ("00", "01", "02"):
+        for folder in ("gt", "result"):
+            (files / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(files / folder / f"{name}.png")
+    (files / "result" / "01.png").unlink()
+    Image.new("RGB", (8, 9)).save(files / "result" / "02.png")
+    code, out, err = call("p2_ddim.evaluate", files / "result", files / "gt")
+    grade = json.loads((files / "result_grade" / "grade.json").read_text())
+    assert code == 0 and (grade["passed"], grade["mean_mse"]) == (1, 0) and "1 of 3 pass" in out, out + err
+    assert [grade["images"][f"0{i}.png"]["passed"] for i in range(3)] == [True, False, False]
+    assert "01.png is missing" in grade["images"]["01.png"]["reason"] and "02.png  FAIL: " in out and "is 8x9, but" in out
+    (files / "result" / "00.png").unlink()
+    code, _, err = call("p2_ddim.evaluate", files / "result", files / "gt")
+    assert code == 1 and "00.png is missing" in err and not (files / "result_grade" / "grade.json").exists()

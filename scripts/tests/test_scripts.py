@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -154,6 +155,27 @@ def test_setup_finds_a_torchvision_of_another_build(setup, monkeypatch, tmp_path
     with pytest.raises(SystemExit, match=r"torch and torchvision in .*venv do not fit together"):
         setup.main()
     assert not capsys.readouterr().out
+
+
+def test_a_second_call_waits_for_the_first_and_installs_nothing(setup, monkeypatch, tmp_path, capsys):
+    """As many first calls at once, one for each of many folders."""
+    venv = tmp_path / "venv"
+    other = f"import setup, pathlib, sys\nwith setup.alone(pathlib.Path({str(venv)!r})):\n    print('alone', flush=True)\n    sys.stdin.read()"
+    first = subprocess.Popen([sys.executable, "-c", other], cwd=SCRIPTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "alone\n"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
+    answers = iter([False, True, True])  # nothing is there; the other call has installed it
+    monkeypatch.setattr(setup, "meets", lambda *_: next(answers))
+    monkeypatch.setattr(setup, "install", lambda *_: pytest.fail("installed twice"))
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setenv("VENV", str(venv))
+    ends = threading.Timer(0.3, first.stdin.close)
+    ends.start()
+    setup.main()
+    said = capsys.readouterr()
+    assert first.wait(10) == 0 and said.out == f"{venv}/bin/python\n" and "another call is setting up: waiting for it" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["venv"]
 
 
 def test_setup_makes_no_environment_by_an_old_python(setup, monkeypatch, tmp_path, capsys):
