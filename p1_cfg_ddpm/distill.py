@@ -35,7 +35,7 @@ from .data import default_data, load_digits
 from .device import compile_blocks
 from .diffusion import Distilled, Guided
 from .files import UserError, check_flags, fingerprint, run, writable_folder
-from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
+from .inference import CHECKPOINT, DEFAULT, load_generator, steps_of
 from .model import IMAGE_SIZE, SIZES, Block, save_model
 from .paths import CLEAN, LEAPS, all_paths, chosen, draw_paths, student_times
 from .provenance import HelpFormatter, script_line
@@ -123,11 +123,11 @@ def parse_args():
     parser.add_argument("--leaps", type=int, choices=list(LEAPS), default=1, help="evaluations per image; two were not better for digits")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="the student's network")
     parser.add_argument("--init", type=Path, default=None, help="begin with a student's weights, of the same --size, to go on with a result")
-    parser.add_argument("--teacher-steps", type=int, default=TEACHER.num_steps, help="steps of the teacher's sampler")
-    parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=TEACHER.spacing, help="of the teacher's steps")
-    parser.add_argument("--guidance-weight", type=float, default=TEACHER.guidance_weight, help="half of the paths have this weight")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=TEACHER.guidance_interval, help="of the teacher")
-    parser.add_argument("--guidance-parallel", type=float, nargs=2, metavar=("MNISTM", "SVHN"), default=TEACHER.guidance_parallel, help="likewise, by domain")
+    parser.add_argument("--teacher-steps", type=int, default=DEFAULT.num_steps, help="steps of the teacher's sampler")
+    parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=DEFAULT.spacing, help="of the teacher's steps")
+    parser.add_argument("--guidance-weight", type=float, default=DEFAULT.guidance_weight, help="half of the paths have this weight")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=DEFAULT.guidance_interval, help="of the teacher")
+    parser.add_argument("--guidance-parallel", type=float, nargs=2, metavar=("MNISTM", "SVHN"), default=DEFAULT.guidance_parallel, help="likewise, by domain")
     parser.add_argument("--max-weight", type=float, default=6.0, help="the other half have weights from 0 to this")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, default=None, help="stop by the clock in place of --steps, the drawing of the paths included")
@@ -161,7 +161,7 @@ def main():
     accelerator, dtype = prepare(args, folder := writable_folder(args.output))
     if accelerator.num_processes > 1:
         raise UserError("distilling is for one process")
-    config = replace(TEACHER, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
+    config = replace(DEFAULT, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
                      guidance_interval=tuple(args.guidance_interval), guidance_parallel=tuple(args.guidance_parallel))
     config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)

@@ -31,7 +31,7 @@ CHECKPOINT = BUNDLED / "small.safetensors"
 STUDENT_CHECKPOINT = BUNDLED / "student.safetensors"  # of p1_cfg_ddpm.distill: one evaluation an image
 INSTALLED = BUNDLED / "installed.safetensors"  # what scripts/install.sh has put there draws unasked, in the bundled one's place
 OFFERED = tuple(name for name in SAMPLERS if name != "ipndm")  # its extrapolated eps leaves coloured spots in the long last leap of few guided steps
-OF_THE_TEACHER = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
+NOT_FOR_STUDENTS = ("sampler", "num_steps", "spacing", "guidance_interval", "guidance_parallel", "eta", "tries")  # what a student has no choice of
 TRIES = {"cpu": 1, "cuda": 4}  # unasked: it triples the work, minutes on a slow CPU
 WEIGHT_OF_TRIES = 3.0  # w with them: they find what less guidance leaves misread, and less guidance leaves more variety
 
@@ -71,7 +71,7 @@ class DrawConfig:
             raise UserError(f"--eta is for --sampler ddim, and {self.sampler} does without; leave it out")
 
 
-TEACHER = DrawConfig()
+DEFAULT = DrawConfig()
 # its steps are its own, its weight an input, at most the one that it has learned
 STUDENT = DrawConfig(sampler="ddim", guidance_weight=5.0, guidance_parallel=(1.0, 1.0))
 
@@ -191,20 +191,20 @@ def add_arguments(parser):
                         f"(default: the installed one, or the bundled {CHECKPOINT.name})")
     parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
     parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
-                        f"(default: {STUDENT.guidance_weight:g} for the bundled student, for others what they learned most; {TEACHER.guidance_weight:g} for "
+                        f"(default: {STUDENT.guidance_weight:g} for the bundled student, for others what they learned most; {DEFAULT.guidance_weight:g} for "
                         f"other networks, {WEIGHT_OF_TRIES:g} where digits are drawn again)")
     parser.add_argument("--sampler", choices=OFFERED, default=None, help="the update rule; heun asks the network twice a step; "
-                        f"not for students, as the next five (default: {TEACHER.sampler})")
-    parser.add_argument("--steps", type=int, default=None, dest="num_steps", help=f"steps of the sampler (default: {TEACHER.num_steps})")
+                        f"not for students, as the next five (default: {DEFAULT.sampler})")
+    parser.add_argument("--steps", type=int, default=None, dest="num_steps", help=f"steps of the sampler (default: {DEFAULT.num_steps})")
     parser.add_argument("--spacing", choices=["logsnr", "trailing"], default=None, help="which steps: even in the log of the signal-to-noise ratio, best "
-                        f"for few, or even in t (default: {TEACHER.spacing})")
+                        f"for few, or even in t (default: {DEFAULT.spacing})")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=None,
-                        help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*TEACHER.guidance_interval))
+                        help="guide only at noise levels LOW <= t/1000 <= HIGH (default: {:g} {:g})".format(*DEFAULT.guidance_interval))
     parser.add_argument("--guidance-parallel", type=float, nargs=len(DOMAINS), metavar=tuple(map(str.upper, DOMAINS)), default=None,
                         help="of the guidance that only makes the predicted image's contrast stronger, the share that is kept, by domain: 1 is plain "
-                        "guidance; chosen on the bundled network (default: {:g} {:g})".format(*TEACHER.guidance_parallel))
+                        "guidance; chosen on the bundled network (default: {:g} {:g})".format(*DEFAULT.guidance_parallel))
     parser.add_argument("--eta", type=float, default=None, help="fresh noise in ddim: 0 none, 1 as much as ddpm (default: 0)")
-    parser.add_argument("--seed", type=int, default=TEACHER.seed, help=f"seed of all images (default: {TEACHER.seed})")
+    parser.add_argument("--seed", type=int, default=DEFAULT.seed, help=f"seed of all images (default: {DEFAULT.seed})")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time; they differ by rounding alone, or where that "
                         "decides which try is kept (default: 100 on a CPU, 1000 on a GPU)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="number format; auto: bf16 or fp16 where it is fast (default: auto)")
@@ -222,9 +222,9 @@ def load_with_settings(args):
     """(UNet, Diffusion, `DrawConfig`, batch size, checkpoint) that parsed arguments ask for, checked."""
     if args.student and args.checkpoint:
         raise UserError("--student is the bundled one; give it or --checkpoint, not both")
-    given = {name: value for name in (*OF_THE_TEACHER, "guidance_weight") if (value := getattr(args, name, None)) is not None}
+    given = {name: value for name in (*NOT_FOR_STUDENTS, "guidance_weight") if (value := getattr(args, name, None)) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    replace(TEACHER, **given).check()
+    replace(DEFAULT, **given).check()
     device = pick_device(args.device)
     batch_size = args.batch_size if args.batch_size is not None else 100 if device.type == "cpu" else 1000
     if batch_size < 1:
@@ -233,10 +233,10 @@ def load_with_settings(args):
     model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
     if not model.config.times:
         plain = given.get("guidance_weight", 1) <= 0  # without guidance nothing is chosen either, unasked
-        tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") and not plain else TEACHER.tries)
-        unasked = {"tries": tries, "guidance_weight": WEIGHT_OF_TRIES if tries > 1 else TEACHER.guidance_weight}
-        return model, diffusion, replace(TEACHER, **unasked | given, seed=args.seed), batch_size, checkpoint
-    for name in OF_THE_TEACHER:
+        tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") and not plain else DEFAULT.tries)
+        unasked = {"tries": tries, "guidance_weight": WEIGHT_OF_TRIES if tries > 1 else DEFAULT.guidance_weight}
+        return model, diffusion, replace(DEFAULT, **unasked | given, seed=args.seed), batch_size, checkpoint
+    for name in NOT_FOR_STUDENTS:
         if name in given:
             flag = name.removeprefix("num_").replace("_", "-")
             raise UserError(f"--{flag} is not for {checkpoint.name}, a student that draws in {len(model.config.times)} steps of its own; "
@@ -298,7 +298,7 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
                 writing.popleft().result()  # raises what went wrong
         for one in writing:
             one.result()
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if not model.config.times or name not in OF_THE_TEACHER)
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if not model.config.times or name not in NOT_FOR_STUDENTS)
     print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
           f"next: {script_line('p1_grade.sh', args.output)}")
 

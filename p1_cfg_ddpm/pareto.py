@@ -19,7 +19,7 @@ import numpy as np
 from .benchmark import measure, show
 from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
-from .inference import CHECKPOINT, TEACHER, load_generator, steps_of
+from .inference import CHECKPOINT, DEFAULT, load_generator, steps_of
 from .model import DOMAINS
 from .provenance import REPORTED, HelpFormatter, command_line, report_file
 from .quality import Judges
@@ -44,12 +44,12 @@ def evaluations(config, diffusion):
 
 def point_of(row):
     """What a row's settings are without its seed: a key."""
-    return row["guide"], *(tuple(value) if isinstance(value := row[name], list) else value for name in asdict(TEACHER) if name != "seed")
+    return row["guide"], *(tuple(value) if isinstance(value := row[name], list) else value for name in asdict(DEFAULT) if name != "seed")
 
 
 def summary(rows):
     """The means over seeds of one point's rows, the lowest accuracy of any digit with the seeds together, and whether all that is wanted is reached."""
-    told = {name: rows[0][name] for name in (*asdict(TEACHER), "guide", "evaluations") if name != "seed"} | {"seeds": [row["seed"] for row in rows]}
+    told = {name: rows[0][name] for name in (*asdict(DEFAULT), "guide", "evaluations") if name != "seed"} | {"seeds": [row["seed"] for row in rows]}
     for domain in DOMAINS:
         told[domain] = {name: float(np.mean([row[domain][name] for row in rows])) for name in MEASURES}
         digits = [row[domain]["accuracy_per_digit"] for row in rows]
@@ -135,7 +135,7 @@ def compare(args):
     if {name: results.get(name) for name in start} != start:  # otherwise its rows are as they would be measured again, and count
         results = {**start, "machine": machine(device), "rows": []}
     results |= {"command": args.command, "seeds": args.seeds, "fresh_seeds": args.fresh, "finalists": args.finalists, "wanted": WANTED}
-    results["default"], rows = asdict(TEACHER) | {"guide": False}, results["rows"]
+    results["default"], rows = asdict(DEFAULT) | {"guide": False}, results["rows"]
 
     def ensure(config, guided_by, seeds):
         for seed in seeds:
@@ -148,15 +148,15 @@ def compare(args):
             write_json(args.output, results)
 
     def config_of(told):
-        return replace(TEACHER, **{name: tuple(value) if isinstance(value := told[name], list) else value for name in asdict(TEACHER) if name != "seed"})
+        return replace(DEFAULT, **{name: tuple(value) if isinstance(value := told[name], list) else value for name in asdict(DEFAULT) if name != "seed"})
 
-    plain = replace(TEACHER, guidance_parallel=(1.0,) * len(DOMAINS))
+    plain = replace(DEFAULT, guidance_parallel=(1.0,) * len(DOMAINS))
     for guided_by, grid in ((False, GRID), (True, AUTOGUIDED if guide is not None else [])):
         for steps, w, interval in grid:
             ensure(replace(plain, num_steps=steps, guidance_weight=w, guidance_interval=interval), guided_by, args.seeds[:1])
     for steps, w, shares in PARALLELS:
-        ensure(replace(TEACHER, num_steps=steps, guidance_weight=w, guidance_parallel=shares), False, args.seeds[:1])
-    ensure(TEACHER, False, args.seeds)
+        ensure(replace(DEFAULT, num_steps=steps, guidance_weight=w, guidance_parallel=shares), False, args.seeds[:1])
+    ensure(DEFAULT, False, args.seeds)
     near = [told for told in summaries(rows, args.seeds[:1]) if all(told[d]["accuracy"] >= WANTED[d] - SLACK for d in DOMAINS)]
     for told in near[:args.finalists]:
         ensure(config_of(told), told["guide"], args.seeds)
@@ -167,7 +167,7 @@ def compare(args):
         ensure(config_of(told), told["guide"], args.fresh)
     results |= {"all_seeds": finalists, "chosen": chosen, "fresh": summaries(rows, args.fresh)}
     write_json(args.output, results)
-    settings = ", ".join(f"{name} {best[name]}" for name in asdict(TEACHER) if name != "seed") + (", autoguided" if best["guide"] else "")
+    settings = ", ".join(f"{name} {best[name]}" for name in asdict(DEFAULT) if name != "seed") + (", autoguided" if best["guide"] else "")
     print(f"{'chosen' if chosen else 'none reaches what is wanted; nearest'}: {settings}\nwrote {args.output}\nnext: bash scripts/p1_figures.sh")
 
 

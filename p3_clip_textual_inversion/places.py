@@ -84,7 +84,7 @@ def plan(prompt, regions, words=()):
     """The `Region`s of a prompt, none where there is nothing to tell apart. prompt: learned words written out, as they are in regions (`read_regions`) and in
     words, those that have one."""
     if regions in (AUTO, LEARNED):
-        spans = told(prompt, words, apart=2 if regions == LEARNED else 0)
+        spans = things_told(prompt, words, apart=2 if regions == LEARNED else 0)
     else:
         seen, spans = {}, []
         for name, box in regions:  # a name that comes several times: its places in turn
@@ -103,7 +103,7 @@ def with_thing(prompt, spans, thing):
     return prompt
 
 
-def told(prompt, words, apart=0):
+def things_told(prompt, words, apart=0):
     """[(start, end, box)] of the things of a prompt and where its words say that they are. Of things that are only listed ("a <new1> and a cat") the boxes are
     None. A prompt that has not two things, whose learned words are not all among them, or that tells another relation ("a <new1> wearing <new2>"), has none;
     nor has one of which fewer than `apart` things are learned."""

@@ -14,7 +14,7 @@ from p1_cfg_ddpm import distill, inference, paths
 from p1_cfg_ddpm.data import MINI_DATA
 from p1_cfg_ddpm.diffusion import Diffusion, Distilled, Guided
 from p1_cfg_ddpm.files import UserError
-from p1_cfg_ddpm.inference import TEACHER, all_jobs, generate, load_generator, steps_of
+from p1_cfg_ddpm.inference import DEFAULT, all_jobs, generate, load_generator, steps_of
 from p1_cfg_ddpm.model import SIZES, UNet, load_model, save_model
 from p1_cfg_ddpm.samplers import SAMPLERS
 from p1_cfg_ddpm.train import PowerEMA
@@ -64,7 +64,7 @@ def test_the_target_lands_where_the_path_is():
 def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
     """One call draws with many weights, some paths at a time, what `Guided` draws with each."""
     monkeypatch.setitem(paths.AT_ONCE, "cpu", 4)
-    diffusion, config = Diffusion(), replace(TEACHER, num_steps=3)
+    diffusion, config = Diffusion(), replace(DEFAULT, num_steps=3)
     ts = steps_of(config, diffusion)
     drawn = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
     assert drawn["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(drawn["w"].tolist())) == 4 and drawn["x"].shape == (3, 6, 3, 28, 28)

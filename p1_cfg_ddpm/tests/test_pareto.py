@@ -32,7 +32,7 @@ def drawn(monkeypatch, tmp_path, tiny_checkpoint):
         return {**{name: getattr(config, name) for name in DrawConfig.__dataclass_fields__}, **dict.fromkeys(pareto.DOMAINS, scores)}
 
     monkeypatch.setattr(pareto, "measure", measure)
-    monkeypatch.setattr(pareto, "TEACHER", replace(pareto.TEACHER, guidance_parallel=(1.0, 1.0)))  # a point of the grid below
+    monkeypatch.setattr(pareto, "DEFAULT", replace(pareto.DEFAULT, guidance_parallel=(1.0, 1.0)))  # a point of the grid below
     monkeypatch.setattr(pareto, "show", lambda row: None)
     monkeypatch.setattr(pareto, "Judges", lambda device: None)
     monkeypatch.setattr(pareto, "GRID", [(6, w, (0.0, 1.0)) for w in (4.0, 6.0, 8.0)])
