@@ -64,7 +64,7 @@ def norm_panel(a, b):
             axis.plot(alphas, [function(a, b, float(alpha)).norm().item() / expected for alpha in alphas], label=name)
         spread = 4 / (2 * a.numel()) ** 0.5  # the norm of n standard normals has standard deviation 1/sqrt(2), around sqrt(n)
         axis.axhspan(1 - spread, 1 + spread, color="tab:gray", alpha=0.3, label="4 deviations of noise")
-        axis.set(xlabel="alpha", ylabel="norm / sqrt(number of pixels)", title="the noise: lerp leaves the sphere, slerp stays")
+        axis.set(xlabel="alpha", ylabel="norm / sqrt(number of values)", title="the noise: lerp leaves the sphere, slerp stays")
     return panel
 
 

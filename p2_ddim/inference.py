@@ -21,7 +21,7 @@ from .data import read_noise_pairs, read_noises
 from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
-from .files import UserError, fingerprint, lock, run, writable_file
+from .files import UserError, fingerprint, lock, note, run, writable_file
 from .inversion import belm, exact_batch
 from .model import load_unet
 from .pictures import save_image
@@ -146,6 +146,9 @@ def settings_of(args, eta=0.0):
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--{error}") from None  # each begins with what it is about
+    if config.num_steps > NUM_TIMESTEPS // 3 and (first := config.steps().t[0]) < 0.8 * NUM_TIMESTEPS:
+        note(f"--steps {config.num_steps} of the {config.spacing} spacing begin at t = {first}, where noise alone is not expected; "
+             f"--spacing trailing begins at {NUM_TIMESTEPS - 1}, as a number of steps does that divides {NUM_TIMESTEPS}")
     device = pick_device(args.device)
     use_tf32(args.tf32)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10

@@ -155,7 +155,7 @@ def main():
                                                for entry, k, paths in jobs for path in paths})
     row = row_that_drew(made) or row_of(min(read_picture(all_paths[0]).size))
     dtype, report = pick_dtype(args.dtype, device), grade_folder(report)
-    print(f"grading {args.output} by {args.model or row.judge} on {describe(device, dtype)}", flush=True)
+    print(f"grading {args.output} on {describe(device, dtype)}", flush=True)
     grader = judge_of(row, args, dtype, device)
     references, rows, lines, results = {}, [], [f"{args.output}, {told(made)}"], []
     for number, concept in concepts.items():  # one after the other: photographs may be large

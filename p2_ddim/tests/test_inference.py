@@ -1,5 +1,6 @@
 """The grader's call and the grading, through the real commands, with a small untrained network."""
 
+import argparse
 import json
 import pickle
 
@@ -11,7 +12,7 @@ from PIL import Image
 from p2_ddim.data import read_noise, read_noises
 from p2_ddim.evaluate import mse, psnr, read_pairs
 from p2_ddim.files import UserError
-from p2_ddim.inference import DrawConfig, generate, to_pictures
+from p2_ddim.inference import DrawConfig, add_arguments, generate, settings_of, to_pictures
 from p2_ddim.model import UNet, UNetConfig
 
 
@@ -124,6 +125,14 @@ def test_bad_grading_folders(files):
     (files / "result" / "00.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture"):
         read_pairs(files / "result", files / "gt")
+
+
+@pytest.mark.parametrize("flags, first", [((501,), 501), ((400,), 799), ((501, "--spacing", "trailing"), 0), ((500,), 0), ((50,), 0)])
+def test_steps_that_begin_in_the_middle_are_told(flags, first, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    settings_of(parser.parse_args(["--steps", *map(str, flags)]))
+    assert (f"begin at t = {first}, where noise alone is not expected" in capsys.readouterr().err) == bool(first)
 
 
 def test_one_bad_picture_costs_no_other_its_grade(call, files):
