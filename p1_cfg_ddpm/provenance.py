@@ -95,18 +95,10 @@ def core(made):
     return {key: made[key] for key in ("program", "settings", "made_of")}
 
 
-def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None, again=False):
-    """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
-
-    What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
-    them that the folder's record names and that are not among the new ones are then removed, as they would be mixed with them. Copies that it does not name
-    are the user's: refused beside the new ones, left alone elsewhere, as are those of another problem or of a folder within that has its own record.
-    where: for the record: device, files, ... alike(what is a picture's own): neighbours for which it differs are never in one batch. again: those that are
-    there will be drawn again, too."""
-    folder, made = Path(folder), made.as_json()
-    pictures = json.loads(json.dumps(pictures, default=str))
-    record = read_record(folder)
-    there, stale, folders, known = set(), [], {(folder / name).parent for name in pictures}, record["pictures"] if record else {}
+def survey(folder, made, pictures, known, overwrite):
+    """({names of `pictures` that are in the folder, whole, and so made}, [paths of what was made otherwise and shall be drawn anew]), or a refusal; as `claim`,
+    with the names `known` to the folder's record."""
+    there, stale, folders = set(), [], {(folder / name).parent for name in pictures}
     for path in sorted(path for path in folder.rglob("*.png") if not path.name.startswith(".")):
         name, found = path.relative_to(folder).as_posix(), read_made(path)
         if found is None:
@@ -124,6 +116,21 @@ def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None
             stale.append(path)
         elif name in pictures and is_whole(path):
             there.add(name)
+    return there, stale
+
+
+def claim(folder, made, pictures, batch_size, where, overwrite=False, alike=None, again=False):
+    """Prepares a folder for drawing `pictures`, {name below it: what is its own}, or refuses. Returns the names that are there already, whole, and so made.
+
+    What another program made is never overwritten. Pictures of ours that were made otherwise are drawn anew with `overwrite`, otherwise refused; those of
+    them that the folder's record names and that are not among the new ones are then removed, as they would be mixed with them. Copies that it does not name
+    are the user's: refused beside the new ones, left alone elsewhere, as are those of another problem or of a folder within that has its own record.
+    where: for the record: device, files, ... alike(what is a picture's own): neighbours for which it differs are never in one batch. again: those that are
+    there will be drawn again, too."""
+    folder, made = Path(folder), made.as_json()
+    pictures = json.loads(json.dumps(pictures, default=str))
+    record = read_record(folder)
+    there, stale = survey(folder, made, pictures, record["pictures"] if record else {}, overwrite)
     same = record is not None and core(record["made"]) == core(made)
     missing = pictures.keys() if overwrite or again else pictures.keys() - there
     batches = batches_with(missing, list(pictures), batch_size, alike and (lambda name: alike(pictures[name])))
