@@ -42,7 +42,7 @@ from .provenance import HelpFormatter, script_line
 from .samplers import ddim, finish, steps_at
 from .state import add_row, data_fingerprint, held, load_state, refuse_others, settings_of
 from .train import NEEDED, Clock, batch_of, make_run, on_device, refuse_nothing, save_run
-from .training import WATCHING, Log, add_arguments, due, first_line_of, guarded, is_flat, optimizer_step, prepare, share_of_peak
+from .training import WATCHING, Log, add_arguments, due, first_line_of, guarded, is_flat, optimizer_step, prepare, seed_dropout, share_of_peak
 
 TUNED_BY, LOG_EVERY = 0.2, 50  # of the learning rate, in the tuning; steps
 FREE_TO_CHANGE = ("output", "paths_in", "teacher", "guide", "data", "steps", "minutes", "save_every", "compile", *WATCHING)
@@ -188,7 +188,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     if args.compile:
         compile_blocks(teacher, Block)
     first_line_of(accelerator, dtype, f"a {args.size} student of {args.teacher}, called at t = {', '.join(map(str, times))},"
-                  + (f" going on at step {run.step}," if run.step else ""))
+                  + (f" going on at step {run.step}," if run.step else ""), run)
     paths, held_out = make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, settings["teacher_weights"])
     digits, guided = on_device(data, device) if data else None, partial(teacher_step, teacher, guide, diffusion, config)
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
@@ -210,6 +210,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
             run.net.load_state_dict(run.ema.averages[0])  # tuned is what was averaged, and the average begins anew
         tuning, within = stage["name"] == "tuning", share_of_stage(stage["name"], done, args.tuning)
         rate = args.lr * (TUNED_BY if tuning else 1) * share_of_peak(run.step - stage["began"], within, args)
+        seed_dropout(args.seed, run.step, accelerator.process_index)
         if tuning:
             index, t, eps, w = draw_noised(run.step, args, len(data), times[0], device)
             with accelerator.autocast():

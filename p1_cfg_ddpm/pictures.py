@@ -107,12 +107,12 @@ def note_left_out(folder, names, reason="no readable picture"):
         note(f"left out of {folder}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason})")
 
 
-def read_pictures(folder, what="folder of pictures"):
-    """({name: picture} in the order of their names; names of what was no picture, which a note tells)."""
+def read_pictures(folder, what="folder of pictures", make=lambda picture: picture):
+    """({name: picture} in the order of their names; names of what was no picture, which a note tells). make: what is kept of each."""
     pictures = {}
     for path in picture_files(folder, what):
         with suppress(UserError):  # it is named below
-            pictures[path.name] = read_picture(path)
+            pictures[path.name] = make(read_picture(path))
     skipped = left_out(folder, pictures)
     if not pictures:
         raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))

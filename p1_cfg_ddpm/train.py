@@ -38,6 +38,7 @@ from .training import (
     guarded,
     is_flat,
     make_optimizer,
+    one_first,
     optimizer_step,
     prepare,
     seed_dropout,
@@ -119,7 +120,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     config: `TrainConfig`; args: where its digits and its results are, and what is seen on the way; clock: `Clock` of --minutes."""
     device, state_file = accelerator.device, folder / "state.pt"
     refuse_others(state_file, [folder / "model.safetensors"])
-    with accelerator.local_main_process_first():
+    with one_first(accelerator):
         data, val = (load_digits(args.data, split) for split in ("train", "val"))
     settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(data.images, data.digit, data.domain))
     state = load_state(state_file, settings, NEEDED, None if args.minutes else config.steps, args.defaults) if state_file.exists() else None
@@ -129,7 +130,7 @@ def train(config, args, clock, folder, accelerator, dtype):
     clock.go_on(state, state_file)
     run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state, diffusion)
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M "
-                  "parameters" + (f", going on at step {run.step}," if run.step else ""))
+                  "parameters" + (f", going on at step {run.step}," if run.step else ""), run)
     log = Log(accelerator, folder, "training P1", args, run.step, run.history)
     steps_until = cumulative_density(diffusion, config, device)
 
@@ -340,8 +341,7 @@ def sample_grid(net, diffusion, device, seed, w=1.0, num_steps=12):
     digit = torch.arange(NUM_DIGITS, device=device).repeat(len(DOMAINS))
     domain = torch.arange(len(DOMAINS), device=device).repeat_interleave(NUM_DIGITS)
     noise = ImageNoise(seed, [f"training grid {i}" for i in range(len(digit))], (3, IMAGE_SIZE, IMAGE_SIZE), device)()
-    guided = Guided(net.eval(), diffusion, digit, domain, w)
-    last = finish(dpmpp_2m(guided, noise, trailing(diffusion.alpha_bar, num_steps)))
+    last = finish(dpmpp_2m(Guided(net.eval(), diffusion, digit, domain, w), noise, trailing(diffusion.alpha_bar, num_steps)))
     grid = to_uint8(last.x).reshape(len(DOMAINS), NUM_DIGITS, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
     return ImageOps.scale(Image.fromarray(grid.reshape(len(DOMAINS) * IMAGE_SIZE, NUM_DIGITS * IMAGE_SIZE, 3)), 3, Image.Resampling.NEAREST)
 

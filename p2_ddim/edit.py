@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .data import MINI_DATA, checked_pair, square
-from .device import DTYPES, describe, in_batches, machine, name_of, pick_device, pick_dtype, progress
+from .device import DTYPES, describe, in_batches, is_slow, machine, name_of, pick_device, pick_dtype, progress
 from .diffusion import Denoiser
 from .evaluate import mse, psnr
 from .files import ROOT, UserError, atomic_path, check_flags, fingerprint, lock, run, writable_file, writable_folder, write_json
@@ -30,9 +30,8 @@ from .provenance import REPORTED, HelpFormatter, Made, read_made, report_file, s
 from .tensors import read_tensors, tensor_fingerprint
 
 
-def squares(pictures, side):
-    """{name: uint8 [H, W, 3]} of {name: PIL picture}, each as `square`; a `UserError` where they are not all of one size then."""
-    pictures = {name: square(picture, side) for name, picture in pictures.items()}
+def of_one_size(pictures):
+    """The pictures, {name: uint8 [H, W, 3]}; a `UserError` where they are not all of one size."""
     sizes = {name: f"{picture.shape[1]}x{picture.shape[0]}" for name, picture in pictures.items()}
     first = next(iter(sizes))
     other = next((name for name in sizes if sizes[name] != sizes[first]), None)
@@ -43,21 +42,20 @@ def squares(pictures, side):
 
 @torch.inference_mode()
 def invert_all(unet, pictures, config, batch_size, dtype=torch.float32):
-    """{name: uint8 [H, W, 3]}, all of one size -> {name: float64 [2, 3, H, W]}, the pair of states from which belm draws each picture."""
+    """{name: uint8 [H, W, 3]}, all of one size -> yields (name, float64 [2, 3, H, W]), the pair of states from which belm draws each picture."""
     device = next(unet.parameters()).device
-    model, pairs = Denoiser(unet, clip=False, dtype=dtype), {}
+    model = Denoiser(unet, clip=False, dtype=dtype)
 
     def work(batch):
         return to_pair(model, to_model(np.stack([pictures[name] for name in batch]), device), config.steps()).cpu()
 
     with progress(total=len(pictures), unit="picture", desc="finding noises") as bar:
         for batch, found in in_batches(list(pictures), exact_batch(batch_size, dtype), work, "face", "--dtype bf16 or --device cpu"):
-            pairs |= zip(batch, found)
+            for name, pair in zip(batch, found):
+                if not pair.isfinite().all():
+                    raise UserError(f"the way back from {name} is not finite; try more --steps, or --dtype fp32")
+                yield name, pair
             bar.update(len(batch))
-    for name, pair in pairs.items():
-        if not pair.isfinite().all():
-            raise UserError(f"the way back from {name} is not finite; try more --steps, or --dtype fp32")
-    return pairs
 
 
 def value_range(picture):
@@ -99,7 +97,7 @@ def save_pair(path, pair, picture, facts):
 
 def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
     """[uint8 [H, W, 3], ...] -> the way from each picture to the next in `frames` steps, both states along the sphere; the given ones are on it."""
-    pairs = list(invert_all(unet, {str(i): picture for i, picture in enumerate(pictures)}, config, batch_size, dtype).values())
+    pairs = [pair for _, pair in invert_all(unet, {str(i): picture for i, picture in enumerate(pictures)}, config, batch_size, dtype)]
     starts, ranges = {}, {}
     for i, (a, b) in enumerate(pairwise(pairs)):
         for k in range(frames + (i + 2 == len(pairs))):
@@ -112,9 +110,10 @@ def morph(unet, pictures, config, frames, batch_size, dtype=torch.float32):
 def round_trip(unet, pictures, config, batch_size):
     """{number format: {"psnr": dB before rounding, "mse": squared grey levels after}} of {name: uint8 [H, W, 3]} to pairs and back; the worst picture's."""
     results = {}
-    for name, network, dtype in (("fp64", copy.deepcopy(unet).double(), torch.float64), ("fp32", unet, torch.float32), ("bf16", unet, torch.bfloat16)):
+    half = [] if is_slow("bf16", next(unet.parameters()).device) else [("bf16", unet, torch.bfloat16)]
+    for name, network, dtype in (("fp64", copy.deepcopy(unet).double(), torch.float64), ("fp32", unet, torch.float32), *half):
         before, after = [], []
-        pairs = invert_all(network, pictures, config, batch_size, dtype)
+        pairs = dict(invert_all(network, pictures, config, batch_size, dtype))
         for key, x in generate(network, pairs, config, batch_size, dtype=dtype):
             picture = pictures[key]
             before.append(float((x - to_model(np.stack([picture]))[0].double()).square().mean()) * 127.5**2)
@@ -127,12 +126,12 @@ def measure(unet, args, config, batch_size):
     """The `measure` command: round trips of pictures that the network drew, and of others."""
     results = {"machine": machine(args.device), "checkpoint": args.checkpoint.name, "model": fingerprint(args.checkpoint), "steps": config.num_steps}
     for kind in ("references", "drawings"):
-        found = read_pictures(getattr(args, kind))[0]
+        found = read_pictures(getattr(args, kind), make=lambda picture: square(picture, args.side))[0]
         chosen = list(found)[::max(len(found) // args.count, 1)][:args.count]  # spread over the folder
-        pictures = squares({name: found[name] for name in chosen}, args.side)
+        pictures = of_one_size({name: found[name] for name in chosen})
         check_size(unet.config, (3, *pictures[chosen[0]].shape[:2]))
         results[kind] = {"pictures": len(chosen), **round_trip(unet, pictures, config, batch_size)}
-        for name in ("fp64", "fp32", "bf16"):
+        for name in (name for name in ("fp64", "fp32", "bf16") if name in results[kind]):
             print(f"{kind}, {name}: {results[kind][name]['psnr']:.1f} dB, after rounding an MSE of at most {results[kind][name]['mse']:g}", flush=True)
     write_json(args.output, results)
     print(f"wrote {args.output}")
@@ -191,8 +190,11 @@ def main():
         measure(load_unet(args.checkpoint, device), args, config, batch_size)
         return
     dtype = pick_dtype(args.dtype, device)
-    read = read_pictures(args.pictures)[0] if args.command == "invert" else {f"{i} {path.name}": read_picture(path) for i, path in enumerate(args.pictures)}
-    pictures = squares(read, args.side)
+    if args.command == "invert":
+        pictures = read_pictures(args.pictures, make=lambda picture: square(picture, args.side))[0]
+    else:
+        pictures = {f"{i} {path.name}": square(read_picture(path), args.side) for i, path in enumerate(args.pictures)}
+    of_one_size(pictures)
     with lock(writable_folder(args.output)):
         write(args, pictures, config, batch_size, device, dtype)
 
@@ -213,12 +215,14 @@ def write(args, pictures, config, batch_size, device, dtype):
     check_size(unet.config, (3, *pictures[first].shape[:2]))
     print(f"{len(pictures)} pictures, with {args.checkpoint}, on {describe(device, dtype)}", flush=True)
     if args.command == "invert":
-        pairs = invert_all(unet, pictures, config, batch_size, dtype)
-        for name, pair in pairs.items():
+        left = {name: picture for name, picture in pictures.items() if args.overwrite or not os.path.lexists(output / f"{stems[name]}.pt")}
+        spread = []
+        for name, pair in invert_all(unet, left, config, batch_size, dtype):
             save_pair(output / f"{stems[name]}.pt", pair, pictures[name], facts[stems[name]])
-        spread = [pair[0].std().item() for pair in pairs.values()]
-        print(f"wrote {len(pairs)} noises to {output} in {time.perf_counter() - started:.1f} s; their standard deviations are {min(spread):.2f} to "
-              f"{max(spread):.2f} (noise has 1)\nnext: "
+            spread.append(pair[0].std().item())
+        there = f"{len(pictures) - len(left)} were there already; " if len(left) < len(pictures) else ""
+        told = f"; their standard deviations are {min(spread):.2f} to {max(spread):.2f} (noise has 1)" if spread else ""
+        print(f"{there}wrote {len(left)} noises to {output} in {time.perf_counter() - started:.1f} s{told}\nnext: "
               + script_line("p2_infer.sh", output, "AGAIN", args.checkpoint, "--sampler", "belm", "--steps", config.num_steps,
                             *([] if dtype == torch.float32 else ["--dtype", name_of(dtype)])))
         return

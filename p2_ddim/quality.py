@@ -82,19 +82,27 @@ def check_faces(folder):
         raise UserError(f"{folder} is no folder of drawn faces; python -m p2_ddim.make_mini faces {folder} --count 3000 --seed 1 draws some")
 
 
+def side_of(args):
+    """--side or, without it, the bundled network's; a `UserError` for others, which draw pictures of any side, but good ones of their own."""
+    if args.side is None and fingerprint(args.checkpoint) != fingerprint(MINI_DATA / "UNet.pt"):
+        raise UserError(f"--side is missing: {args.checkpoint} does not tell of what side its pictures are (the course's: 256)")
+    return 64 if args.side is None else args.side
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measures a face network against drawn faces.", formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?", default=MINI_DATA / "UNet.pt", help="the network's state dict")
     parser.add_argument("--faces", type=Path, default=HELD_OUT, help="folder of drawn faces that the network was not trained on")
     parser.add_argument("--count", type=int, default=500, help="generated faces, and drawn ones beside them")
     parser.add_argument("--quality", choices=list(QUALITIES), nargs="+", default=list(QUALITIES), help="which of p2_infer's ways of drawing")
-    parser.add_argument("--side", type=int, default=64, help="of the pictures")
+    parser.add_argument("--side", type=int, default=None, help="of the pictures (default: 64 for the bundled network; others do not tell theirs)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
     parser.add_argument("--batch-size", type=int, default=50, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     args = parser.parse_args()
+    args.side = side_of(args)
     check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
     check_faces(args.faces)
     args.output = writable_file(report_file(args.output, "p2_quality.json", args.checkpoint, MINI_DATA / "UNet.pt"))

@@ -27,7 +27,7 @@ from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
 from .provenance import REPORTED, HelpFormatter, command_line, report_file
-from .quality import HELD_OUT, check_faces, features, frechet_distance
+from .quality import HELD_OUT, check_faces, features, frechet_distance, side_of
 from .samplers import SAMPLERS, ImageNoise
 from .state import data_fingerprint
 
@@ -53,14 +53,14 @@ def parse_args():
     parser.add_argument("--near", type=int, default=4, help="faces whose distance to the answer of --truth steps is measured")
     parser.add_argument("--truth", type=int, default=1000, help="steps of that answer, by ddim")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50], help="of the network, an image")
-    parser.add_argument("--side", type=int, default=64, help="of the pictures")
+    parser.add_argument("--side", type=int, default=None, help="of the pictures (default: 64 for the bundled network; others do not tell theirs)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noises")
     parser.add_argument("--batch-size", type=int, default=25, help="faces at a time")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="fp32", help="number format of the network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write {REPORTED}")
     args = parser.parse_args()
-    check_flags(args, ("count", "side", "batch_size"), lambda value: value >= 2, "at least 2")
+    check_flags(args, ("count", "batch_size"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("near",), lambda value: value >= 1, "at least 1")
     check_flags(args, ("truth",), lambda value: 1 <= value <= NUM_TIMESTEPS, f"between 1 and {NUM_TIMESTEPS}")
     try:
@@ -71,6 +71,8 @@ def parse_args():
         check_faces(args.faces)
     args.output = report_file(args.output, "p2_samplers.json", args.checkpoint, MINI_DATA / "UNet.pt")
     args.command = command_line("python -m p2_ddim.sweep", parser, args, leave_out=("measure", "device", "output"))
+    args.side = side_of(args)
+    check_flags(args, ("side",), lambda value: value >= 2, "at least 2")
     return args
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 import zipfile
@@ -275,7 +276,9 @@ def save_tensors(path, tensors, metadata=None):
     """Writes {name: tensor} as safetensors; the same content is the same file. metadata: {str: str}"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        mode = os.stat(temporary).st_mode
         save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+        os.chmod(temporary, mode)  # safetensors puts a file of its own there, which nobody else may read
         sort_metadata(temporary)
 
 

@@ -5,6 +5,7 @@
 
 import argparse
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,10 +45,10 @@ from .training import (
     share_of_peak,
 )
 
-LOG_EVERY = 50
-FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "compile", *WATCHING)  # between a run and its continuation
+LOG_EVERY, MOST_ON_GPU = 50, 2**30  # steps; bytes of pictures
+FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "compile", "accumulate", *WATCHING)  # between a run and its continuation
 NEEDED = ("step", "history", "recent", "model", "ema", "optimizer")  # of a state
-ADVICE = "lower --batch-size or --image-size, or use more processes; --dtype bf16 or fp16 takes less than fp32"
+ADVICE = "raise --accumulate, lower --batch-size or --image-size, or use more processes; --dtype bf16 or fp16 takes less than fp32"
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def parse_args():
     parser.add_argument("--output", type=Path, default=Path("runs/p2"), help="folder of the run: its state, sample grids and UNet.pt")
     add_settings(parser, TrainConfig)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: a minute at the start, then faster on a GPU")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch's gradient is taken, where memory has no place for the whole")
     parser.add_argument("--save-every", type=int, default=200, help="steps between two saved states")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between two sample grids; 0 for none")
     add_arguments(parser)
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
-    check_flags(args, ("save_every",), lambda value: value >= 1, "at least 1")
+    check_flags(args, ("save_every", "accumulate"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("sample_every", "validate_every", "stop_when_flat"), lambda value: 0 <= value < math.inf, "a number from 0")
     return configured(TrainConfig, args), args
 
@@ -123,12 +125,14 @@ def train(config, args, folder, accelerator, dtype):
     pictures = torch.from_numpy(read_faces(args.data, config.image_size))
     settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(pictures.numpy()))
     state = load_state(state_file, settings, NEEDED, config.steps, args.defaults) if state_file.exists() else None
-    faces, held_out = (part.to(device) for part in parted(pictures, config))
+    place = device if pictures.nbytes <= MOST_ON_GPU else torch.device("cpu")  # many large ones: each batch goes there by itself
+    faces, held_out = (part.to(place) for part in parted(pictures, config))
+    del pictures
 
     alpha_bar = make_alpha_bar().float().to(device)
     run = make_run(config, args, accelerator, state_file, settings, state)
     first_line_of(accelerator, dtype, f"{len(faces)} pictures from {args.data}, UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M parameters"
-                  + (f", going on at step {run.step}," if run.step else ""))
+                  + (f", going on at step {run.step}," if run.step else ""), run)
     log = Log(accelerator, folder, "training P2", args, run.step, run.history)
 
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
@@ -136,11 +140,11 @@ def train(config, args, folder, accelerator, dtype):
         index, t, eps, flip = share(accelerator, *draw_batch(run.step, config, len(faces), device))
         seed_dropout(config.seed, run.step, accelerator.process_index)
         rate = config.lr * share_of_peak(run.step, run.step / config.steps, config)
-        loss = diffusion.loss(run.model, alpha_bar, batch_of(faces, index, flip), t, eps, config.max_weight).mean()
-        optimizer_step(accelerator, run.model, run.optimizer, loss, rate)
+        loss = backward(run, accelerator, faces, (index, t, eps, flip), alpha_bar, config, args.accumulate)
+        optimizer_step(accelerator, run.model, run.optimizer, None, rate)
         ema_update(run.ema, run.net, run.step, config.ema)
         run.step += 1
-        run.recent.append(accelerator.reduce(loss.detach(), "mean"))
+        run.recent.append(accelerator.reduce(loss, "mean"))
         log.bar.update()
 
         over = run.step == config.steps
@@ -152,10 +156,24 @@ def train(config, args, folder, accelerator, dtype):
             save_image(sample_grid(run.ema, config, device, dtype), folder / f"samples_{run.step:06d}.png")
         if due(args.save_every, run.step, last):
             save_run(run, accelerator)
+            if accelerator.is_main_process:
+                export(run, folder)
     log.close()
     if accelerator.is_main_process:
-        path = export(run, folder)
+        path = export(run, folder)  # also where nothing was left to learn: the run may have been killed before it
         print(f"wrote {path}\nnext: {script_line('p2_infer.sh', 'NOISE_DIR', 'OUT', path)}")
+
+
+def backward(run, accelerator, faces, batch, alpha_bar, config, accumulate):
+    """The mean loss of this process's share of a batch, as `draw_batch`, whose gradient is taken in `accumulate` parts, one after the other."""
+    total, parts = 0, list(zip(*(part.tensor_split(accumulate) for part in batch)))
+    for number, (index, t, eps, flip) in enumerate(parts, start=1):
+        with accelerator.no_sync(run.model) if number < len(parts) else nullcontext():  # processes meet once a step
+            losses = diffusion.loss(run.model, alpha_bar, batch_of(faces, index, flip), t, eps, config.max_weight)
+            loss = losses.sum() / len(batch[0])
+            accelerator.backward(loss)
+        total = total + loss.detach()
+    return total
 
 
 def parted(pictures, config):
@@ -174,7 +192,7 @@ def layout_of(device):
 
 def batch_of(faces, index, flip=None):
     """float32 [B, 3, H, W] in [-1, 1] of uint8 faces, [N, H, W, 3], in the places `index`, int [B], mirrored where `flip`, bool [B], is set."""
-    x0 = to_model(faces[index])
+    x0 = to_model(faces[index.to(faces.device)], index.device)
     x0 = x0 if flip is None else torch.where(flip[:, None, None, None], x0.flip(3), x0)
     return x0.contiguous(memory_format=layout_of(x0.device))
 

@@ -131,7 +131,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
         parts.unet.train()  # diffusers checkpoints in training mode only; there is no dropout
     run = make_run(parts, rows, held_out, config, row, accelerator, state_file, settings, state)
     first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in run.trained.values()):,} numbers, "
-                                      f"from {sum(len(source.means) for source in sources)} latents,")
+                                      f"from {sum(len(source.means) for source in sources)} latents,", run)
     train(run, parts, sources, concepts, config, args, row, drawing, accelerator)
     run.best.put_back(run.trained)
     if accelerator.is_main_process:

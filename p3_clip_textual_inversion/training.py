@@ -12,6 +12,7 @@ from dataclasses import field, fields
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .device import DTYPES, describe, is_out_of_memory, name_of, peak_memory, pick_device, pick_dtype, progress, use_tf32
@@ -82,10 +83,40 @@ def prepare(args, folder, accumulate=1):
     return accelerator, dtype
 
 
-def first_line_of(accelerator, dtype, what):
-    """Says on what, in which format, what is trained; on several processes, how many."""
+def first_line_of(accelerator, dtype, what, run=None):
+    """Says on what, in which format, what is trained; on several processes, how many. run: what has step and settings, in which all processes `agree`."""
+    agree(accelerator, **({"step": run.step, "settings": run.settings} if run else {}))
     number = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     accelerator.print(f"{what} on {number}{describe(accelerator.device, dtype)}")
+
+
+def agree(accelerator, **facts):
+    """A `UserError` where the processes of a training are not about to do the same, as where each reads a state of a disk of its own, or has another kind of
+    card. facts: {name: what must be alike}; the number formats are looked at in any case."""
+    if accelerator.num_processes == 1:
+        return
+    facts |= {"number format": accelerator.mixed_precision, "format of Muon's steps": name_of(pick_dtype("auto", accelerator.device, among=("bf16",)))}
+    first, *others = gather_object([facts])
+    for rank, theirs in enumerate(others, start=1):
+        for name, fact in theirs.items():
+            if fact != first[name]:
+                raise UserError(f"process {rank} has the {name} {fact}, but process 0 {first[name]}: all need the same --output, on a disk that they share, "
+                                "the same data and the same kind of card")
+
+
+@contextmanager
+def one_first(accelerator):
+    """The first process of each machine goes before its others, which find what it has put into its cache. Each process waits on the card that it uses, which
+    accelerate's own takes to be the one of its number."""
+    def meet():
+        if accelerator.num_processes > 1:
+            accelerator.reduce(torch.zeros(1, device=accelerator.device))
+
+    if not accelerator.is_local_main_process:
+        meet()
+    yield
+    if accelerator.is_local_main_process:
+        meet()
 
 
 def share(accelerator, *parts):
@@ -133,10 +164,11 @@ def make_optimizer(net, lr, weight_decay, betas, edges=()):
 
 
 def optimizer_step(accelerator, model, optimizer, loss, rate):
-    """One step against the gradient of `loss`, a mean, at the learning rate `rate`; a gradient longer than 1 is shortened to that."""
+    """One step against the gradient of `loss`, a mean (None: it has been taken), at the learning rate `rate`; one longer than 1 is shortened to that."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    accelerator.backward(loss)
+    if loss is not None:
+        accelerator.backward(loss)
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -12,7 +12,7 @@ from PIL import Image
 from p2_ddim.data import read_faces
 from p2_ddim.files import UserError
 from p2_ddim.model import UNet, UNetConfig, load_unet
-from p2_ddim.train import TrainConfig, parted
+from p2_ddim.train import TrainConfig, batch_of, parted
 from p2_ddim.training import make_optimizer
 
 TRAIN = "p2_ddim.train"
@@ -44,11 +44,11 @@ def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, pict
     code, out, err = command(TRAIN, *settings, "--output", tmp_path / "whole")  # apart: what other tests did to this process may change a last bit
     assert code == 0 and "next: bash scripts/p2_infer.sh" in out, err
     process = command(TRAIN, *settings, "--output", tmp_path / "killed", wait=False)
-    while not (tmp_path / "killed" / "state.pt").exists() and process.poll() is None:
+    while not (tmp_path / "killed" / "UNet.pt").exists() and process.poll() is None:  # which is there beside the first state
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "UNet.pt").exists()
+    assert process.returncode == -signal.SIGKILL and load_unet(tmp_path / "killed" / "UNet.pt").config.widths == (32, 32)
     assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
     code, out, err = command(TRAIN, *settings, "--output", tmp_path / "killed")
     assert code == 0 and "going on at step" in out, err
@@ -58,6 +58,28 @@ def test_a_killed_run_ends_with_the_same_weights(call, command, one_thread, pict
     assert numbers_of(tmp_path / "whole") == numbers_of(tmp_path / "killed")
     code, _, err = call(TRAIN, *settings, "--output", tmp_path / "whole", "--lr", "0.5")
     assert code != 0 and "other settings (lr 0.002 is now 0.5)" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", [["--accumulate", 2], ["--accumulate", 9]])
+def test_a_batch_in_parts_is_the_same_batch(call, pictures, tmp_path, flags):
+    """With the last bits alone to tell it; and a run may change its mind."""
+    settings = [*SETTINGS[:-3], "--data", pictures, "--validate-every", 0]
+    for name, more in (("whole", []), ("parts", flags)):
+        code, _, err = call(TRAIN, *settings, "--steps", 3, "--output", tmp_path / name, *more)
+        assert code == 0, err
+    whole, parts = (torch.load(tmp_path / name / "UNet.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
+    assert not torch.equal(whole["out.2.weight"], parts["out.2.weight"])  # they were in parts
+    code, out, err = call(TRAIN, *settings, "--steps", 4, "--output", tmp_path / "whole", *flags)
+    assert code == 0 and "going on at step 3" in out, err
+
+
+def test_many_pictures_stay_where_there_is_room(call, pictures, tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr("p2_ddim.train.MOST_ON_GPU", 0)
+    monkeypatch.setattr("p2_ddim.train.batch_of", lambda faces, *a, real=batch_of: moved.append(faces.device.type) or real(faces, *a))
+    code, _, err = call(TRAIN, *SETTINGS, "--data", pictures, "--steps", 1, "--output", tmp_path / "run")
+    assert code == 0 and set(moved) == {"cpu"}, err
 
 
 def test_training_learns_and_its_result_draws(call, pictures, tmp_path):

@@ -1,16 +1,20 @@
 """Captions beside pictures, schedules that are not obeyed, folders in half precision, runs that would overwrite another's result."""
 
+import hashlib
 import json
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from p3_clip_textual_inversion import training
 from p3_clip_textual_inversion.data import read_captions
 from p3_clip_textual_inversion.files import LOCK, UserError
 from p3_clip_textual_inversion.model import check_schedule, variant
 from p3_clip_textual_inversion.state import data_fingerprint, held, load_state, refuse_others
+from p3_clip_textual_inversion.tensors import save_tensors
 
 NAMES, TEXTS = ["00.jpg", "01.png"], ["a <new1>", "two <new1>"]
 
@@ -78,6 +82,29 @@ def test_another_runs_result_and_state_are_kept(tmp_path):
         pass
     assert not (tmp_path / LOCK).exists()
     assert data_fingerprint(torch.ones(2, 3).numpy()) != data_fingerprint(torch.ones(3, 2).numpy())
+    pictures = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4).numpy()
+    assert data_fingerprint(pictures, pictures[:, ::2]) == hashlib.sha256(
+        b"(2, 3, 4)" + pictures.tobytes() + b"(2, 2, 4)" + pictures[:, ::2].tobytes()).hexdigest()[:16]  # by which older states know theirs
+
+
+def test_a_model_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("change, said", [({}, None), ({"step": 8}, "process 1 has the step 8, but process 0 4"),
+                                          ({"number format": "bf16"}, "process 1 has the number format bf16, but process 0 no"),
+                                          ({"settings": {"lr": 2}}, "process 1 has the settings {'lr': 2}, but process 0 {'lr': 1}")])
+def test_processes_that_would_not_do_the_same_are_told(monkeypatch, change, said):
+    monkeypatch.setattr(training, "gather_object", lambda facts: [*facts, facts[0] | change])
+    two = SimpleNamespace(num_processes=2, mixed_precision="no", device=torch.device("cpu"))
+    with nullcontext() if said is None else pytest.raises(UserError) as error:
+        training.agree(two, step=4, settings={"lr": 1})
+    assert said is None or str(error.value).startswith(f"{said}: all need the same --output")
 
 
 @pytest.mark.parametrize("change", [{"step": "3"}, {"step": -1}, {"step": True}, {"step": 3.0}, {"history": None}, {"history": [3]}, {"history": [[1, 2]]},
