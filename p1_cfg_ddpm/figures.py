@@ -18,7 +18,7 @@ import torch
 from .benchmark import RESULTS
 from .device import describe
 from .files import ROOT, UserError, fingerprint, lock, note, run, writable_folder
-from .inference import CHECKPOINT, Job, add_arguments, add_tries, all_jobs, draw_again, generate, load_with_settings, names_of, states
+from .inference import CHECKPOINT, DrawConfig, Job, add_arguments, add_tries, all_jobs, draw_again, generate, load_with_settings, names_of, states
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS
 from .pareto import RESULTS as PARETO
 from .pareto import panels as pareto_panels
@@ -27,7 +27,7 @@ from .provenance import HelpFormatter
 from .samplers import ImageNoise
 
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "ddpm": "DDPM", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++",
-         "trailing": "even in t", "logsnr": "even in log-SNR"}
+         "trailing": "even in t", "logsnr": "even in log-SNR", "bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 MOMENTS = 6  # of the reverse process, that the course asks for
 SIDE, LARGE = 2 * IMAGE_SIZE, 4 * IMAGE_SIZE
 
@@ -60,6 +60,7 @@ def guidance_panels(rows):
     def panel(axis, name, title, factor=1):
         for domain in DOMAINS:
             axis.plot([row["guidance_weight"] for row in rows], [factor * row[domain][name] for row in rows], "o-", label=NAMES[domain])
+        axis.axvline(DrawConfig().guidance_weight, color="gray", linestyle=":", linewidth=1, label="the default")
         if factor == 1:
             axis.axhline(1, color="gray", linewidth=1, label="real images")
         axis.set(title=f"{title}\n{images}", xlabel="guidance weight w", ylim=(0, 1.08 * axis.get_ylim()[1]))
@@ -81,9 +82,9 @@ def sampler_panel(results):
         axis.hlines(range(len(rows)), 0.5 * min(seconds), seconds, color="lightgray")
         axis.plot(seconds, range(len(rows)), "o")
         for i, (_, x, accuracy) in enumerate(rows):
-            axis.annotate(f"{x:,.0f} s, {accuracy:.1%}", (x, i), textcoords="offset points", xytext=(6, 0), va="center")
+            axis.annotate(f"{x:,.{int(x < 10)}f} s, {accuracy:.1%}", (x, i), textcoords="offset points", xytext=(6, 0), va="center")
         axis.set(xscale="log", xlim=(0.5 * min(seconds), 60 * max(seconds)), title="seconds for 1,000 images\nand mean accuracy",
-                 xlabel=f"{results['machine']['device']}, {results['machine']['threads']} threads")
+                 xlabel=f"seconds, {results['machine']['device']}, {results['machine']['threads']} threads, {NAMES.get(results['dtype'], results['dtype'])}")
         axis.set_yticks(range(len(rows)), [row[0] for row in rows])
     return panel
 

@@ -240,9 +240,9 @@ def validate(net, diffusion, held_out, accelerator, batch_size):
 def export(run, config, args, diffusion, folder, num_images):
     """Writes each average of the weights, in half precision: half the size, no measurable difference. Returns the path of the first, the result."""
     for number, length in enumerate(config.ema):
-        name = "model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"
-        facts = {**run.settings, "init": args.init and args.init.name, "ema": length, "steps": run.step, "images": num_images}
-        save_model(folder / name, run.ema.network(number).half(), diffusion, facts)
+        facts = run.settings | {"init": args.init and args.init.name, "ema": length, "steps": run.step, "images": num_images,
+                                "of_steps": None if args.minutes else args.steps}
+        save_model(folder / ("model.safetensors" if number == 0 else f"model_ema{length:g}.safetensors"), run.ema.network(number).half(), diffusion, facts)
     return folder / "model.safetensors"
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import re
 import resource
 import sys
 import warnings
@@ -32,6 +33,8 @@ def pick_device(name="auto"):
         if reason:
             note(f"computing on the CPU: {reason}")
         name = "cpu" if reason is not None else "cuda"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|meta", name):  # torch's own answer is a list of all that was ever one
+        raise UserError(f"the device {name!r} cannot be used: expected auto, cpu, cuda or, for the second GPU, cuda:1")
     try:
         device = torch.device(name)
         if device.type == "cuda":

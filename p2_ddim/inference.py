@@ -209,7 +209,8 @@ def draw(args, config, device, dtype, batch_size, noises, ranges, share):
             raise UserError(f"the image of {name}.pt is not finite; try --dtype fp32")
         save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png", made.with_own(own[f"{name}.png"]).as_json())
     print(f"wrote {len(noises)} images to {args.output} in {time.perf_counter() - started:.1f} s\n"
-          f"next: {script_line('p2_grade.sh', args.output, 'GT')}")
+          f"next: {script_line('p2_grade.sh', args.output, truth if (truth := args.noise.parent / 'GT').is_dir() else 'GT')}"
+          + ("" if config == DrawConfig() else "  # the references are of --quality exact"))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,8 @@ def left_out(folder, used, besides=NO_PICTURES):
 
 
 def note_left_out(folder, names, reason="no readable picture"):
+    if any(Path(name).suffix.lower() in (".heic", ".heif") for name in names):
+        reason += "; HEIC is not read: export JPEG"
     if names:
         note(f"left out of {folder}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason})")
 
@@ -115,7 +117,8 @@ def read_pictures(folder, what="folder of pictures", make=lambda picture: pictur
             pictures[path.name] = make(read_picture(path))
     skipped = left_out(folder, pictures)
     if not pictures:
-        raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])})" if skipped else ""))
+        heic = "; HEIC is not read: export JPEG" if any(name.lower().endswith((".heic", ".heif")) for name in skipped) else ""
+        raise UserError(f"{folder} has no readable picture" + (f" (not {', '.join(skipped[:3])}{heic})" if skipped else ""))
     note_left_out(folder, skipped)
     return pictures, skipped
 

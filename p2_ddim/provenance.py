@@ -231,8 +231,10 @@ def command_line(start, parser, args, leave_out=()):
 
 
 def script_line(script, *arguments):
-    """The command line of a script of ours, to be copied: quoted as a shell wants it."""
-    return shlex.join(["bash", f"scripts/{script}", *map(str, arguments)])
+    """The command line of a script of ours, to be copied where one stands: quoted as a shell wants it."""
+    path = ROOT / "scripts" / script
+    near = Path.cwd() == ROOT or Path.cwd() in (*ROOT.parents[:-1],)  # from elsewhere the way up and down again would be longer than the whole path
+    return shlex.join(["bash", os.path.relpath(path) if near else str(path), *map(str, arguments)])
 
 
 def told(made):

@@ -316,7 +316,7 @@ def existing(path, what, look):
     try:
         look(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no such {what}: {path}{where_from(path)}") from None
+        raise UserError(f"no such {what}: {path}{' is a file' if os.path.isfile(path) else where_from(path)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the {what} {path}: {first_line(error)}") from None
     return path

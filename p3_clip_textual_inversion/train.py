@@ -320,8 +320,8 @@ def main():
         flags = ["--projections", args.output / "+".join(concept.number for concept in groups[0]) / "projections.safetensors"]
     accelerator.print(f"learned {', '.join(c.token for c in concepts)} in {time.perf_counter() - started:.0f} s\n"
                       f"next: {script_line('p3_infer.sh', args.input, 'OUT', args.checkpoint, '--embeddings', args.output, *flags)}"
-                      f"{', or those of another concept' if flags and len(groups) > 1 else ''}\n"
-                      f"{script_line('install.sh', args.output)} puts the words where scripts/hw2_3.sh finds them")
+                      f"{'  # or those of another concept' if flags and len(groups) > 1 else ''}\n"
+                      f"{script_line('install.sh', args.output)}  # puts the words where scripts/hw2_3.sh finds them")
     accelerator.end_training()
 
 

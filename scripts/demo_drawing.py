@@ -35,7 +35,7 @@ from p3_clip_textual_inversion.embedding import check_models, expand, find_words
 from p3_clip_textual_inversion.files import fingerprint, note
 from p3_clip_textual_inversion.formats.words import gather
 from p3_clip_textual_inversion.pictures import read_picture, save_image, to_uint8
-from p3_clip_textual_inversion.places import arranged, told
+from p3_clip_textual_inversion.places import arranged, things_told
 from p3_clip_textual_inversion.provenance import Made, script_line
 from p3_clip_textual_inversion.tensors import tensor_fingerprint
 from p3_clip_textual_inversion.zero_shot import TEMPLATES
@@ -188,7 +188,7 @@ class Words:
             raise UserError("click twice into the square: where the first thing of the prompt should be, and where the second")
         regions = ()
         if points:
-            things = [prompt[start:end] for start, end, _ in told(prompt, list(self.rows))]
+            things = [prompt[start:end] for start, end, _ in things_told(prompt, list(self.rows))]
             if len(things) != 2:
                 raise UserError('places are for a prompt of two things, "a ... next to a ..."; for others choose "anywhere"')
             regions = tuple(zip(things, arranged(points)))

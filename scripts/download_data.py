@@ -45,7 +45,7 @@ def main():
     for name in kept:
         print(f"what was there is kept as {name}")
     rest = "" if args.archive else f"; {archive} is no longer needed"
-    print(f"{args.output} is complete{rest}\nnext: bash scripts/p1_train.sh, on a GPU with --size base --steps 100000")
+    print(f"{args.output} is complete{rest}\nnext: bash scripts/p1_train.sh  # on a GPU with --size base --steps 100000")
 
 
 def problems(folder):

@@ -3,6 +3,8 @@ p3_clip_textual_inversion/embeddings/{model}/. Git keeps both, so that they can 
 """
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,12 @@ def is_digit_model(path):
             return "config" in (file.metadata() or {})
     except (SafetensorError, OSError) as error:
         fail(f"{path} is not a readable safetensors file ({error}); expected a model.safetensors of p1_train.sh, or a folder or file of words of p3_train.sh")
+
+
+def told_of(path):
+    """What a model of P1 tells of its training."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"]).get("training") or {}
 
 
 def main():
@@ -38,6 +46,10 @@ def main():
             from p1_cfg_ddpm import files, inference
 
             install, options = inference.install, {}
+            told = told_of(source)
+            if told.get("of_steps") and told["steps"] < told["of_steps"]:
+                print(f"note: {source} is of a training at step {told['steps']} of {told['of_steps']}: the command that began it goes on with it",
+                      file=sys.stderr)
         else:
             from p3_clip_textual_inversion import embedding, files
             from p3_clip_textual_inversion.defaults import row_of
@@ -56,7 +68,7 @@ def main():
             fail(str(error))
         for path in installed if isinstance(installed, list) else [installed]:
             print(f"installed {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
-    print("git add them to hand them in; scripts/hw2_1.sh and scripts/hw2_3.sh tell which they use")
+    print("git add them to hand them in; scripts/hw2_1.sh and scripts/hw2_3.sh tell which they use (move them away for the bundled ones)")
 
 
 if __name__ == "__main__":

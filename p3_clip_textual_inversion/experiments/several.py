@@ -245,7 +245,7 @@ def compare(args, config, device, model, concepts, methods, others, labels):
         "model": model, "judge": Path(args.model or args.row.judge).name})
     print_table(results, drifts)
     line = script_line("p3_figures.sh", "--several", args.runs, "--report", args.report)
-    print(f"wrote results/p3_several.json to {args.report}\nnext: {line} draws p3_several.png")
+    print(f"wrote results/p3_several.json to {args.report}\nnext: {line}  # draws p3_several.png")
 
 
 def print_table(results, drifts):

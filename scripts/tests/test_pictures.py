@@ -81,3 +81,14 @@ def test_a_bomb_is_refused(tmp_path, reader):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(Exception, match=r"(1600000000 pixels|has no readable picture)"):
         READERS[reader](tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("package", ["p1_cfg_ddpm", "p2_ddim", "p3_clip_textual_inversion"])
+def test_a_phones_pictures_are_told_apart(tmp_path, capsys, package):
+    pictures = importlib.import_module(f"{package}.pictures")
+    (tmp_path / "IMG_9.HEIC").write_bytes(b"....ftypheic")
+    refused = importlib.import_module(f"{package}.files").UserError
+    with pytest.raises(refused, match=r"has no readable picture \(not IMG_9\.HEIC; HEIC is not read: export JPEG\)"):
+        pictures.read_pictures(tmp_path)
+    RGB.save(tmp_path / "a.png")
+    assert list(pictures.read_pictures(tmp_path)[0]) == ["a.png"] and "HEIC is not read: export JPEG" in capsys.readouterr().err

@@ -15,6 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from p1_cfg_ddpm import inference
+from p1_cfg_ddpm.diffusion import Diffusion
+from p1_cfg_ddpm.model import SIZES, UNet, save_model
+from p1_cfg_ddpm.provenance import script_line
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 
@@ -130,6 +136,32 @@ def test_every_command_that_is_told_has_its_flags(monkeypatch):
     for name, parser in parsers.items():
         assert not [action.dest for action in all_of(parser) if not (action.help or isinstance(action, argparse._SubParsersAction))], name
         assert parser.description.rstrip().endswith((".", "?")) or "\n" in parser.description, name
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_scripts_run_by_sh_are_run_by_bash(shell):
+    result = subprocess.run([shell, SCRIPTS / "p1_grade.sh", "--no-such"], check=False, capture_output=True, text=True)
+    assert result.returncode == 2 and "the following arguments are required: OUT" in result.stderr
+
+
+def test_a_line_to_copy_is_right_where_one_stands(monkeypatch, tmp_path):
+    root = SCRIPTS.parent
+    for place, shown in ((root, "scripts/p1_grade.sh"), (root.parent, f"{root.name}/scripts/p1_grade.sh"), (tmp_path, f"{root}/scripts/p1_grade.sh")):
+        monkeypatch.chdir(place)
+        assert shlex.split(script_line("p1_grade.sh", "a b")) == ["bash", shown, "a b"]
+
+
+def test_an_unended_training_is_told_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    install = importlib.import_module("install")
+    monkeypatch.setattr(inference, "INSTALLED", tmp_path / "weights" / "installed.safetensors")
+    (tmp_path / "weights").mkdir()
+    for steps, said in ((3, "is of a training at step 3 of 5"), (5, "")):
+        torch.manual_seed(0)
+        save_model(tmp_path / "model.safetensors", UNet(SIZES["tiny"]), Diffusion(), {"steps": steps, "of_steps": 5})
+        monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path)])
+        install.main()
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
 
 
 def test_setup_knows_what_is_installed(setup):
