@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig, Guided, make_alpha_bar
+from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig, Guided, make_alpha_bar, moment_density
 from p1_cfg_ddpm.samplers import ImageNoise, by_name, ddim, ddpm, dpmpp_2m, finish, logsnr, steps_at, trailing
 
 CONFIGS = [DiffusionConfig(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "v")]
@@ -64,6 +64,31 @@ def test_alpha_bar(schedule):
     theirs = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule])
     torch.testing.assert_close(make_alpha_bar(schedule).float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-7)
     assert all(0 < make_alpha_bar(schedule, few).min() <= make_alpha_bar(schedule, few).max() < 1 for few in (1, 2, 10, 25))
+
+
+def test_the_linear_schedule_of_other_lengths_ends_in_as_much_noise():
+    ends = [make_alpha_bar("linear", steps)[-1].log().item() for steps in (500, 1000, 2000)]
+    assert ends == pytest.approx([ends[1]] * 3, rel=0.02) and DiffusionConfig().schedule == "cosine"
+
+
+@pytest.mark.parametrize("mean, std", [(-0.5, 1.0), (0.3, 0.6)])
+def test_training_visits_noise_levels_as_a_normal_has_them(mean, std):
+    """The density over t, summed, is the normal's distribution function of ln(sigma / alpha)."""
+    alpha_bar = make_alpha_bar("cosine")
+    sigmas = (0.5 * ((1 - alpha_bar) / alpha_bar).log() - mean) / std
+    normal = 0.5 * (1 + torch.erf(sigmas / math.sqrt(2)))
+    assert (moment_density(alpha_bar, mean, std).cumsum(0) - normal).abs().max() < 0.01
+
+
+def test_a_guide_is_led_away_from():
+    """Autoguidance: (1 + w) of the network less w of the weaker one, both told the condition; and x0 is clamped unasked."""
+    x, diffusion, guide = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), Diffusion(), FakeNetwork()
+    with torch.no_grad():
+        guide.weight.mul_(0.3)
+        both = Guided(net := FakeNetwork(), diffusion, torch.tensor([3, 8]), torch.tensor([0, 1]), 2.0, guide=guide)
+        told = [n(x, torch.tensor([400, 400]), torch.tensor([3, 8]), torch.tensor([0, 1])) for n in (net, guide)]
+        assert torch.allclose(both.output(x, 400), 3 * told[0] - 2 * told[1], atol=1e-5)
+        assert both(5 * x, 400)[0].abs().max() <= 1
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from p1_cfg_ddpm import classifier, embedding, evaluate
+from p1_cfg_ddpm import classifier, embedding, evaluate, quality
 from p1_cfg_ddpm.classifier import CourseClassifier, CourseResNet, DigitClassifier, bundled_classifier, classify, load_classifier
 from p1_cfg_ddpm.data import MINI_DATA, Digits, load_digits
 from p1_cfg_ddpm.embedding import embed
@@ -44,6 +45,57 @@ def test_the_nearest_image_is_found():
     assert index.tolist() == [7, 3] and distance == pytest.approx(0, abs=0.05)
     distance, _ = nearest_of(np.zeros((1, 28, 28, 3), np.uint8), np.full((1, 28, 28, 3), 10, np.uint8))
     assert distance[0] == pytest.approx(10)
+
+
+def test_copies_of_training_images_would_be_seen(monkeypatch):
+    """Ten grey levels beside a training image, where real validation images are forty away: a quarter of their distance."""
+    train, digit = np.random.default_rng(0).integers(0, 100, (30, 28, 28, 3), dtype=np.uint8), np.arange(30) % 10
+    monkeypatch.setattr(evaluate, "load_digits", lambda _, split, domains: Digits(train + np.uint8({"train": 0, "val": 40}[split]), digit, 0 * digit))
+    found = {"mnistm": (train[:20] + np.uint8(10), digit[:20], None)}
+    scores, picture = evaluate.nearest_training_images(found, "anywhere")
+    assert scores["mnistm"] == {"mean_distance": pytest.approx(10, abs=0.01), "real_mean_distance": pytest.approx(40, abs=0.01),
+                                "ratio": pytest.approx(0.25, abs=1e-3), "smallest": pytest.approx(10, abs=0.01)}
+    assert picture.size == (10 * 28 * 3, 2 * 28 * 3)
+
+
+def test_grades_are_counted_by_hand(monkeypatch, capsys):
+    """What another classifier reads, in the place of the bundled one; and the digit that is read worst."""
+    digit, read = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    judged = {"images": 5, "accuracy": 1.0, "second_accuracy": 0.2, "accuracy_per_digit": {"0": 1.0, "1": 0.5}, "embedding": None}
+    judges = types.SimpleNamespace(scores=lambda *_: (dict(judged), digit), facts={"mnistm": {}, "svhn": {}})
+    monkeypatch.setattr(evaluate, "load_classifier", lambda *_: None)
+    monkeypatch.setattr(evaluate, "classify", lambda *_: (torch.from_numpy(read), None))
+    found = {domain: (np.zeros((5, 28, 28, 3), np.uint8), digit, None) for domain in DOMAINS}
+    scores, predictions = grade(found, {"mnistm": "theirs"}, judges=judges)
+    assert scores["mnistm"]["accuracy"] == 0.6 and scores["mnistm"]["accuracy_per_digit"] == {"0": 0.5, "1": 1.0, "2": 0.0}
+    assert scores["svhn"]["accuracy"] == 1 and scores["mean_accuracy"] == pytest.approx(0.8)
+    confusion = np.array(scores["mnistm"]["confusion"])
+    assert (confusion[0, 0], confusion[0, 1], confusion[1, 1], confusion[2, 0], confusion.sum()) == (1, 1, 2, 1, 5)
+    assert evaluate.share_of_expected(found, predictions) == pytest.approx((3 + 5) / 1000)
+    evaluate.print_table(scores)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:6] == ["mnistm", "5", "60.00%", "2:", "0%", "20.00%"] and lines[3].split()[3:5] == ["1:", "50%"]
+
+
+def test_judges_count_by_hand(monkeypatch):
+    """The first and the second one of each domain, by digit, and the features of each kind beside their own."""
+    judges, digit = Judges(), np.repeat(np.arange(10), 3)
+    first, second = digit.copy(), digit.copy()
+    first[:2], second[:12] = 9, 5
+    seen, kinds = [], {"first": torch.zeros(30, 128), "second": None}
+
+    def classify_by(net, images):
+        name = "first" if net is judges.first["svhn"] else "second" if net is judges.second["svhn"] else None
+        return torch.from_numpy({"first": first, "second": second}[name]), kinds[name]
+    monkeypatch.setattr(quality, "classify", classify_by)
+    monkeypatch.setattr(quality, "embed", lambda *_: torch.ones(30, 128))
+    monkeypatch.setattr(quality, "over_splits", lambda features, digit, real, *_, **__: seen.append((float(features.mean()), real)))
+    monkeypatch.setattr(quality, "by_digit", lambda *_: {})
+    scores, read = judges.scores("svhn", np.zeros((30, 28, 28, 3), np.uint8), digit)
+    assert (scores["accuracy"], scores["second_accuracy"]) == (pytest.approx(28 / 30), pytest.approx(18 / 30)) and (read == first).all()
+    assert scores["accuracy_per_digit"] == {"0": pytest.approx(1 / 3)} | {str(d): 1.0 for d in range(1, 10)}
+    reference = judges.reference["svhn"]
+    assert [value for value, _ in seen] == [1, 0] and seen[0][1] is reference["embedding"] and seen[1][1] is reference["classifier"]
 
 
 def test_the_bundled_model_draws_what_it_is_asked_for(good):

@@ -11,6 +11,7 @@ from p1_cfg_ddpm.diffusion import Diffusion, DiffusionConfig
 from p1_cfg_ddpm.inference import WEIGHT_OF_TRIES, DrawConfig, all_jobs, generate
 from p1_cfg_ddpm.provenance import read_made
 from p1_cfg_ddpm.reading import SURE, as_noisy
+from p1_cfg_ddpm.samplers import ImageNoise
 
 INFER = "p1_cfg_ddpm.inference"
 
@@ -42,6 +43,29 @@ def test_the_least_error_is_read():
     assert found[0] < -100 and found[2] == pytest.approx(sure - (0.81 / 0.01 - 1), rel=1e-2)
     assert found[1] == pytest.approx(enough + (0.36 / 0.16 - 1), rel=1e-3)
     assert model.asked == [(first, 3)] * 10 + [(second, 1)] * 10  # two are sure at once
+
+
+def test_each_image_is_read_as_if_it_were_alone(tiny_model):
+    """On its own noises, in its own domain; the errors of both noises count where the first does not suffice."""
+    diffusion, generator = Diffusion(), torch.Generator().manual_seed(3)
+    x0, digit, domain = torch.randn(6, 3, 28, 28, generator=generator).clamp(-1, 1), torch.arange(6), torch.tensor([0, 1] * 3)
+    names = [f"image {i}" for i in range(6)]
+    with torch.inference_mode():
+        digit[::3] = reading.errors(tiny_model, diffusion, x0, domain, 600, ImageNoise(7, names, x0.shape[1:])()).argmin(dim=1)[::3]  # some are sure
+        found, stages = reading.doubt(tiny_model, diffusion, x0, digit, domain, 7, names), []
+        for i, name in enumerate(names):
+            noise, total = ImageNoise(7, [name], x0.shape[1:]), torch.zeros(10)
+            for t, share in ((600, 0.10), (500, 0.05)):
+                steps, eps = torch.tensor([t]), noise()
+                x, target = diffusion.add_noise(x0[i:i + 1], eps, steps), diffusion.target(x0[i:i + 1], eps, steps)
+                total += torch.stack([(tiny_model(x, steps, torch.tensor([y]), domain[i:i + 1]) - target).square().mean() for y in range(10)])
+                own, other = total[digit[i]], min(total[y] for y in range(10) if y != digit[i])
+                expected = share - (other - own) / min(own, other)
+                if expected <= 0:
+                    break
+            stages.append(t)
+            assert found[i] == pytest.approx(float(expected), abs=1e-4)
+    assert 500 in stages
 
 
 def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, monkeypatch):

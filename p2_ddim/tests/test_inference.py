@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from p2_ddim.data import read_noise, read_noises
-from p2_ddim.evaluate import mse, psnr, read_pairs
+from p2_ddim.evaluate import difference, mse, psnr, read_pairs
 from p2_ddim.files import UserError
 from p2_ddim.inference import DrawConfig, add_arguments, generate, settings_of, to_pictures
 from p2_ddim.model import UNet, UNetConfig
@@ -63,6 +63,8 @@ def test_the_command_and_its_grading(call, files):
 def test_mse_and_psnr():
     a, b = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 10, np.uint8)
     assert mse(a, b) == mse(b, a) == 100 and psnr(100) == pytest.approx(28.1308, abs=1e-4) and psnr(0) == float("inf")
+    assert mse(a, a + np.uint8(255)) == mse(a + np.uint8(255), a) == 255**2  # as 8 bits it would be 1
+    assert (difference(a, b) == 80).all() and (difference(b, a) == 80).all() and (difference(a, a + np.uint8(200)) == 255).all()
 
 
 def test_bad_noise_is_refused_in_one_line(tmp_path):
@@ -133,6 +135,21 @@ def test_steps_that_begin_in_the_middle_are_told(flags, first, capsys):
     add_arguments(parser)
     settings_of(parser.parse_args(["--steps", *map(str, flags)]))
     assert (f"begin at t = {first}, where noise alone is not expected" in capsys.readouterr().err) == bool(first)
+
+
+def test_the_limit_is_the_courses(call, files):
+    """20 squared grey levels on average, which is no pass itself: 4,000 and 3,999 over 200 values."""
+    for folder in ("gt", "result"):
+        (files / folder).mkdir()
+        for name, errors in (("at", [20] * 10), ("below", [20] * 9 + [19] + [6, 1, 1])):
+            picture = np.zeros((20, 10, 3), np.uint8)
+            picture[..., 0].flat[:len(errors)] = np.multiply(errors, folder == "result")
+            picture = np.repeat(picture[..., :1], 3, axis=2)
+            Image.fromarray(picture).save(files / folder / f"{name}.png")
+    code, out, err = call("p2_ddim.evaluate", files / "result", files / "gt")
+    images = json.loads((files / "result_grade" / "grade.json").read_text())["images"]
+    assert code == 0 and images["at.png"] == {"mse": 20.0, "psnr": psnr(20), "passed": False}, out + err
+    assert images["below.png"]["mse"] == pytest.approx(3999 / 200) and images["below.png"]["passed"]
 
 
 def test_one_bad_picture_costs_no_other_its_grade(call, files):
