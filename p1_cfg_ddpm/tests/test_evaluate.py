@@ -94,6 +94,7 @@ def test_judges_count_by_hand(monkeypatch):
     scores, read = judges.scores("svhn", np.zeros((30, 28, 28, 3), np.uint8), digit)
     assert (scores["accuracy"], scores["second_accuracy"]) == (pytest.approx(28 / 30), pytest.approx(18 / 30)) and (read == first).all()
     assert scores["accuracy_per_digit"] == {"0": pytest.approx(1 / 3)} | {str(d): 1.0 for d in range(1, 10)}
+    assert type(judges.first["svhn"]) is not type(judges.second["svhn"])
     reference = judges.reference["svhn"]
     assert [value for value, _ in seen] == [1, 0] and seen[0][1] is reference["embedding"] and seen[1][1] is reference["classifier"]
 

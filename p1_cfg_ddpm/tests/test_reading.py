@@ -45,17 +45,20 @@ def test_the_least_error_is_read():
     assert model.asked == [(first, 3)] * 10 + [(second, 1)] * 10  # two are sure at once
 
 
-def test_each_image_is_read_as_if_it_were_alone(tiny_model):
+@pytest.mark.parametrize("sure, stages", [(((600, 0.10), (500, 0.05)), [500] * 6), (((600, 1e-6), (500, 0.05)), [600, 500, 500] * 2)])
+def test_each_image_is_read_as_if_it_were_alone(tiny_model, monkeypatch, sure, stages):
     """On its own noises, in its own domain; the errors of both noises count where the first does not suffice."""
+    if sure != SURE:  # so that some are sure at once
+        monkeypatch.setattr(reading, "SURE", sure)
     diffusion, generator = Diffusion(), torch.Generator().manual_seed(3)
     x0, digit, domain = torch.randn(6, 3, 28, 28, generator=generator).clamp(-1, 1), torch.arange(6), torch.tensor([0, 1] * 3)
     names = [f"image {i}" for i in range(6)]
     with torch.inference_mode():
-        digit[::3] = reading.errors(tiny_model, diffusion, x0, domain, 600, ImageNoise(7, names, x0.shape[1:])()).argmin(dim=1)[::3]  # some are sure
-        found, stages = reading.doubt(tiny_model, diffusion, x0, digit, domain, 7, names), []
+        digit[::3] = reading.errors(tiny_model, diffusion, x0, domain, 600, ImageNoise(7, names, x0.shape[1:])()).argmin(dim=1)[::3]
+        found, asked = reading.doubt(tiny_model, diffusion, x0, digit, domain, 7, names), []
         for i, name in enumerate(names):
             noise, total = ImageNoise(7, [name], x0.shape[1:]), torch.zeros(10)
-            for t, share in ((600, 0.10), (500, 0.05)):
+            for t, share in sure:
                 steps, eps = torch.tensor([t]), noise()
                 x, target = diffusion.add_noise(x0[i:i + 1], eps, steps), diffusion.target(x0[i:i + 1], eps, steps)
                 total += torch.stack([(tiny_model(x, steps, torch.tensor([y]), domain[i:i + 1]) - target).square().mean() for y in range(10)])
@@ -63,9 +66,9 @@ def test_each_image_is_read_as_if_it_were_alone(tiny_model):
                 expected = share - (other - own) / min(own, other)
                 if expected <= 0:
                     break
-            stages.append(t)
+            asked.append(t)
             assert found[i] == pytest.approx(float(expected), abs=1e-4)
-    assert 500 in stages
+    assert asked == stages
 
 
 def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, monkeypatch):
