@@ -87,6 +87,29 @@ def test_an_unreadable_image_is_named(folder, content):
         load_digits(folder, "train")
 
 
+class Hostile:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+def test_an_archive_of_digits_is_read_and_not_run(tmp_path):
+    images, label = np.zeros((3, 28, 28, 3), np.uint8), np.array([0, 5, 9])
+    np.savez(tmp_path / "digits.npz", svhn_train=images, svhn_train_label=label)
+    assert load_digits(tmp_path / "digits.npz", "train", ("svhn",)).digit.tolist() == [0, 5, 9]
+    np.savez(tmp_path / "digits.npz", svhn_train=images, svhn_train_label=np.array([0, 5, 10]))
+    with pytest.raises(UserError, match="with N labels from 0 to 9"):
+        load_digits(tmp_path / "digits.npz", "train", ("svhn",))
+    np.savez(tmp_path / "digits.npz", svhn_train=np.array([Hostile(tmp_path / "ran")], dtype=object), svhn_train_label=label)
+    with pytest.raises(UserError, match=r"cannot be read as a \.npz of digits"):
+        load_digits(tmp_path / "digits.npz", "train", ("svhn",))
+    assert not (tmp_path / "ran").exists()
+    np.load(tmp_path / "digits.npz", allow_pickle=True)["svhn_train"]  # and it was no dud
+    assert (tmp_path / "ran").exists()
+
+
 def test_the_bundled_stand_in(tmp_path):
     shutil.copytree(MINI_DATA, tmp_path / "mini", ignore=shutil.ignore_patterns(".cache"))
     for split, each in (("train", 20), ("val", 5)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2_ddim import benchmark, device, figures, sweep
+from p2_ddim import benchmark, device, figures, quality, sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
 from p2_ddim.diffusion import Denoiser
 from p2_ddim.figures import deviations, spectrum, variety
@@ -137,3 +137,18 @@ def test_pictures_deviate_by_their_seeds():
     first = [np.zeros((2, 2, 3), np.uint8)]
     assert deviations({0.0: first, 0.5: first}, lambda eta, seed: [np.full((2, 2, 3), 20, np.uint8)], range(2)) == pytest.approx(
         np.array([[0], [20 / 2**0.5]]))
+
+
+def test_faces_are_measured_as_by_hand():
+    """Frechet distance in closed form; the energy of what is finer than four pixels, whichever way it lies; the deviation of noise in flat places."""
+    a = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)  # covariance 2/3 I
+    assert quality.frechet_distance(a, 2 * a + torch.tensor([3.0, 0])) == pytest.approx(9 + 2 * 2 / 3)  # tr(C + 4 C - 2 * 2 C)
+    assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    y, x = np.mgrid[:32, :48]
+    for wave, energy in ((20.0 * (-1) ** x, 400), (20.0 * (-1) ** y, 400), (20.0 * (-1) ** (x + y), 400), (20 * np.sin(2 * np.pi * x / 8), 0)):
+        picture = np.repeat((128 + wave).round().astype(np.uint8)[None, ..., None], 3, axis=3)
+        assert quality.high_frequency(picture) == pytest.approx(energy, abs=1)
+    noise = np.random.default_rng(0).normal(128, 5, (4, 64, 64, 3)).round().astype(np.uint8)
+    assert quality.grain(noise) == pytest.approx(5, rel=0.05) and quality.grain(np.full_like(noise, 7)) == 0
+    rows = quality.compare({"frechet": 3.0, "high_frequency": 2.0, "grain": 1.0}, {"frechet": 1.5, "high_frequency": 4.0, "grain": 0.0})
+    assert (rows["frechet"]["ratio"], rows["high_frequency"]["ratio"], "ratio" in rows["grain"]) == (2, 0.5, False)
