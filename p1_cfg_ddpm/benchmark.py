@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import DTYPES, describe, is_slow, machine, pick_device, pick_dtype
+from .device import DTYPES, describe, is_slow, machine, name_of, pick_device, pick_dtype
 from .evaluate import grade
 from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
 from .inference import CHECKPOINT, STUDENT, STUDENT_CHECKPOINT, DrawConfig, all_jobs, generate, load_generator
 from .model import DOMAINS
 from .pictures import to_model
-from .provenance import REPORTED, HelpFormatter, report_file, script_line
+from .provenance import REPORTED, HelpFormatter, command_line, report_file, script_line
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_benchmark.json"
@@ -38,7 +38,7 @@ def measure(model, diffusion, config, images_per_digit, batch_size, judges, guid
     coverage as ratios to as many real images, in the embedding (None for fewer than two images of a digit)."""
     jobs = all_jobs(images_per_digit)
     started = time.perf_counter()
-    images = np.stack([image for _, image in generate(model, diffusion, jobs, config, batch_size, progress=False, guide=guide)])
+    images = np.stack([image for _, image in generate(model, diffusion, jobs, config, batch_size, shown=False, guide=guide)])
     seconds = time.perf_counter() - started
     found = {}
     for domain in DOMAINS:
@@ -106,8 +106,9 @@ def main():
     model, diffusion = load_generator(args.checkpoint, device, dtype)
     if model.config.times:
         raise UserError(f"{args.checkpoint} is a student, which has no samplers to compare; the bundled one is measured beside any other network")
-    results = {"machine": machine(device), "made_of": {"model": fingerprint(args.checkpoint)},
-               "dtype": str(dtype).split(".")[-1], "formats": formats(args.checkpoint, device)}
+    command = command_line("python -m p1_cfg_ddpm.benchmark", parser, args, leave_out=("device", "output"))
+    results = {"command": command, "machine": machine(device), "made_of": {"model": fingerprint(args.checkpoint)},
+               "dtype": name_of(dtype), "formats": formats(args.checkpoint, device)}
     default, judges = DrawConfig(), Judges(device)
 
     def rows(configs, images_per_digit, network=(model, diffusion)):
@@ -126,7 +127,7 @@ def main():
     results["ladder"] = list(rows(rungs, args.sweep_images_per_digit))
     results["guidance"] = list(rows([replace(default, guidance_weight=w) for w in WEIGHTS], args.sweep_images_per_digit))
     if args.classic_images_per_digit:
-        results["classic"] = next(rows([replace(CLASSIC, guidance_weight=default.guidance_weight)], args.classic_images_per_digit))
+        results["classic"] = next(rows([CLASSIC], args.classic_images_per_digit))
     write_json(args.output, results)
     own = () if args.output == RESULTS else ("--results", args.output, "--checkpoint", args.checkpoint)
     print(f"wrote {args.output}\nnext: {script_line('p1_figures.sh', *own)}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import load_digits
-from .device import DTYPES, autocast, describe, name_of, pick_device, pick_dtype, progress, use_tf32
+from .device import autocast, describe, name_of, pick_device, pick_dtype, progress, use_tf32
 from .files import ROOT, UserError, check_flags, existing_file, run, writable_file
 from .model import BUNDLED, DOMAINS, NUM_DIGITS
 from .pictures import to_model
@@ -241,7 +241,7 @@ def add_training_arguments(parser, epochs, batch_size, lr):
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per step")
     parser.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW, one cycle")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="autocast format; auto: bf16 where it is native")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="autocast format; auto: bf16 where it is native")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
@@ -249,11 +249,8 @@ def check_training_arguments(args):
     """(device, dtype) of parsed arguments, checked."""
     check_flags(args, ("epochs", "batch_size"), lambda value: value >= 1, "at least 1")
     check_flags(args, ("lr",), lambda value: 0 <= value < math.inf, "a number from 0")
-    if not -10**12 < args.seed < 10**12:
-        raise UserError(f"--seed must be a whole number of at most 12 digits, not {args.seed}")
+    check_flags(args, ("seed",), lambda value: -10**12 < value < 10**12, "a whole number of at most 12 digits")
     device = pick_device(args.device)
-    if args.dtype == "fp16":
-        raise UserError("--dtype fp16 is not for training; use bf16 or fp32")
     dtype = pick_dtype(args.dtype, device, among=("bf16",))
     use_tf32(True)
     return device, dtype

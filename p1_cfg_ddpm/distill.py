@@ -163,7 +163,6 @@ def main():
         raise UserError("distilling is for one process")
     config = replace(DEFAULT, num_steps=args.teacher_steps, spacing=args.spacing, guidance_weight=args.guidance_weight,
                      guidance_interval=tuple(args.guidance_interval), guidance_parallel=tuple(args.guidance_parallel))
-    config.check()
     teacher, diffusion = load_generator(args.teacher, accelerator.device, torch.float32)
     guide = load_generator(args.guide, accelerator.device, torch.float32)[0] if args.guide else None
     for path, network in ((args.teacher, teacher), (args.guide, guide)):
@@ -192,7 +191,7 @@ def train(args, clock, folder, accelerator, dtype, config, teacher, guide, diffu
     paths, held_out = make_paths(args, config, teacher, guide, diffusion, accelerator, folder, times, settings["teacher_weights"])
     digits, guided = on_device(data, device) if data else None, partial(teacher_step, teacher, guide, diffusion, config)
     starts, ends = torch.tensor(times, device=device), torch.tensor([*times[1:], CLEAN], device=device)
-    log = Log(accelerator, folder, "distilling P1", args, run.step, run.history)
+    log = Log(accelerator, folder, "distilling P1", args, args.batch_size, run.step, run.history)
     if not state:
         clock.begin()  # the paths have taken some of the minutes
 

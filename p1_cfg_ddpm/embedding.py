@@ -62,15 +62,14 @@ def bundled_embedding(device="cpu"):
 
 def load_embedding(path, device="cpu"):
     """An `Embedding` from a file that this module wrote, in eval mode."""
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_weights(path)[0].items()}
-    return fill(Embedding(), tensors, path).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return fill(Embedding(), load_weights(path)[0], path).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def embed(model, images, batch_size=500):
     """images: uint8 numpy [N, 28, 28, 3] -> float64 [N, 128] on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([model(to_model(images[i:i + batch_size]).to(device)) for i in range(0, len(images), batch_size)]).cpu().double()
+    return torch.cat([model(to_model(images[i:i + batch_size], device)) for i in range(0, len(images), batch_size)]).cpu().double()
 
 
 def view(x, generator):

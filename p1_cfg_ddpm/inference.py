@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes
-from .device import progress as progress_bar
+from .device import DTYPES, by_the_first, describe, in_batches, meet, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Diffusion, DiffusionConfig, Distilled, Guided
 from .estimate import announce
 from .files import UserError, atomic_path, check_flags, fingerprint, lock, run, writable_folder
@@ -50,7 +49,7 @@ class DrawConfig:
     tries: int = 1  # at an image, while the network is not sure to see its digit in it (reading.py); 1 does not look
     seed: int = 0
 
-    def check(self):
+    def __post_init__(self):
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"--guidance-interval must be two numbers with 0 <= low <= high <= 1, not {low} {high}")
@@ -103,7 +102,7 @@ def load_generator(checkpoint, device, dtype):
         model.most_learned = min(float(taught.get("guidance_weight", STUDENT.guidance_weight)), model.max_weight) if taught else None
         return model, Diffusion(DiffusionConfig(**metadata["diffusion"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of this project (its diffusion settings: {error})") from None
+        raise UserError(f"{checkpoint} is not a checkpoint of this project (its settings: {error})") from None
 
 
 def default_checkpoint():
@@ -169,10 +168,11 @@ def draw_again(x, model, diffusion, jobs, config, guide=None):
 
 
 @torch.inference_mode()
-def generate(model, diffusion, jobs, config, batch_size, progress=True, guide=None, share=(0, 1)):
-    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that memory cannot hold is halved. share: (rank, processes) of this one."""
-    with progress_bar(total=len(jobs) * config.num_steps // share[1], unit="step", desc="drawing digits", unit_scale=1 / config.num_steps, disable=not progress,
-                      bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]") as bar:
+def generate(model, diffusion, jobs, config, batch_size, shown=True, guide=None, share=(0, 1)):
+    """Yields (job, uint8 image [28, 28, 3]) for every job, in batches. A batch that memory cannot hold is halved.
+
+    shown: with a bar; share: (rank, processes) of this one."""
+    with progress(total=len(jobs) * config.num_steps // share[1], unit="step", desc="drawing digits", disable=not shown) as bar:
         def draw(batch):
             for state in states(model, diffusion, batch, config, guide):
                 bar.update(len(batch))
@@ -189,7 +189,7 @@ def add_arguments(parser):
     """The flags that inference and figures share. Where none is given, `load_with_settings` takes the checkpoint's own."""
     parser.add_argument("--checkpoint", type=Path, default=None, help="a model.safetensors of p1_cfg_ddpm.train or p1_cfg_ddpm.distill "
                         f"(default: the installed one, or the bundled {CHECKPOINT.name})")
-    parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image in place of twelve")
+    parser.add_argument("--student", action="store_true", help=f"draw with the bundled {STUDENT_CHECKPOINT.name}: one evaluation an image")
     parser.add_argument("--guidance-weight", type=float, default=None, help="w of (1+w)*eps_cond - w*eps_uncond; 0: no guidance "
                         f"(default: {STUDENT.guidance_weight:g} for the bundled student, for others what they learned most; {DEFAULT.guidance_weight:g} for "
                         f"other networks, {WEIGHT_OF_TRIES:g} where digits are drawn again)")
@@ -213,9 +213,9 @@ def add_arguments(parser):
 
 def add_tries(parser):
     """The flag of the commands that draw the grader's files, or show them."""
-    parser.add_argument("--tries", type=int, default=None, help="draw an image again, up to so many times in all, while the network itself is not sure to see "
-                        "its digit in it, for three times the work: fewer are misread, and they vary more, by the lower weight, chosen on the "
-                        "bundled network; 1: never; not for students (default: {cuda} on a GPU, {cpu} on a CPU and without guidance)".format(**TRIES))
+    parser.add_argument("--tries", type=int, default=None, help="draw an image up to so many times, while the network does not clearly see its digit in it, "
+                        "and keep the try that it doubts least: about three times the work, fewer misread digits. 1: never; not for students "
+                        "(default: {cuda} on a GPU, {cpu} on a CPU and without guidance)".format(**TRIES))
 
 
 def load_with_settings(args):
@@ -224,7 +224,7 @@ def load_with_settings(args):
         raise UserError("--student is the bundled one; give it or --checkpoint, not both")
     given = {name: value for name in (*NOT_FOR_STUDENTS, "guidance_weight") if (value := getattr(args, name, None)) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    replace(DEFAULT, **given).check()
+    replace(DEFAULT, **given)  # which checks them
     device = pick_device(args.device)
     batch_size = args.batch_size if args.batch_size is not None else 100 if device.type == "cpu" else 1000
     if batch_size < 1:
@@ -232,7 +232,7 @@ def load_with_settings(args):
     checkpoint = args.checkpoint or (STUDENT_CHECKPOINT if args.student else default_checkpoint())
     model, diffusion = load_generator(checkpoint, device, pick_dtype(args.dtype, device))
     if not model.config.times:
-        plain = given.get("guidance_weight", 1) <= 0  # without guidance nothing is chosen either, unasked
+        plain = given.get("guidance_weight", 1) <= 0  # without guidance, no tries unless they are asked for
         tries = given.get("tries", TRIES.get(device.type, 1) if hasattr(args, "tries") and not plain else DEFAULT.tries)
         unasked = {"tries": tries, "guidance_weight": WEIGHT_OF_TRIES if tries > 1 else DEFAULT.guidance_weight}
         return model, diffusion, replace(DEFAULT, **unasked | given, seed=args.seed), batch_size, checkpoint
@@ -289,15 +289,16 @@ def draw(args, model, diffusion, config, batch_size, checkpoint, share, started)
         if config.tries > 1:
             x = torch.zeros(len(first), 3, IMAGE_SIZE, IMAGE_SIZE, device=parameter.device)
             parts.append((calls / config.num_steps, lambda: doubt(model, diffusion, x, *conditions(first, x.device), config.seed, names_of(first))))
-        announce(parts, model, parameter.device, started, config.num_steps if config.tries == 1 else None)
+        announce(parts, model, parameter.device, started, config.num_steps if config.tries == 1 else None, "steps of the sampler")
     with ThreadPoolExecutor(1) as writer:  # PNGs are written while the network draws the next batch
         writing = deque()
-        for job, image in generate(model, diffusion, jobs, config, batch_size, share=share):
+        for job, image in generate(model, diffusion, jobs, config, batch_size, share[0] == 0, share=share):
             writing.append(writer.submit(save_image, image, args.output / f"{job.name}.png", made.as_json()))
             while writing and writing[0].done():
                 writing.popleft().result()  # raises what went wrong
         for one in writing:
             one.result()
+    meet(share)
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if not model.config.times or name not in NOT_FOR_STUDENTS)
     print(f"wrote {len(jobs)} images to {args.output} in {time.perf_counter() - started:.1f} s ({settings})\n"
           f"next: {script_line('p1_grade.sh', args.output)}")

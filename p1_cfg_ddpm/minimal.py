@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
-from tqdm import trange
+from tqdm import tqdm, trange
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, NO_DIGIT, NO_DOMAIN = 1000, 10, 2  # "not told" is one more row of each embedding
@@ -129,7 +129,7 @@ def draw(unet, x, digit, domain, w=2.0, num_steps=20):
     """Pictures [B, 3, 28, 28] in [-1, 1] from noise x, by (3) and (4)."""
     untold = torch.full_like(digit, NO_DIGIT), torch.full_like(domain, NO_DOMAIN)
     ts = [round(T - i * T / num_steps) - 1 for i in range(num_steps)]  # 999, 949, ..., 49
-    for t, r in zip(ts, [*ts[1:], -1]):
+    for t, r in zip(tqdm(ts), [*ts[1:], -1]):
         steps = torch.full_like(digit, t)
         v = (1 + w) * unet(x, steps, digit, domain) - w * unet(x, steps, *untold)
         x0 = (A[t] * x - S[t] * v).clamp(-1, 1)  # guidance leads out of where pictures are

@@ -21,7 +21,7 @@ from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import CHECKPOINT, DEFAULT, load_generator, steps_of
 from .model import DOMAINS
-from .provenance import REPORTED, HelpFormatter, command_line, report_file
+from .provenance import REPORTED, HelpFormatter, command_line, report_file, script_line
 from .quality import Judges
 
 RESULTS = ROOT / "report" / "results" / "p1_pareto.json"
@@ -167,8 +167,10 @@ def compare(args):
         ensure(config_of(told), told["guide"], args.fresh)
     results |= {"all_seeds": finalists, "chosen": chosen, "fresh": summaries(rows, args.fresh)}
     write_json(args.output, results)
+    own = () if args.output == RESULTS else ("--pareto", args.output, "--checkpoint", args.checkpoint)
     settings = ", ".join(f"{name} {best[name]}" for name in asdict(DEFAULT) if name != "seed") + (", autoguided" if best["guide"] else "")
-    print(f"{'chosen' if chosen else 'none reaches what is wanted; nearest'}: {settings}\nwrote {args.output}\nnext: bash scripts/p1_figures.sh")
+    print(f"{'chosen' if chosen else 'none reaches what is wanted; nearest'}: {settings}\nwrote {args.output}\n"
+          f"next: {script_line('p1_figures.sh', *own)}")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ def student_times(timesteps, alpha_bar, leaps):
 @torch.inference_mode()
 def draw_paths(teacher, guide, diffusion, config, timesteps, points, count, max_weight, generator):
     """`count` of the teacher's paths from noise to image: {"x": fp16 [len(points) + 1, N, 3, H, W], where they are at the times `points`, and the images;
-    "digit", "domain": int [N]; "w": float [N], for half of them that of `config`, for the others any up to `max_weight`}."""
+    "digit", "domain": int [N]; "w": float [N], for every second one that of `config`, for the others any up to `max_weight`}."""
     device = next(teacher.parameters()).device
     digit = torch.randint(NUM_DIGITS, (count,), generator=generator).to(device)
     domain = torch.randint(len(DOMAINS), (count,), generator=generator).to(device)
     w = torch.rand(count, generator=generator) * max_weight
-    w[: count // 2] = config.guidance_weight
+    w[::2] = config.guidance_weight  # so too among the last, by which the student is watched
     x, w = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device), w.to(device)
     kept = []
     for some in torch.arange(count, device=device).split(AT_ONCE.get(device.type, count)):

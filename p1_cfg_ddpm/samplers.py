@@ -52,7 +52,7 @@ def checked(num_steps, num_timesteps):
 
 
 def leading(alpha_bar, num_steps, end=None):
-    """Multiples of floor(T / n), plus one, ending at alpha_bar[0]: 981, ..., 21, 1 for 50. For T steps, where T - 1 + 1 is none, 999, ..., 0."""
+    """Multiples of floor(T / n), plus one, ending at alpha_bar[0]: 981, ..., 21, 1 for 50. For n = T, where one more leads out of range, 999, ..., 0."""
     total = len(alpha_bar)
     checked(num_steps, total)
     t = [total // num_steps * i + (num_steps < total) for i in reversed(range(num_steps))]

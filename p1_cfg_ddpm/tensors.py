@@ -140,7 +140,7 @@ class Parameters(dict):
 
 
 def reason(error):
-    """Why torch's reader refused a file, in our words: its own advise to read it in a way that runs code."""
+    """Why torch's reader refused a file, not in torch's own words, which advise to read it in a way that runs code."""
     text = str(error)
     found = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
     if found:

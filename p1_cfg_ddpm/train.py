@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from .data import default_data, load_digits
 from .device import compile_blocks
 from .diffusion import Diffusion, DiffusionConfig, Guided, moment_density
-from .files import UserError, check_flags, run, writable_folder
+from .files import UserError, check_flags, fingerprint, run, writable_folder
 from .model import DOMAINS, IMAGE_SIZE, NUM_DIGITS, SIZES, Block, UNet, save_model
 from .pictures import save_image, to_model, to_uint8
 from .provenance import HelpFormatter, script_line
@@ -48,7 +48,7 @@ from .training import (
 )
 
 LOG_EVERY = 50
-FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_every", "compile", *WATCHING)  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "data", "steps", "minutes", "save_every", "sample_every", "compile", "init", *WATCHING)  # when a run goes on
 NEEDED = ("step", "history", "recent", "model", "ema", "optimizer")  # of a state
 ADVICE = "lower --batch-size, or choose a smaller --size"
 
@@ -122,16 +122,16 @@ def train(config, args, clock, folder, accelerator, dtype):
     refuse_others(state_file, [folder / "model.safetensors"])
     with one_first(accelerator):
         data, val = (load_digits(args.data, split) for split in ("train", "val"))
-    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(data.images, data.digit, data.domain))
+    begun = args.init and fingerprint(args.init)
+    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(data.images, data.digit, data.domain), begun_from=begun)
     state = load_state(state_file, settings, NEEDED, None if args.minutes else config.steps, args.defaults) if state_file.exists() else None
     digits, held_out = on_device(data, device), on_device(val, device)
-
     diffusion = Diffusion(DiffusionConfig(config.schedule, config.prediction))
     clock.go_on(state, state_file)
     run = make_run(SIZES[config.size], config.ema, args, accelerator, state_file, settings, state, diffusion)
     first_line_of(accelerator, dtype, f"{len(data)} images from {args.data}, {config.size} UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M "
                   "parameters" + (f", going on at step {run.step}," if run.step else ""), run)
-    log = Log(accelerator, folder, "training P1", args, run.step, run.history)
+    log = Log(accelerator, folder, "training P1", args, config.batch_size, run.step, run.history)
     steps_until = cumulative_density(diffusion, config, device)
 
     def came():  # what share of the training is done
@@ -148,7 +148,6 @@ def train(config, args, clock, folder, accelerator, dtype):
         run.ema.update(run.net, run.step)
         run.recent.append(accelerator.reduce(loss.detach(), "mean"))
         log.bar.update()
-
         over = came() >= 1
         validating = due(args.validate_every, run.step, over)
         if validating or due(LOG_EVERY, run.step, over):
@@ -156,9 +155,10 @@ def train(config, args, clock, folder, accelerator, dtype):
         last = over or is_flat(run.history, args.stop_when_flat)
         if accelerator.is_main_process and due(args.sample_every, run.step, last):
             save_image(sample_grid(run.ema.network(), diffusion, device, config.seed), folder / f"samples_{run.step:06d}.png")
-        if accelerator.is_main_process and due(args.save_every, run.step, last):
+        if due(args.save_every, run.step, last):
             save_run(run, accelerator, clock)
-            export(run, config, args, diffusion, folder, len(data))
+            if accelerator.is_main_process:
+                export(run, config, args, diffusion, folder, len(data))
     log.close()
     refuse_nothing(run, args)
     if accelerator.is_main_process:

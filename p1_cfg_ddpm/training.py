@@ -164,7 +164,7 @@ def make_optimizer(net, lr, weight_decay, betas, edges=()):
 
 
 def optimizer_step(accelerator, model, optimizer, loss, rate):
-    """One step against the gradient of `loss`, a mean (None: it has been taken), at the learning rate `rate`; one longer than 1 is shortened to that."""
+    """One step against the gradient of `loss`, a mean (None: it has been taken), at the learning rate `rate`; a gradient longer than 1 is shortened to 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     if loss is not None:
@@ -294,11 +294,10 @@ def is_flat(history, patience, since=0):
 class Log:
     """What a run tells: a bar, or plain lines, with the time that remains; log.csv in its folder; a tracker where --report-to names one.
 
-    history: rows {"step", "loss", ...} so far, which a state keeps and a resumed run goes on with."""
+    items: that a step learns from; history: rows {"step", "loss", ...} so far, which a state keeps and a resumed run goes on with."""
 
-    def __init__(self, accelerator, folder, title, args, step, history):
-        self.accelerator, self.folder, self.history = accelerator, folder, history
-        self.batch_size = args.batch_size * getattr(args, "accumulate", 1)
+    def __init__(self, accelerator, folder, title, args, items, step, history):
+        self.accelerator, self.folder, self.items, self.history = accelerator, folder, items, history
         self.first, self.before, self.started = step, history[-1].get("seconds", 0.0) if history else 0.0, time.perf_counter()
         if args.report_to != "none":
             accelerator.init_trackers(title.replace(" ", "_"), {name: str(value) for name, value in vars(args).items()})
@@ -308,7 +307,7 @@ class Log:
     def add(self, step, **numbers):
         """A row; numbers: "loss", the learning rate "lr", those of `Validation`."""
         seconds = time.perf_counter() - self.started
-        rate = (step - self.first) * self.batch_size / seconds
+        rate = (step - self.first) * self.items / seconds
         row = {"step": step, **numbers, "seconds": round(self.before + seconds, 1), "items_per_second": round(rate, 1),
                "peak_memory_gb": round(peak_memory(self.accelerator.device) / 1e9, 2)}
         self.history.append(row)

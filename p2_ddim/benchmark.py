@@ -27,7 +27,7 @@ from .files import ROOT, UserError, check_flags, note, run, writable_file, write
 from .guard import command as command_of
 from .inference import DrawConfig, check_size, generate, to_pictures
 from .model import SelfAttention, UNet, UNetConfig, load_unet
-from .provenance import HelpFormatter
+from .provenance import HelpFormatter, command_line
 from .samplers import ddim
 
 RESULTS = ROOT / "report" / "results" / "p2_benchmark.json"
@@ -65,7 +65,7 @@ def matrix_peak(dtype, device, size=4096, repeats=5):
     return 2 * size**3 / min(seconds)
 
 
-def kind_and_operations(module, x, output):
+def kind_and_operations(module, output):
     """(kind of layer, multiplications and additions) of one call. Norms and what is left have a few a value, not counted: memory is their limit."""
     if isinstance(module, nn.Conv2d):
         kind = "3x3 convolutions" if module.kernel_size == (3, 3) else "1x1 convolutions"
@@ -94,7 +94,7 @@ def by_kind(unet, call, repeats, device):
         took = time.perf_counter() - started
         if open_calls:
             open_calls[-1][1] += took
-        kind, count = kind_and_operations(module, inputs[0], output)
+        kind, count = kind_and_operations(module, output)
         runs[-1][kind] += took - inner
         operations[len(runs), kind] = operations.get((len(runs), kind), 0) + count
 
@@ -196,7 +196,8 @@ def main():
             for kind, part in sorted(told["kinds"].items(), key=lambda item: -item[1]["seconds"]):
                 speed = "" if part["share_of_peak"] is None else f"at {part['share_of_peak']:4.0%} of it"
                 print(f"  {kind:34} {part['share_of_time']:4.0%} of the time  {speed}")
-    results = {"machine": machine(device), "side": args.side, "ways": rows}
+    command = command_line("python -m p2_ddim.benchmark", parser, args, leave_out=("device", "output", "way"))
+    results = {"command": command, "machine": machine(device), "side": args.side, "ways": rows}
     if (MINI_DATA / "UNet.pt").is_file():
         results["miniature_mse"] = miniature_mse(device)
         print("MSE of the miniature against its references: " + ", ".join(f"{k} {v:.4f}" for k, v in results["miniature_mse"].items()))

@@ -229,11 +229,10 @@ def machine(device):
 # --- several processes, and what is seen of the work ---
 
 @contextmanager
-def processes(patience=600):
+def processes():
     """(rank, number) of the processes that torchrun, or a cluster's variables, started for one drawing; (0, 1) if it is alone.
 
-    They share no memory, only the list of what is to be drawn, and the first alone speaks. At the end each waits for the others, so that what follows is
-    true of all."""
+    They share no memory, only the list of what is to be drawn, and the first alone speaks."""
     started = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # a WORLD_SIZE left in the environment means nothing
     number = int(os.environ.get("WORLD_SIZE") or "1") if started else 1
     if number == 1:
@@ -241,19 +240,24 @@ def processes(patience=600):
         return
     rank = int(os.environ["RANK"])
     try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=patience))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} of {number} does not reach the others: {why(error)}") from None
     try:
         with redirect_stdout(io.StringIO()) if rank else nullcontext():
             yield rank, number
-        try:
-            torch.distributed.monitored_barrier(timeout=timedelta(seconds=patience))
-        except RuntimeError:
-            raise UserError(f"process {rank} of {number} is done, but another has failed (see its message); what is written is whole, run again for the rest") \
-                from None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def meet(share):
+    """Waits for the other processes, so that what follows is true of all. share: (rank, processes)."""
+    if share[1] > 1:
+        try:
+            torch.distributed.monitored_barrier(timeout=timedelta(days=7))  # one that has failed closes its connection, and is told at once
+        except RuntimeError:
+            raise UserError(f"process {share[0]} of {share[1]} is done, but another has failed (see its message); what is written is whole, "
+                            "run again for the rest") from None
 
 
 def by_the_first(share, work):

@@ -44,11 +44,11 @@ def minutes(seconds):
     return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
-def announce(parts, model, device, started, steps=None):
+def announce(parts, model, device, started, steps=None, unit="calls of the network"):
     """Prints how much work a drawing is, how long it takes in all and, where that is more than the course's limit, with how many steps it would not be.
 
     parts: [(how often, work)], the first of them a step of the sampler for one batch; model: the network; started: by time.perf_counter(), before anything was
-    loaded; steps: of the sampler, if it may have fewer. A short drawing needs no estimate."""
+    loaded; steps: of the sampler, if it may have fewer; unit: of the first part's. A short drawing needs no estimate."""
     if parts[0][0] < FEW:
         return
     measured = [measure(work, device) for _, work in parts]
@@ -60,7 +60,7 @@ def announce(parts, model, device, started, steps=None):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     spent = time.perf_counter() - started
     total = spent + sum(seconds)
-    line = f"{parts[0][0]:,} calls of the network, {number(flop / 1e12)} TFLOP, {weights / 1e9:.2g} GB of weights: about {minutes(total)} minutes in all"
+    line = f"{parts[0][0]:,} {unit}, {number(flop / 1e12)} TFLOP, {weights / 1e9:.2g} GB of weights: about {minutes(total)} minutes in all"
     if total > LIMIT:
         fitting = math.floor((steps or 0) * (0.9 * LIMIT - spent - sum(seconds[1:])) / seconds[0])  # with a tenth to spare
         line += f", more than the {minutes(LIMIT)} that the course gives a graded script" + (f"; --steps {fitting} would fit" if fitting >= 1 else "")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .data import MINI_DATA, read_noises
-from .device import describe
+from .device import compile_blocks, describe
 from .diffusion import NUM_TIMESTEPS, Denoiser
 from .evaluate import GAIN, difference, mse, psnr
 from .files import (
@@ -35,10 +35,10 @@ from .files import (
     writable_folder,
     write_json,
 )
-from .inference import add_arguments, check_size, generate, settings_of, to_pictures
+from .inference import add_arguments, check_size, draw_settings, generate, to_pictures
 from .interpolation import lerp, mix, slerp
 from .inversion import invert
-from .model import load_unet
+from .model import Block, load_unet
 from .pictures import chart, save_image, sheet
 from .provenance import HelpFormatter, command_line
 from .quality import high_frequency
@@ -192,7 +192,7 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     args.command = command_line("bash scripts/p2_figures.sh", parser, args, leave_out=("output", "results", "samplers", "device", "batch_size"))
-    config, device, dtype, batch_size = settings_of(args)
+    config, device, dtype, batch_size = draw_settings(args)
     check_flags(args, ("iterations",), lambda value: value >= 1, "at least 1")
     check_flags(args, ("seeds", "pairs"), lambda value: value >= 2, "at least 2")
     check_flags(args, ("round_trips",), lambda numbers: all(1 <= number <= NUM_TIMESTEPS for number in numbers), f"between 1 and {NUM_TIMESTEPS}")
@@ -227,13 +227,14 @@ def sweep_of(path, network):
 def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, results, measured):
     """folder: of the pictures; results: the file of the numbers; measured: of `sweep_of`."""
     print(f"drawing with {args.checkpoint} on {describe(device, dtype)}", flush=True)
-    compiled = torch.compile(unet) if args.compile else unet
+    if args.compile:
+        compile_blocks(unet, Block)
     names = list(noises)[:4]
     four = {name: noises[name] for name in names}
     a, b = noises[names[0]], noises[names[1]]
 
     def draw(some, settings=config, seed=args.seed):
-        return drawn(compiled, some, settings, batch_size, seed, dtype)
+        return drawn(unet, some, settings, batch_size, seed, dtype)
 
     by_eta = {eta: draw(four, replace(config, eta=eta)) for eta in ETAS}
     save_image(sheet(by_eta.values(), [f"eta {eta:g}" for eta in ETAS], names), folder / "p2_eta.png")
@@ -241,19 +242,20 @@ def draw_figures(args, unet, noises, config, device, dtype, batch_size, folder, 
     chart([deviation_panel(spread, names)], folder / "p2_deviation.png")
     rows = [draw({f"{alpha:g}": function(a, b, alpha) for alpha in ALPHAS}) for function in (slerp, lerp)]
     save_image(sheet(rows, ["slerp", "lerp"], [f"{alpha:.1f}" for alpha in ALPHAS]), folder / "p2_interpolation.png")
-    between = halfway(compiled, config, a.shape, args.pairs, batch_size, args.seed, dtype)
+    between = halfway(unet, config, a.shape, args.pairs, batch_size, args.seed, dtype)
     chart([norm_panel(a, b), spectrum_panel(between)], folder / "p2_norm.png")
     rows = [to_pictures(torch.from_numpy(between[name][:SHOWN_HALFWAY]).permute(0, 3, 1, 2)) for name in ("slerp", "lerp")]
     save_image(sheet(rows, ["slerp", "lerp"], [""] * len(rows[0])), folder / "p2_halfway.png")
-    rows = corner_map(compiled, list(four.values()), config, batch_size, dtype)
+    rows = corner_map(unet, list(four.values()), config, batch_size, dtype)
     save_image(sheet(rows, [names[0], "", "", "", names[2]], [names[0], "", "", "", names[1]]), folder / "p2_corners.png")
     with torch.inference_mode():
-        states = list(config.states(compiled, a[None].to(device), dtype=dtype))
-    chosen = [states[i] for i in np.linspace(0, len(states) - 1, MOMENTS).round().astype(int)]
-    rows = [[to_pictures(getattr(state, name))[0] for state in chosen] for name in ("x", "x0")]
-    save_image(sheet(rows, ["x_t", "x0"], [f"t = {state.t}" for state in chosen]), folder / "p2_steps.png")
+        states = list(config.states(unet, a[None].to(device), dtype=dtype))
+    xt = [a[None], *(state.x for state in states[:-1])]  # where each step begins, which is what the network sees x0 in
+    chosen = np.linspace(0, len(states) - 1, MOMENTS).round().astype(int)
+    rows = [[to_pictures(pictures[i])[0] for i in chosen] for pictures in (xt, [state.x0 for state in states])]
+    save_image(sheet(rows, ["x_t", "x0"], [f"t = {states[i].t}" for i in chosen]), folder / "p2_steps.png")
     start = torch.stack(list(four.values())[:2]).to(device)
-    trips, usual = (round_trips(compiled, start, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
+    trips, usual = (round_trips(unet, start, config, iterations, args.round_trips, dtype) for iterations in (args.iterations, 1))
     rows = [[trip[i][0] for trip in trips.values()] for i in (0, 1)]
     rows.append([difference(trip[0][0], trip[1][0]) for trip in trips.values()])
     save_image(sheet(rows, ["image", "round trip", f"{GAIN} x difference"], [f"{steps} steps" for steps in trips]), folder / "p2_inversion.png")

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from .data import read_noise_pairs, read_noises
-from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress, use_tf32
+from .device import DTYPES, by_the_first, compile_blocks, describe, in_batches, meet, name_of, pick_device, pick_dtype, processes, progress, use_tf32
 from .diffusion import NUM_TIMESTEPS, Denoiser, make_alpha_bar
 from .estimate import announce
 from .files import UserError, fingerprint, lock, note, run, writable_file
 from .inversion import belm, exact_batch
-from .model import load_unet
+from .model import Block, load_unet
 from .pictures import save_image
 from .provenance import HelpFormatter, Made, claim, script_line
 from .samplers import SAMPLERS, SPACINGS, ImageNoise, by_name
@@ -120,7 +120,7 @@ def add_arguments(parser):
     parser.add_argument("--quality", choices=list(QUALITIES), default="exact",
                         help="; ".join(f"{name}: {c.sampler}, {c.num_steps} steps" for name, c in QUALITIES.items()) + "; exact is the grader's convention")
     parser.add_argument("--sampler", choices=[*SAMPLERS, "belm"], default=None, help="in place of the quality's; belm undoes p2_invert (default: by --quality)")
-    parser.add_argument("--steps", type=int, default=None, help="of the sampler: network calls; heun has two a step (default: by --quality)")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the sampler, a network call each (heun: two) (default: by --quality)")
     parser.add_argument("--spacing", choices=list(SPACINGS), default=None,
                         help="which steps; leading is the course's: 981, ..., 21, 1 (default: by --quality; of another --sampler trailing, but ddim's)")
     parser.add_argument("--last-alpha-bar", choices=["first", "one"], default=None,
@@ -134,7 +134,7 @@ def add_arguments(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster afterwards")
 
 
-def settings_of(args, eta=0.0):
+def draw_settings(args, eta=0.0):
     """(DrawConfig, device, dtype, batch size) of parsed arguments, checked."""
     config = QUALITIES[args.quality]
     given = {"num_steps": args.steps, "spacing": args.spacing, "last_alpha_bar": args.last_alpha_bar, "clip": not args.no_clip, "eta": eta}
@@ -148,7 +148,7 @@ def settings_of(args, eta=0.0):
         raise UserError(f"--{error}") from None  # each begins with what it is about
     if config.num_steps > NUM_TIMESTEPS // 3 and (first := config.steps().t[0]) < 0.8 * NUM_TIMESTEPS:
         note(f"--steps {config.num_steps} of the {config.spacing} spacing begin at t = {first}, where noise alone is not expected; "
-             f"--spacing trailing begins at {NUM_TIMESTEPS - 1}, as a number of steps does that divides {NUM_TIMESTEPS}")
+             f"--spacing trailing always begins at {NUM_TIMESTEPS - 1}")
     device = pick_device(args.device)
     use_tf32(args.tf32)
     batch_size = args.batch_size if args.batch_size is not None else 2 if device.type == "cpu" else 10
@@ -167,12 +167,13 @@ def main():
                         "otherwise; of these what is not drawn now is removed")
     add_arguments(parser)
     args = parser.parse_args()
-    settings = settings_of(args, args.eta)
+    started = time.perf_counter()
+    settings = draw_settings(args, args.eta)
     noises, ranges = read_states(args.noise, settings[0], (args.checkpoint, name_of(settings[2])))
     for name in noises:
         writable_file(args.output / f"{name}.png")  # .png is longer than .pt
     with processes() as share, lock(args.output) if share[0] == 0 else nullcontext():
-        draw(args, *settings, noises, ranges, share)
+        draw(args, *settings, noises, ranges, share, started)
 
 
 def read_states(folder, config, by=None):
@@ -186,12 +187,13 @@ def read_states(folder, config, by=None):
     return noises or read_noises(folder), ranges
 
 
-def draw(args, config, device, dtype, batch_size, noises, ranges, share):
+def draw(args, config, device, dtype, batch_size, noises, ranges, share, started):
     """The grader's files, or this process's share of them."""
-    started = time.perf_counter()
     if args.batch_size is None:
         batch_size = min(batch_size, math.ceil(len(noises) / share[1]))  # a batch for each process
     unet = load_unet(args.checkpoint, device)
+    if args.compile:
+        compile_blocks(unet, Block)
     check_size(unet.config, next(iter(noises.values())).shape[-3:])
     print(f"drawing {len(noises)} faces with {args.checkpoint}, {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {config.sampler} in "
           f"{config.num_steps} steps, on {f'{share[1]} x ' if share[1] > 1 else ''}{describe(device, dtype)}", flush=True)
@@ -204,10 +206,11 @@ def draw(args, config, device, dtype, batch_size, noises, ranges, share):
         first = torch.stack([noise.reshape(-1, *noise.shape[-3:])[0] for noise in list(noises.values())[:batch_size]]).to(device)
         announce([(config.evaluations * math.ceil(len(noises) / batch_size), lambda: Denoiser(unet, dtype=dtype).eps(first, NUM_TIMESTEPS - 1))],
                  unet, device, started)
-    for name, x in generate(torch.compile(unet) if args.compile else unet, noises, config, batch_size, args.seed, dtype, share[0] == 0, share):
+    for name, x in generate(unet, noises, config, batch_size, args.seed, dtype, share[0] == 0, share):
         if not np.isfinite(x.sum().item()):
             raise UserError(f"the image of {name}.pt is not finite; try --dtype fp32")
         save_image(to_pictures(x[None], *ranges.get(name, (0, 255)))[0], args.output / f"{name}.png", made.with_own(own[f"{name}.png"]).as_json())
+    meet(share)
     print(f"wrote {len(noises)} images to {args.output} in {time.perf_counter() - started:.1f} s\n"
           f"next: {script_line('p2_grade.sh', args.output, truth if (truth := args.noise.parent / 'GT').is_dir() else 'GT')}"
           + ("" if config == DrawConfig() else "  # the references are of --quality exact"))

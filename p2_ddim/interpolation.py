@@ -14,8 +14,7 @@ def slerp(a, b, alpha):
     """Spherical interpolation (Shoemake 1985): sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta the angle between the
     whole tensors, any equal shape, computed in float64. alpha in [0, 1].
 
-    Nearly parallel tensors: lerp, its limit. Nearly opposite ones: every great circle is as short, so one is
-    chosen: through the direction at right angles to `a` that the position of its elements, turned by a quarter in pairs, gives."""
+    Nearly parallel tensors: lerp, its limit. Nearly opposite ones: all great circles are as short; it takes the one through `right_angle(a)`."""
     u, v = a.double().flatten(), b.double().flatten()
     norm_a, norm_b = u.norm(), v.norm()
     if norm_a == 0 or norm_b == 0:

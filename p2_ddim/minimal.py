@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = False  # what newer cards do for speed makes other pictures than the convention's
@@ -128,9 +129,7 @@ def ddim(unet, x, eta=0.0, num_steps=50, noise=torch.randn_like):
         eps = unet(x, torch.full((len(x),), t, device=x.device))
         x0 = ((x - math.sqrt(1 - now) * eps) / math.sqrt(now)).clamp(-1, 1)
         sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-        x = math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps
-        if eta > 0:
-            x = x + sigma * noise(x)
+        x = math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps + (sigma * noise(x) if eta > 0 else 0)
     return x
 
 
@@ -151,7 +150,7 @@ def main():
     noises = [torch.load(path, map_location=DEVICE, weights_only=True) for path in paths]
     args.output.mkdir(parents=True, exist_ok=True)
     stretch = {"normalize": True, "scale_each": True}  # from each picture's minimum, over all channels, to its maximum
-    for path, noise in zip(paths, noises):
+    for path, noise in zip(tqdm(paths), noises):
         save_image(ddim(unet, noise, args.eta), args.output / f"{path.stem}.png", **stretch)
     save_image(ddim(unet, torch.cat([slerp(noises[0], noises[1], c / 10) for c in range(11)])), args.output / "slerp.png", nrow=11, **stretch)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .data import MINI_DATA, read_faces
-from .device import DTYPES, describe, pick_device, pick_dtype
+from .device import DTYPES, describe, name_of, pick_device, pick_dtype
 from .files import ROOT, UserError, check_flags, fingerprint, run, writable_file, write_json
 from .inference import QUALITIES, check_size, generate, to_pictures
 from .model import load_unet
@@ -83,7 +83,7 @@ def check_faces(folder):
 
 
 def side_of(args):
-    """--side or, without it, the bundled network's; a `UserError` for others, which draw pictures of any side, but good ones of their own."""
+    """--side or, without it, the bundled network's; a `UserError` for others: a network draws any side, and well only the one that it was trained on."""
     if args.side is None and fingerprint(args.checkpoint) != fingerprint(MINI_DATA / "UNet.pt"):
         raise UserError(f"--side is missing: {args.checkpoint} does not tell of what side its pictures are (the course's: 256)")
     return 64 if args.side is None else args.side
@@ -120,13 +120,13 @@ def main():
     truth, rows = features(stretched[:-args.count]), {}
     drawn = measure(stretched[-args.count:], truth)
     for quality in args.quality:
-        drawing = generate(model, noises, QUALITIES[quality], args.batch_size, args.seed, dtype)
+        drawing = generate(model, noises, QUALITIES[quality], args.batch_size, f"{args.seed}, fresh", dtype)
         generated = np.concatenate([to_pictures(x[None]) for _, x in drawing])
         rows[quality] = compare(measure(generated, truth), drawn)
         print("\n".join(f"{quality:6} {name:15} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()) for name, row in rows[quality].items()))
     command = command_line("python -m p2_ddim.quality", parser, args, leave_out=("device", "output"))
     write_json(args.output, {"command": command, "checkpoint": args.checkpoint.name, "model": fingerprint(args.checkpoint), "count": args.count,
-                             "dtype": args.dtype, **rows})
+                             "dtype": name_of(dtype), **rows})
     print(f"wrote {args.output}")
 
 

@@ -20,9 +20,9 @@ def draw(made, name, batch, where, args):
     use_tf32(settings.pop("tf32", False))
     config, folder = DrawConfig(**settings), Path(args.noises or where.get("noises", "."))
     checkpoint = Path(args.checkpoint or where.get("checkpoint", "UNet.pt"))
-    own = MINI_DATA / "UNet.pt"
-    if not checkpoint.is_file() and not args.checkpoint and fingerprint(own) == made["made_of"]["model"]:
-        checkpoint = own  # moved with the project
+    bundled = MINI_DATA / "UNet.pt"
+    if not checkpoint.is_file() and not args.checkpoint and fingerprint(bundled) == made["made_of"]["model"]:
+        checkpoint = bundled  # moved with the project
     if not checkpoint.is_file():
         raise UserError(f"the network {checkpoint} is no longer there; give it by --checkpoint")
     if fingerprint(checkpoint) != made["made_of"]["model"]:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from .data import MINI_DATA, read_faces
-from .device import DTYPES, describe, machine, pick_device, pick_dtype
+from .device import DTYPES, describe, machine, name_of, pick_device, pick_dtype
 from .diffusion import NUM_TIMESTEPS
-from .files import UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
+from .files import RESULTS, UserError, check_flags, fingerprint, lock, read_json, run, writable_file, write_json
 from .inference import QUALITIES, DrawConfig, check_size, generate, to_pictures
 from .model import load_unet
 from .pictures import to_model
-from .provenance import REPORTED, HelpFormatter, command_line, report_file
+from .provenance import REPORTED, HelpFormatter, command_line, report_file, script_line
 from .quality import HELD_OUT, check_faces, features, frechet_distance, side_of
 from .samplers import SAMPLERS, ImageNoise
 from .state import data_fingerprint
@@ -77,7 +77,7 @@ def parse_args():
 
 
 def reference_of(folder, side, count):
-    """(features of drawn faces, Fréchet distances to them of up to `SETS` sets of `count` others, at least one: what is left for the reference is as many)"""
+    """(features of drawn faces, Fréchet distances to them of up to `SETS` sets of `count` others; at least half of the faces remain the reference)"""
     faces = read_faces(folder, side)
     if len(faces) < 2 * count:
         raise UserError(f"{folder} has {len(faces)} pictures; --count {count} needs twice as many at least")
@@ -103,13 +103,13 @@ def compare(args):
     names = [f"quality/{i}" for i in range(max(args.count, args.near))]
     noises = dict(zip(names, ImageNoise(args.seed, names, (3, args.side, args.side))()))
 
-    def draw(config, count):
+    def draw(config, count):  # of another seed than the noises are: what ddpm adds must not be what it begins with
         some = {name: noises[name] for name in names[:count]}
-        return torch.stack([x for _, x in generate(unet, some, config, args.batch_size, args.seed, dtype)])
+        return torch.stack([x for _, x in generate(unet, some, config, args.batch_size, f"{args.seed}, fresh", dtype)])
 
     results = read_json(args.output) if args.output.is_file() else {}
     for measure in args.measure:
-        part = {"model": fingerprint(args.checkpoint), "dtype": args.dtype, "seed": args.seed, "side": args.side}
+        part = {"model": fingerprint(args.checkpoint), "dtype": name_of(dtype), "seed": args.seed, "side": args.side}
         clip, fine = measure != "distance", None
         if measure == "frechet":
             part |= {"faces": args.count, "drawn": data_fingerprint(read_faces(args.faces, args.side))}
@@ -140,7 +140,8 @@ def compare(args):
                 results[measure]["rows"].append(row)
                 print(measure, json.dumps(row), flush=True)
                 write_json(args.output, results)
-    print(f"wrote {args.output}\nnext: bash scripts/p2_figures.sh")
+    own = () if args.output == RESULTS / "p2_samplers.json" else ("--samplers", args.output, "--checkpoint", args.checkpoint)
+    print(f"wrote {args.output}\nnext: {script_line('p2_figures.sh', *own)}")
 
 
 if __name__ == "__main__":

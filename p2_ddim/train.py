@@ -16,7 +16,7 @@ from . import diffusion
 from .data import read_faces
 from .device import compile_blocks
 from .diffusion import NUM_TIMESTEPS, make_alpha_bar
-from .files import UserError, atomic_path, check_flags, run, writable_folder
+from .files import UserError, atomic_path, check_flags, fingerprint, run, writable_folder
 from .inference import DrawConfig, to_pictures
 from .model import Block, UNet, UNetConfig, load_unet
 from .pictures import save_image, to_model
@@ -46,7 +46,7 @@ from .training import (
 )
 
 LOG_EVERY, MOST_ON_GPU = 50, 2**30  # steps; bytes of pictures
-FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "compile", "accumulate", *WATCHING)  # between a run and its continuation
+FREE_TO_CHANGE = ("output", "data", "steps", "save_every", "sample_every", "compile", "accumulate", "init", *WATCHING)  # when a run goes on
 NEEDED = ("step", "history", "recent", "model", "ema", "optimizer")  # of a state
 ADVICE = "raise --accumulate, lower --batch-size or --image-size, or use more processes; --dtype bf16 or fp16 takes less than fp32"
 
@@ -69,7 +69,7 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "not applied to norms and biases")
     ema: float = setting(0.999, "decay of the averaged weights, which are the result")
     max_weight: float = setting(20.0, "the loss is weighed by 1 / alpha_bar (as that of velocity is; Salimans and Ho 2022), up to this; 1 is plain DDPM")
-    held_out: float = setting(0.02, "share of the pictures that validation keeps for itself")
+    held_out: float = setting(0.02, "share of the pictures that validation keeps for itself; where that is none it measures on up to 256 that are trained on")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
@@ -123,7 +123,7 @@ def train(config, args, folder, accelerator, dtype):
     device, state_file = accelerator.device, folder / "state.pt"
     refuse_others(state_file, [folder / "UNet.pt"])
     pictures = torch.from_numpy(read_faces(args.data, config.image_size))
-    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(pictures.numpy()))
+    settings = settings_of(args, FREE_TO_CHANGE, pictures=data_fingerprint(pictures.numpy()), begun_from=args.init and fingerprint(args.init))
     state = load_state(state_file, settings, NEEDED, config.steps, args.defaults) if state_file.exists() else None
     place = device if pictures.nbytes <= MOST_ON_GPU else torch.device("cpu")  # many large ones: each batch goes there by itself
     faces, held_out = (part.to(place) for part in parted(pictures, config))
@@ -133,7 +133,7 @@ def train(config, args, folder, accelerator, dtype):
     run = make_run(config, args, accelerator, state_file, settings, state)
     first_line_of(accelerator, dtype, f"{len(faces)} pictures from {args.data}, UNet of {sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} M parameters"
                   + (f", going on at step {run.step}," if run.step else ""), run)
-    log = Log(accelerator, folder, "training P2", args, run.step, run.history)
+    log = Log(accelerator, folder, "training P2", args, config.batch_size, run.step, run.history)
 
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
     while not last:
@@ -150,7 +150,7 @@ def train(config, args, folder, accelerator, dtype):
         over = run.step == config.steps
         validating = due(args.validate_every, run.step, over)
         if validating or due(LOG_EVERY, run.step, over):
-            add_row(run, log, rate, validate(run.ema, alpha_bar, held_out, config, accelerator) if validating else {})
+            add_row(run, log, rate, validate(run.ema, alpha_bar, held_out, config, accelerator, args.accumulate) if validating else {})
         last = over or is_flat(run.history, args.stop_when_flat)
         if accelerator.is_main_process and due(args.sample_every, run.step, last):
             save_image(sample_grid(run.ema, config, device, dtype), folder / f"samples_{run.step:06d}.png")
@@ -177,7 +177,7 @@ def backward(run, accelerator, faces, batch, alpha_bar, config, accumulate):
 
 
 def parted(pictures, config):
-    """(those to learn from, those that validation keeps for itself), by chance; where none are kept it measures on some of the first.
+    """(those to learn from, those that validation keeps for itself), by chance; where none are kept it measures on up to 256 of those.
 
     pictures: uint8 [N, H, W, 3]."""
     kept = min(round(config.held_out * len(pictures)), len(pictures) - 1)
@@ -239,13 +239,13 @@ def save_run(run, accelerator):
     save_state(run.state_file, accelerator, run.settings, run.step, run.history, run.recent, model=run.net, ema=run.ema, optimizer=run.optimizer)
 
 
-def validate(net, alpha_bar, held_out, config, accelerator):
+def validate(net, alpha_bar, held_out, config, accelerator, accumulate):
     """The losses, of `Validation`, of the averaged network on the faces that are kept for it."""
     def loss(index, t, eps):
         return diffusion.loss(net, alpha_bar, batch_of(held_out, index), t, eps, config.max_weight)
 
     validation = Validation(len(held_out), (3, config.image_size, config.image_size), num_timesteps=NUM_TIMESTEPS)
-    return validation(loss, accelerator, config.batch_size)
+    return validation(loss, accelerator, max(config.batch_size // accumulate, 1))
 
 
 def export(run, folder):

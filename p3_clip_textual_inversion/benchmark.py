@@ -31,8 +31,8 @@ from .device import DTYPES, autocast, describe, is_slow, machine, peak_memory, p
 from .embedding import add_words, initial_rows
 from .files import MINI, ROOT, UserError, check_flags, note, read_json, run, writable_file, write_json
 from .guard import command as command_of
-from .inference import DrawConfig, generate
-from .model import load_stable_diffusion
+from .inference import DrawConfig, generate, load
+from .model import MINI_SD, load_stable_diffusion
 from .objective import Loss
 from .provenance import HelpFormatter
 from .sources import draw_batch, draw_noise, encode, pick
@@ -101,8 +101,8 @@ def zero_shot_speed(name, way, dtype, device, count):
 
 
 def drawing_speed(dtype, device):
-    parts = load_stable_diffusion(device=device)
     config = DrawConfig(num_steps=25, guidance_weight=MINIATURE.drawing.guidance_weight, dtype=dtype, batch_size=8)
+    parts = load(MINI_SD, device, config)
     list(generate(parts, ["a fox"] * 8, list("abcdefgh"), replace(config, num_steps=2)))  # warm-up
     started = time.perf_counter()
     list(generate(parts, ["a fox"] * 8, list("abcdefgh"), config))

@@ -188,7 +188,7 @@ def as_words(name):
 
 
 def called_in(prompt, plain, tokens):
-    """{token: what stands in its place in the same prompt in ordinary words}; of no token where the two prompts differ in more."""
+    """{token: what stands in its place in the same prompt in ordinary words}; empty where the prompts differ in anything else."""
     prompt, plain = (" ".join(text.split()).rstrip(" .") for text in (prompt, plain))
     pieces = re.split("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")", prompt)  # a text, a token, a text, ..., a text
     found, at = {}, 0

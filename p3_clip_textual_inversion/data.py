@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from .files import UserError, check_file, existing_folder, first_line, parse_json, read_json
@@ -65,22 +64,6 @@ def varied(picture, side, count, rng, margin=0.15):
         square = resized.crop((left, top, left + side, top + side))
         squares.append(np.asarray(ImageOps.mirror(square) if i % 2 else square))
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def side_by_side(left, right, crop=False):
-    """Squares [N, 3, H, W] and [M, 3, H, W] -> [max(N, M), 3, H, W]: both at half size beside each other, their upper and lower rows drawn out to fill;
-    or, with `crop`, the middle half of each."""
-    count, side = max(len(left), len(right)), left.shape[-1]
-    above, half = (side - side // 2) // 2, side // 2
-    halves = []
-    for squares in (left, right):
-        if crop:
-            part = squares[..., (side - half) // 2:(side - half) // 2 + half]
-        else:
-            part = F.interpolate(squares, size=half, mode="area")
-            part = F.pad(part, (0, 0, above, side - half - above), mode="replicate")
-        halves.append(part[torch.arange(count) % len(part)])
-    return torch.cat(halves, dim=-1)
 
 
 def labelled_pictures(folder):

@@ -222,6 +222,8 @@ def install(source, name=None):
     Returns the paths. Another word of the same name, installed before, is kept in the folder `replaced`."""
     found = models_of(source)
     if not found:
+        if Path(source).is_file():
+            read_embedding(source)  # which tells what is wrong with it
         raise UserError(f"{source} has no words; expected .safetensors files, as scripts/p3_train.sh writes them")
     installed = []
     for path, (word, model) in found.items():
@@ -248,7 +250,7 @@ def keep_replaced(path):
 
 
 def install_lora(source, target):
-    """The same for the weights beside a word: none where the word has none, for those of an older one do not fit it. Returns [target] where there are some."""
+    """Installs the weights beside a word; where it has none, those of an older word are put aside, which do not fit it. Returns [target], or []."""
     new, old = (path.read_bytes() if path.is_file() else None for path in (source, target))
     if old not in (None, new):
         keep_replaced(target)

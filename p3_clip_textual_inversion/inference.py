@@ -17,7 +17,7 @@ import torch
 from .concepts import read_entries, refuse_examples
 from .custom_diffusion import read_projections, set_projections, tell_projections
 from .defaults import SD_V1, add_argument, fill_in, row_of
-from .device import DTYPES, by_the_first, describe, in_batches, name_of, pick_device, pick_dtype, processes, progress
+from .device import DTYPES, by_the_first, describe, in_batches, meet, name_of, pick_device, pick_dtype, processes, progress
 from .diffusion import Guided
 from .embedding import add_words, check_models, expand, find_words, initial_rows, model_name, tokens_of, told_model
 from .estimate import announce
@@ -138,7 +138,7 @@ def add_arguments(parser):
     """The flags of drawing, which inference, figures, compare and several share."""
     add_argument(parser, "drawing", "--sampler", "the update rule; dpmpp_2m is DPM-Solver++, and heun calls the network twice a step",
                  choices=list(SAMPLERS))
-    add_argument(parser, "drawing", "--steps", "network calls per picture; DDIM wants 50", type=int)
+    add_argument(parser, "drawing", "--steps", "steps per picture, a call of the network each (heun: two); DDIM wants 50", type=int)
     add_argument(parser, "drawing", "--guidance-weight", "w of (1+w)*eps_cond - w*eps_uncond; diffusers' scale is 1+w", type=float, metavar="W")
     parser.add_argument("--side", type=int, default=None, help="of the pictures, in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise")
@@ -155,8 +155,8 @@ def settings_of(args):
     check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
-    if args.sampler == "ddim" and args.steps > 333 and (first := 1000 // args.steps * (args.steps - 1) + 1) < 800:
-        note(f"--steps {args.steps} of ddim begin at t = {first}, where noise alone is not expected; a number of steps that divides 1000 begins above 990")
+    if args.sampler == "ddim" and 1 < args.steps < 1000 and (first := 1000 // args.steps * (args.steps - 1) + 1) < 800:
+        note(f"--steps {args.steps} of ddim begin at t = {first}, where the model expects part of a picture already; 250 or 500 begin above 990")
     check_flags(args, ("guidance_weight",), math.isfinite, "a finite number")
     check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")
     device = pick_device(args.device)
@@ -265,15 +265,19 @@ def draw(args, config, device, model, entries, vectors, initials, started, share
         check_lengths(parts, [*prompts, *texts_of(plans), config.negative_prompt], counts)
         if share == (0, 1):
             print_plans([own[name]["prompt"] for name in jobs], config, vectors)
-            announce(work_of(parts, prompts, names, config, plans), parts.unet, device, started, config.num_steps)
+            announce(work_of(parts, prompts, names, config, plans), parts.unet, device, started, config.num_steps, "steps of the sampler")
         with progress(total=len(jobs) // share[1], unit="picture", desc="drawing", disable=share[0] > 0) as bar:
+            before = 0  # batches of the runs so far: the processes go on taking turns
             for _, run in groupby(zip(jobs, prompts, names), lambda job: runs[job[0]]):
                 paths, texts, noises = zip(*run)
+                turn = (share[0] - before) % share[1], share[1]
+                before += math.ceil(len(paths) / config.batch_size)
                 if loras:
                     added.use(added_to(own[paths[0]]))
-                for job, picture in generate_share(parts, texts, noises, config, plans, bar, share):
+                for job, picture in generate_share(parts, texts, noises, config, plans, bar, turn):
                     if paths[job] in missing:
                         save_image(picture, args.output / paths[job], made.with_own(own[paths[job]]).as_json())
+    meet(share)
     print(f"wrote {len(missing)} pictures to {args.output} in {time.perf_counter() - started:.1f} s{f'; {len(there)} were there already' if there else ''}"
           + f"\nnext: {script_line('p3_grade.sh', args.output, args.input)}")
 

@@ -9,8 +9,8 @@ Textual inversion (Gal et al. 2023): in a Stable Diffusion, all of it frozen, x0
 And zero-shot classification by CLIP (Radford et al. 2021): the class is the caption whose feature is nearest.
 Left out, and in the package: captions for each picture, min-SNR weights, half precision, resuming, single files, checks.
 
-    python -m p3_clip_textual_inversion.minimal learn hw2_data/mini/textual_inversion/0 --initial bird --vectors 4 --lr 5e-3 \
-        --steps 150 --batch-size 16 --w 3 --caption "a drawing of a {}" --prompt "a drawing of a {} on a blue background"
+    python -m p3_clip_textual_inversion.minimal learn hw2_data/mini/textual_inversion/0 --initial "dog face" --vectors 4 --lr 5e-3 \
+        --steps 300 --batch-size 16 --w 3 --caption "a drawing of a {}" --prompt "a drawing of a {} on a blue background"
     python -m p3_clip_textual_inversion.minimal classify hw2_data/mini/clip_zeroshot --clip hw2_data/mini/clip \
         --caption "a drawing of a {}"
 """

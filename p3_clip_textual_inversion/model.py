@@ -81,7 +81,7 @@ class StableDiffusion:
         latents = latents / self.vae.config.scaling_factor
         pictures = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         if self.vae.dtype == torch.float16 and latents.isfinite().all() and not pictures.isfinite().all():
-            print("note: the autoencoder is not finite in fp16; it goes on in fp32", flush=True)
+            note("the autoencoder is not finite in fp16; it goes on in fp32")
             pictures = self.vae.float().decode(latents.float()).sample
         return pictures.clamp(-1, 1)
 

@@ -87,8 +87,9 @@ def plan(prompt, regions, words=()):
         spans = things_told(prompt, words, apart=2 if regions == LEARNED else 0)
     else:
         seen, spans = {}, []
-        for name, box in regions:  # a name that comes several times: its places in turn
-            found = places_of(name, prompt)
+        everywhere = [span for name, _ in regions for span in places_of(name, prompt)]
+        for name, box in regions:  # a name that comes several times: its places in turn; not those within another's, as cat in black cat
+            found = [(s, e) for s, e in places_of(name, prompt) if not any(start <= s and e <= end and (s, e) != (start, end) for start, end in everywhere)]
             if (k := seen.setdefault(name, 0)) < len(found):
                 spans.append((*found[k], box))
             seen[name] += 1
@@ -97,10 +98,18 @@ def plan(prompt, regions, words=()):
 
 
 def with_thing(prompt, spans, thing):
-    """The prompt with one thing in the place of every thing."""
+    """The prompt with one thing in the place of every thing, with one article there: "a black cat next to a dog" of "cat" and "a dog" has "a black dog"."""
+    own, name = split_article(thing)
     for start, end, _ in sorted(spans, reverse=True):
-        prompt = f"{prompt[:start]}{thing}{prompt[end:]}"
+        article = split_article(prompt[start:end])[0]
+        prompt = f"{prompt[:start]}{article and (own or article)}{name}{prompt[end:]}"
     return prompt
+
+
+def split_article(thing):
+    """("a ", "cat") of "a cat"; ("", "cat") of "cat"."""
+    end = match.end() if (match := re.match(r"(?:an?|the)\s+", thing, re.IGNORECASE)) else 0
+    return thing[:end], thing[end:]
 
 
 def things_told(prompt, words, apart=0):

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .device import describe, pick_device
-from .files import ROOT, UserError, check_file, finite, first_line, note, parse_json, read_json, shown, writable_folder, write_json
+from .files import RESULTS, ROOT, UserError, check_file, finite, first_line, note, parse_json, read_json, shown, writable_folder, write_json
 from .pictures import SETTINGS, read_picture, save_image
 
 REPORTED = "(default: the report's own, which tells of the bundled network alone, or runs/ and its name for another one)"
@@ -31,7 +31,7 @@ BEFORE = ".hw2-made-by.json"  # its name when it was of whichever problem drew l
 
 def report_file(given, name, measured, bundled):
     """Where a measurement is written: the file that is given; the report's where what was measured is what is bundled; otherwise one in runs/."""
-    return given or (ROOT / "report" / "results" if Path(measured).resolve() == Path(bundled).resolve() else Path("runs")) / name
+    return given or (RESULTS if Path(measured).resolve() == Path(bundled).resolve() else Path("runs")) / name
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def redraw(program, draw, description, more=None):
-    """The command that draws a picture again: `draw(made, names, record, args)` gives its pixels, uint8 [H, W, 3], and those of the others drawn with it,
-    {name: pixels}. more: {flag: what argparse shall know of it}, of one problem alone."""
+    """The command that draws a picture again: `draw(made, name, batch, where, args)` gives its pixels, uint8 [H, W, 3]. batch: {name: what is its own} of all
+    that were drawn together; where: the record's. more: {flag: what argparse shall know of it}, of one problem alone."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG that this problem's inference drew")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: runs/redrawn/ and its name)")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .defaults import row_of
-from .embedding import expand, model_name
+from .embedding import expand, installed_folder, model_name
 from .files import UserError, fingerprint, note, run
 from .formats.identity import identify, weights_fingerprint
 from .formats.words import gather, own_words
@@ -23,18 +23,24 @@ def draw(made, name, batch, where, args):
     """uint8 [H, W, 3] of the picture `name`, drawn with the others of its batch."""
     checkpoint = args.checkpoint or where.get("checkpoint", str(MINI_SD))
     identity = identify(checkpoint)
-    if (model_name(row_of(identity.side), identity), weights_fingerprint(checkpoint)) != (made["made_of"]["model"], made["made_of"].get("weights")):
+    model = made["made_of"]["model"]
+    if (model_name(row_of(identity.side), identity), weights_fingerprint(checkpoint)) != (model, made["made_of"].get("weights")):
+        if not args.checkpoint and "checkpoint" not in where:
+            raise UserError(f"{args.picture} was drawn by the model {model}, and its folder's record, which tells where that is, is not there; "
+                            "give it by --checkpoint")
         note(f"{checkpoint} is another model than the one that drew {args.picture}")
     config = DrawConfig.of_told(made["settings"], len(batch))
     wanted = {word: print_ for own in batch.values() for word, print_ in own["words"].items()}
-    sources = where.get("words", ".")
+    sources = args.embeddings or where.get("words", str(installed_folder(model)))
     own = {word: rows for word, rows in own_words(checkpoint).items() if word in wanted}
     sources = [source for source in ([sources] if isinstance(sources, str) else sources) if str(source) != str(checkpoint)]
-    vectors, initials, _ = gather(sources, [word for word in wanted if word not in own], list(wanted), tell_others=False) if sources else ({}, {}, {})
+    needed, vectors, initials = [word for word in wanted if word not in own], {}, {}
+    if sources:
+        vectors, initials, _ = gather(sources, needed, list(wanted), identity.width, model, tell_others=False)
     vectors = own | vectors
     for word, rows in vectors.items():
         if tensor_fingerprint(rows) != wanted[word].rpartition("+")[2]:
-            note(f"the word {word} of {where.get('words')} is another one than that of {args.picture}")
+            note(f"the word {word} of {', '.join(map(str, sources))} is another one than that of {args.picture}")
     projections = None
     if "projections" in made["made_of"]:
         projections = Path(where.get("projections", "projections.safetensors"))
@@ -65,7 +71,9 @@ def put_loras(parts, wanted, files, picture):
 
 
 def main():
-    redraw("p3_clip_textual_inversion.inference", draw, __doc__.splitlines()[0])
+    redraw("p3_clip_textual_inversion.inference", draw, __doc__.splitlines()[0],
+           {"--embeddings": {"default": None, "metavar": "WORDS", "help": "the folder of its words, or a file, where they no longer lie where they were "
+                             "(default: as recorded; without the folder's record, the installed ones)"}})
 
 
 if __name__ == "__main__":

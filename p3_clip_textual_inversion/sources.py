@@ -1,4 +1,4 @@
-"""What textual inversion learns from: latents of the examples with captions, of two subjects side by side, of ordinary pictures; and batches of these."""
+"""What textual inversion learns from: latents of the examples with captions, and of ordinary pictures; and batches of these."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .concepts import kind_of
-from .data import read_captions, side_by_side, varied
+from .data import read_captions, varied
 from .device import progress
 from .embedding import expand
 from .inference import check_lengths, generate
@@ -84,11 +84,11 @@ def make_held(parts, concepts, config, row, side):
 
 
 def make_sources(parts, concepts, config, row, side, drawing):
-    """The pictures to learn from: each concept's; composed ones of any two subjects, if they learn together; ordinary ones, if weights learn.
+    """The pictures to learn from: each concept's, and ordinary ones, if weights learn.
 
     config: train.py's `TrainConfig`; row: the model's `Defaults`, for captions and ordinary things; drawing: `DrawConfig` of the latter."""
     counts = counts_of(parts, concepts, config)
-    sources, subjects = [], []
+    sources = []
     for concept in concepts:
         rng, folder, kind = np.random.default_rng(config.seed), concept.folder, kind_of(concept, config.kind)
         pictures = read_pictures(folder)[0]
@@ -98,20 +98,8 @@ def make_sources(parts, concepts, config, row, side, drawing):
         captions = [expand(text, counts) for text in captions]
         check_lengths(parts, captions, counts)
         sources.append(encode(parts, squares, captions, paired=bool(own)))
-        if kind == "object":
-            subjects.append((concept, squares))
-    if config.joint:
-        pairs = []
-        for left, ours in subjects:
-            for right, theirs in subjects:  # also of one twice: regional guidance asks for that (places.py)
-                caption = expand(f"a {left.token} next to a {right.token}", counts)
-                check_lengths(parts, [caption], counts)
-                pairs.append(encode(parts, side_by_side(ours, theirs, crop=row.joined is not None), [caption]))
-        if row.joined:  # a source several times is picked as often
-            sources *= max(round(len(pairs) * (1 / row.joined - 1) / len(sources)), 1)
-        sources += pairs
     if (config.custom_diffusion or config.lora) and config.prior:
-        words = [concept.src_image for concept, _ in subjects] + list(row.ordinary)
+        words = [concept.src_image for concept in concepts if kind_of(concept, config.kind) == "object"] + list(row.ordinary)
         captions = [row.templates["object"][-1].format(words[i % len(words)]) for i in range(config.prior)]
         with progress(total=config.prior, unit="picture", desc="drawing ordinary pictures") as bar:
             drawn = np.stack(list(generate(parts, captions, [f"prior/{i}" for i in range(config.prior)], drawing, progress=bar)))

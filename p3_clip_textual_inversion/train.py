@@ -3,9 +3,9 @@
     python -m p3_clip_textual_inversion.train                                                        # both bundled concepts, on the miniature
     python -m p3_clip_textual_inversion.train --checkpoint hw2_data/weights/sd-v1-4.ckpt --output runs/words    # the course's, on the real model
 
-With --joint all concepts learn in one run, also from composed pictures; with --custom-diffusion (Kumari et al. 2023) the key and value projections of
-every cross-attention learn too, with --lora weights of low rank beside the word (lora.py); both are held in place by ordinary pictures that the model draws
-itself.
+With --joint all concepts learn in one run, each picture of a batch of one of them, at random; with --custom-diffusion (Kumari et al. 2023) the key and value
+projections of every cross-attention learn too, with --lora weights of low rank beside the word (lora.py); both are held in place by ordinary pictures that
+the model draws itself.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class TrainConfig:
                                  f"of the rest; without the flag 0 for an object and for a style the model's {of_model('learning', 'style_pull')}", type=float)
     min_snr_gamma: float = setting(None, "min-SNR loss weights (Hang et al. 2023): the smaller, the less slight noise counts; 0: all alike "
                                    + of_model("learning", "min_snr_gamma"), type=float)
-    joint: bool = setting(False, "learn all concepts in one run, also from pictures of two side by side")
+    joint: bool = setting(False, "learn all concepts in one run: each picture of a batch is of one of them, at random")
     custom_diffusion: bool = setting(False, "also learn the key and value projections of the cross-attentions, at steps and rates of their own (defaults.py)")
     lr_projections: float = setting(None, f"peak learning rate of those {of_model('learning', 'lr_projections')}", type=float)
     lora: int = setting(0, "also learn weights of low rank in the cross-attentions, and for as many --steps as they need; without the flag the word "
@@ -131,7 +131,7 @@ def learn(concepts, config, args, row, model_id, accelerator, dtype):
         parts.unet.train()  # diffusers checkpoints in training mode only; there is no dropout
     run = make_run(parts, rows, held_out, config, row, accelerator, state_file, settings, state)
     first_line_of(accelerator, dtype, f"learning {words}: {sum(p.numel() for p in run.trained.values()):,} numbers, "
-                                      f"from {sum(len(source.means) for source in sources)} latents,", run)
+                                      f"from {sum(map(len, {id(source.means): source.means for source in sources}.values()))} latents,", run)
     train(run, parts, sources, concepts, config, args, row, drawing, accelerator)
     run.best.put_back(run.trained)
     if accelerator.is_main_process:
@@ -145,10 +145,10 @@ def train(run, parts, sources, concepts, config, args, row, drawing, accelerator
 
     parts: Stable Diffusion with the words; sources: what they learn from; drawing: `DrawConfig` of the samples; the rest as in `learn`."""
     folder, rows = run.state_file.parent, run.trained["rows"]
-    log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, run.step, run.history)
+    log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, config.batch_size * config.accumulate, run.step, run.history)
     strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
     every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
-    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and row.prior_waits else 0
+    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora else 0
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
     while not last:
         strength = strengths[run.step]

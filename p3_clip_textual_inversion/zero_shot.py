@@ -98,7 +98,8 @@ def classify(grader, data, sets, args, output):
     results["template_sets"], results["single_templates"] = compare_templates(features, texts, sets, data)
     results["nearest_picture_of_its_class"] = retrieval(features, data.truth)
     if args.transductive:
-        results["transductive"] = another_way("transductive", transduce(features, logits).log(), data, outcome, output)
+        chances = transduce(features, logits).clamp(min=torch.finfo(torch.float64).tiny)  # some are too small for a number
+        results["transductive"] = another_way("transductive", chances.log(), data, outcome, output)
         results["transductive"] |= transductive_limits(features, logits, data.truth)
     if args.shots:
         results["few_shot"] = few_shot(grader, features, logits, classes, data, outcome, args.shots, output)
@@ -116,7 +117,7 @@ def retrieval(features, truth):
     return (truth[nearest_pictures(features, 1)[:, 0]] == truth).double().mean().item() if len(truth) > 1 else None
 
 
-def report(results, data):
+def report(results):
     """Prints what a person wants to know first."""
     low, high = results["intervals"]["top1"]
     print(f"top-1 {results['top1']:.2%} ({low:.1%} to {high:.1%}), top-5 {results['top5']:.2%}, mean per-class recall {results['mean_per_class_recall']:.2%} "
@@ -206,8 +207,9 @@ def classify_all(args, data, models, pretrained, device, dtype):
         sets = {"own": tuple(args.template)} if args.template else {s: read_templates(s) for s in args.templates or usual}
         output = args.output if len(models) == 1 else writable_folder(args.output / name)
         results, right, _ = classify(make_grader(model, weights, device, dtype, not args.no_cache), data, sets, args, output)
-        print(f"== {name} {weights or ''}" if len(models) > 1 else "", end="\n" if len(models) > 1 else "")
-        report(results, data)
+        if len(models) > 1:
+            print(f"== {name} {weights or ''}")
+        report(results)
         rows.append({"model": name, "pretrained": weights, **{key: results[key] for key in ("top1", "top5", "mean_per_class_recall", "intervals")}})
         rights.append(right)
     if len(models) > 1:

@@ -34,6 +34,7 @@ from p3_clip_textual_inversion.device import name_of, pick_device, pick_dtype
 from p3_clip_textual_inversion.embedding import check_models, expand, find_words, told_model
 from p3_clip_textual_inversion.files import fingerprint, note
 from p3_clip_textual_inversion.formats.words import gather
+from p3_clip_textual_inversion.lora import find_loras
 from p3_clip_textual_inversion.pictures import read_picture, save_image, to_uint8
 from p3_clip_textual_inversion.places import arranged, things_told
 from p3_clip_textual_inversion.provenance import Made, script_line
@@ -113,7 +114,6 @@ class Digits:
     def draw(self, domain, digit, weight, student, count, seed):
         model, diffusion, config, _, checkpoint = self.networks[bool(student)]
         config = replace(config, guidance_weight=weight, seed=int(seed))
-        config.check()
         if model.config.times and not 0 <= weight <= model.max_weight:
             raise UserError(f"the guidance weight of the student must be between 0 and {model.max_weight:g}, which it has learned, not {weight:g}")
         jobs = p1.all_jobs(int(count), (domain,), (int(digit),))
@@ -128,7 +128,7 @@ class Faces:
     """P2: faces of two noises and of what lies between them."""
 
     def __init__(self, args):
-        self.config, self.device, self.dtype, _ = p2.settings_of(parsed(p2.add_arguments, "--device", args.device))
+        self.config, self.device, self.dtype, _ = p2.draw_settings(parsed(p2.add_arguments, "--device", args.device))
         self.unet, self.noises, self.args = load_unet(args.unet, self.device), read_noises(args.noises), args
         p2.check_size(self.unet.config, next(iter(self.noises.values())).shape)
 
@@ -169,6 +169,9 @@ class Words:
             note(f"{error}; until then there are ordinary words only")
         for line in check_models({path: (word, told_model(metadata)) for word, (path, metadata) in origin.items()}, list(self.rows), self.model):
             print(line)
+        self.weights_left_out = bool(find_loras((), origin))
+        if self.weights_left_out:
+            note("the weights of low rank beside the words are left out on this page; p3_infer.sh draws with them")
         self.prints = {word: (f"{initials[word]}+" if word in initials else "") + tensor_fingerprint(rows) for word, rows in self.rows.items()}
         self.parts = (p3.load_with_words(args.checkpoint, device, self.config, self.rows, None, initials) if self.rows
                       else p3.load(args.checkpoint, device, self.config))
@@ -212,7 +215,8 @@ class Words:
         words = [part for source in self.args.embeddings or () for part in ("--embeddings", source)]
         return f"echo {shlex.quote(concept)} > prompt.json\n" + shell(
             "p3_infer.sh", "prompt.json", "OUT", self.args.checkpoint, *words, "--num-images", count, "--guidance-weight", config.guidance_weight,
-            "--steps", config.num_steps, "--seed", config.seed, *(["--regions"] if config.regions else []),
+            "--steps", config.num_steps, "--seed", config.seed, *(["--lora-scale", 0] if self.weights_left_out else []),
+            *(["--regions"] if config.regions else []),
             *(f"{thing}={','.join(f'{edge:g}' for edge in box)}" for thing, box in config.regions))
 
 

@@ -13,12 +13,12 @@ from common import ROOT, fail, run
 
 
 def is_digit_model(path):
-    """Whether a file is a model of P1, which has settings in its header, and not a word of P3."""
+    """Whether a file is a model of P1, which has settings in its header, and not a word of P3, in whichever format."""
     try:
         with safe_open(path, "pt") as file:
             return "config" in (file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        fail(f"{path} is not a readable safetensors file ({error}); expected a model.safetensors of p1_train.sh, or a folder or file of words of p3_train.sh")
+    except (SafetensorError, OSError):
+        return False
 
 
 def told_of(path):
@@ -40,6 +40,8 @@ def main():
             source /= "model.safetensors"
         if (source / "UNet.pt").is_file() or source.name == "UNet.pt":
             fail(f"{source} is a face network of P2, which is not installed: p2_infer.sh and hw2_2.sh take its path")
+        if (source / "state.pt").is_file() and list(source.parent.glob("*.safetensors")):
+            fail(f"{source} is one concept's training; give the folder above it, which has the words: {source.parent}")
         if (source / "state.pt").is_file():
             fail(f"{source} is a training that has not ended: the command that began it goes on with it")
         if source.is_file() and is_digit_model(source):

@@ -217,24 +217,24 @@ def keep(path, to):
 
 def draw_zero_shot():
     """The miniature on its pictures; where the course's are there, OpenAI's two models on them, from hw2_data/weights or the hub."""
-    module, pictures = "p3_clip_textual_inversion.zero_shot", COURSE_DATA / "clip_zeroshot"
+    command, pictures = "p3_clip_textual_inversion.zero_shot", COURSE_DATA / "clip_zeroshot"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        stage("CLIP zero-shot, miniature", module, "--templates", "drawing", "drawing7", "plain", "photo", "course", "imagenet7", "openai80",
+        stage("CLIP zero-shot, miniature", command, "--templates", "drawing", "drawing7", "plain", "photo", "course", "imagenet7", "openai80",
               "--transductive", "--shots", 1, 2, 4, "--output", folder)
         keep(folder / "results.json", REPORT / "results" / "p3_zero_shot.json")
         for name in ("examples", "confusion", "calibration", "retrieval"):
             keep(folder / f"{name}.png", REPORT / "figures" / f"p3_zero_shot_{name}.png")
         if pictures.is_dir():
             files = [COURSE_DATA / "weights" / f"{name}.pt" for name in COURSE_MODELS]
-            models = files if all(path.is_file() for path in files) else COURSE_MODELS
-            flags = [part for model in models for part in ("--model", model)] + ([] if models is files else ["--pretrained", "openai"])
+            there = all(path.is_file() for path in files)
+            flags = [part for model in (files if there else COURSE_MODELS) for part in ("--model", model)] + ([] if there else ["--pretrained", "openai"])
             captions = ("photo", "plain", "course", "imagenet7", "openai80")
-            if stage("CLIP zero-shot, the course's data", module, "--data", pictures, *flags, "--templates", *captions, "--transductive", "--output", folder,
+            if stage("CLIP zero-shot, the course's data", command, "--data", pictures, *flags, "--templates", *captions, "--transductive", "--output", folder,
                      needed=False):
                 for model, name in COURSE_MODELS.items():
                     keep(folder / model / "results.json", REPORT / "results" / f"p3_zero_shot_{name}.json")
-                keep(folder / model / "examples.png", REPORT / "figures" / "p3_zero_shot_course.png")
+                keep(folder / list(COURSE_MODELS)[-1] / "examples.png", REPORT / "figures" / "p3_zero_shot_course.png")
 
 
 def draw_everything(words):

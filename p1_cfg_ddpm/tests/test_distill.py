@@ -67,7 +67,7 @@ def test_paths_are_what_the_sampler_draws(tiny_model, monkeypatch):
     diffusion, config = Diffusion(), replace(DEFAULT, num_steps=3)
     ts = steps_of(config, diffusion)
     drawn = distill.draw_paths(tiny_model, None, diffusion, config, list(ts.t), list(ts.t[:2]), 6, 2.0, torch.Generator().manual_seed(0))
-    assert drawn["w"][:3].tolist() == [config.guidance_weight] * 3 and len(set(drawn["w"].tolist())) == 4 and drawn["x"].shape == (3, 6, 3, 28, 28)
+    assert drawn["w"][::2].tolist() == [config.guidance_weight] * 3 and len(set(drawn["w"].tolist())) == 4 and drawn["x"].shape == (3, 6, 3, 28, 28)
     for i in (0, 5):
         predict = Guided(tiny_model, diffusion, drawn["digit"][i:i + 1], drawn["domain"][i:i + 1], drawn["w"][i].item(), parallel=config.guidance_parallel)
         with torch.inference_mode():
@@ -209,5 +209,5 @@ def test_a_flat_stage_does_not_end_what_another_follows(monkeypatch, tiny_checkp
 def test_a_students_image_does_not_depend_on_the_others(student):
     model, diffusion = load_generator(student, torch.device("cpu"), torch.float32)
     config, jobs = replace(inference.STUDENT, num_steps=2, guidance_weight=2.0), all_jobs(1)
-    whole, single = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, config, n, progress=False)} for n in (20, 3))
+    whole, single = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, config, n, shown=False)} for n in (20, 3))
     assert max(np.abs(whole[name] - single[name]).max() for name in whole) <= 1

@@ -27,7 +27,7 @@ def drawn(tmp_path_factory):
     """OUT with five images a digit and domain, drawn by the bundled model."""
     folder = tmp_path_factory.mktemp("drawn")
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
-    for job, image in generate(model, diffusion, all_jobs(5), DrawConfig(), 100, progress=False):
+    for job, image in generate(model, diffusion, all_jobs(5), DrawConfig(), 100, shown=False):
         (folder / job.domain).mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{job.name}.png")
     return folder

@@ -79,7 +79,6 @@ def places(tmp_path):
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--epochs=0"], "--epochs must be at least 1, not 0"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--batch-size=-1"], "--batch-size must be at least 1, not -1"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--lr=nan"], "--lr must be a number from 0, not nan"),
-    ("classifier", ["--domain=svhn", "--data={t}/empty", "--dtype=fp16"], "--dtype fp16 is not for training"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
     ("classifier", ["--domain=svhn", "--data={t}/empty", "--output={t}/c"], "cannot read {t}/empty/svhn/train.csv"),
     ("quality", ["--data={t}/empty", "--output={t}"], "cannot write the file {t}: it is a folder"),
@@ -107,7 +106,7 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
     """The images do not depend on it."""
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
     jobs, config = all_jobs(2, ("svhn",), (3, 8)), DrawConfig(num_steps=2)
-    whole = [image for _, image in generate(model, diffusion, jobs, config, 4, progress=False)]
+    whole = [image for _, image in generate(model, diffusion, jobs, config, 4, shown=False)]
     sizes, states = [], inference.states
 
     def short_of_memory(model, diffusion, batch, *others):
@@ -118,12 +117,12 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_halved(monkeypatch):
 
     monkeypatch.setattr(inference, "states", short_of_memory)
     monkeypatch.setattr(device, "FITTED", {})
-    halved = list(generate(model, diffusion, jobs, config, 4, progress=False))
+    halved = list(generate(model, diffusion, jobs, config, 4, shown=False))
     assert sizes == [4, 2, 1, 1, 1, 1] and [job for job, _ in halved] == jobs
     assert max(abs(a.astype(int) - b).max() for a, (_, b) in zip(whole, halved)) <= 1
     monkeypatch.setattr(inference, "states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
     with pytest.raises(UserError, match="not enough memory for even one image"):
-        list(generate(model, diffusion, jobs, config, 4, progress=False))
+        list(generate(model, diffusion, jobs, config, 4, shown=False))
 
 
 def test_a_folder_with_one_picture_of_each_domain_is_graded(call, places):

@@ -16,7 +16,7 @@ INFER = "p1_cfg_ddpm.inference"
 
 def draw(model, jobs, batch_size, **options):
     options = {"num_steps": 5, "guidance_weight": 1.0} | options
-    return {job.name: image for job, image in generate(model, Diffusion(), jobs, DrawConfig(**options), batch_size, progress=False)}
+    return {job.name: image for job, image in generate(model, Diffusion(), jobs, DrawConfig(**options), batch_size, shown=False)}
 
 
 @pytest.mark.parametrize("options", [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}, {"sampler": "unipc"}])
@@ -34,7 +34,7 @@ def test_an_image_does_not_depend_on_the_others(tiny_model, options):
 def test_the_bundled_model_is_independent_of_the_batch_too():
     model, diffusion = load_generator(CHECKPOINT, torch.device("cpu"), torch.float32)
     jobs = all_jobs(1)[::3]
-    one, all_ = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, DrawConfig(), n, progress=False)} for n in (1, 50))
+    one, all_ = ({job.name: image.astype(int) for job, image in generate(model, diffusion, jobs, DrawConfig(), n, shown=False)} for n in (1, 50))
     assert max(np.abs(one[name] - all_[name]).max() for name in one) <= 1
 
 

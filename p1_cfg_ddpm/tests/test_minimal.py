@@ -35,7 +35,7 @@ def test_the_same_pictures(page):
     model, diffusion = load_generator(CHECKPOINT, "cpu", torch.float32)
     jobs = [Job(domain, digit, 1) for domain in DOMAINS for digit in (0, 4, 7)]
     config = DrawConfig(sampler="ddim", num_steps=8, spacing="trailing", guidance_weight=3.0, guidance_parallel=(1.0, 1.0))
-    ours = np.stack([image for _, image in generate(model, diffusion, jobs, config, 6, progress=False)])
+    ours = np.stack([image for _, image in generate(model, diffusion, jobs, config, 6, shown=False)])
     noise = ImageNoise(config.seed, [job.name for job in jobs], (3, IMAGE_SIZE, IMAGE_SIZE))()
     digit, domain = torch.tensor([job.digit for job in jobs]), torch.tensor([DOMAINS.index(job.domain) for job in jobs])
     drawn = to_uint8(minimal.draw(page, noise, digit, domain, w=3.0, num_steps=8))

@@ -83,7 +83,7 @@ def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, m
 
     monkeypatch.setattr(inference, "doubt", doubt)
     config = DrawConfig(num_steps=2, tries=4)
-    images = [image for _, image in generate(tiny_model, Diffusion(), jobs, config, 3, progress=False)]
+    images = [image for _, image in generate(tiny_model, Diffusion(), jobs, config, 3, shown=False)]
     assert [len(names) for names in asked] == [3, 2, 2, 1]  # the fourth try is the third image's alone
     with torch.inference_mode():
         for i, attempt in enumerate((1, 3, 2)):
@@ -94,8 +94,8 @@ def test_what_is_doubted_is_drawn_again_and_the_least_doubted_kept(tiny_model, m
 
 def test_an_image_that_is_drawn_again_does_not_depend_on_the_others(tiny_model):
     config, jobs = DrawConfig(num_steps=2, tries=3), all_jobs(1)[::2]
-    whole, few = ({job.name: image.astype(int) for job, image in generate(tiny_model, Diffusion(), jobs, config, n, progress=False)} for n in (100, 3))
-    once = {job.name: image for job, image in generate(tiny_model, Diffusion(), jobs, DrawConfig(num_steps=2), 100, progress=False)}
+    whole, few = ({job.name: image.astype(int) for job, image in generate(tiny_model, Diffusion(), jobs, config, n, shown=False)} for n in (100, 3))
+    once = {job.name: image for job, image in generate(tiny_model, Diffusion(), jobs, DrawConfig(num_steps=2), 100, shown=False)}
     assert max(np.abs(whole[name] - few[name]).max() for name in whole) <= 1
     assert any((whole[name] != once[name]).any() for name in whole)
 
@@ -137,7 +137,7 @@ def test_the_reverse_process_is_that_of_the_try_that_is_kept(monkeypatch, tiny_m
     shown = []
     monkeypatch.setattr(figures, "sheet", lambda rows, **_: shown.append(rows))
     config, job = DrawConfig(num_steps=2, tries=4), all_jobs(1)[0]
-    (_, image), = generate(tiny_model, Diffusion(), [job], config, 1, progress=False)
+    (_, image), = generate(tiny_model, Diffusion(), [job], config, 1, shown=False)
     figures.reverse_process(tiny_model, Diffusion(), job, config)
     assert (shown[0][0][-1] == image).all()
     first = inference.finish(inference.states(tiny_model, Diffusion(), [job], config)).x

@@ -74,6 +74,17 @@ def test_minutes_count_on_and_never_go_below_a_rate_of_zero(call, monkeypatch, t
     assert code == 1 and err.startswith("error: --minutes 0.001 were over before the first step") and not (tmp_path / "none" / "model.safetensors").exists()
 
 
+def test_a_run_is_known_by_the_weights_that_it_began_with_and_not_by_their_path(call, tiny_checkpoint, tmp_path):
+    begun = tmp_path / "begun.safetensors"
+    begun.write_bytes(tiny_checkpoint.read_bytes())
+    settings = [*SETTINGS, "--output", tmp_path / "run", "--steps"]
+    assert call(TRAIN, *settings, 1, "--init", begun)[0] == 0
+    moved = begun.rename(tmp_path / "moved.safetensors")
+    assert call(TRAIN, *settings, 2, "--init", moved)[0] == 0
+    code, _, err = call(TRAIN, *settings, 3)
+    assert code == 1 and "other settings (begun_from " in err and "is now None" in err
+
+
 def test_weights_of_another_diffusion_are_no_beginning(call, tiny_checkpoint, tmp_path):
     code, _, err = call(TRAIN, *SETTINGS, "--output", tmp_path / "run", "--init", tiny_checkpoint, "--prediction", "eps", "--steps", 1)
     assert code == 1 and "was trained for another diffusion" in err and err.count("\n") == 1

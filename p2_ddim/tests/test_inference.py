@@ -12,7 +12,7 @@ from PIL import Image
 from p2_ddim.data import read_noise, read_noises
 from p2_ddim.evaluate import difference, mse, psnr, read_pairs
 from p2_ddim.files import UserError
-from p2_ddim.inference import DrawConfig, add_arguments, generate, settings_of, to_pictures
+from p2_ddim.inference import DrawConfig, add_arguments, draw_settings, generate, to_pictures
 from p2_ddim.model import UNet, UNetConfig
 
 
@@ -133,7 +133,7 @@ def test_bad_grading_folders(files):
 def test_steps_that_begin_in_the_middle_are_told(flags, first, capsys):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    settings_of(parser.parse_args(["--steps", *map(str, flags)]))
+    draw_settings(parser.parse_args(["--steps", *map(str, flags)]))
     assert (f"begin at t = {first}, where noise alone is not expected" in capsys.readouterr().err) == bool(first)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from p2_ddim import benchmark, device, figures, quality, sweep
 from p2_ddim.benchmark import by_kind, shares_of_peak
@@ -14,6 +15,7 @@ from p2_ddim.diffusion import Denoiser
 from p2_ddim.figures import deviations, spectrum, variety
 from p2_ddim.files import UserError, write_json
 from p2_ddim.model import UNet, UNetConfig
+from p2_ddim.samplers import ImageNoise
 
 
 @pytest.fixture
@@ -54,6 +56,29 @@ def test_samplers_come_nearer_with_more_evaluations(unet, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments), "--faces", str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"none is no folder of drawn faces; python -m p2_ddim\.make_mini faces .*none --count 3000"):
         sweep.main()
+
+
+@pytest.mark.parametrize("module, flags", [(sweep, ["--measure", "frechet", "--evaluations", "2", "--checkpoint"]),
+                                           (quality, ["--quality", "draft", "--"])])
+def test_what_a_sampler_adds_is_not_the_noise_that_it_began_with(unet, tmp_path, monkeypatch, module, flags):
+    """ddpm's first fresh noise was its start, of the same seed and names: after the first step it was a third too strong."""
+    torch.save(unet.state_dict(), tmp_path / "UNet.pt")
+    (tmp_path / "faces").mkdir()
+    for i in range(4):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "faces" / f"{i}.png")
+    seen = []
+
+    def generate(unet, noises, config, batch_size, seed, dtype):
+        seen.extend((noise, ImageNoise(seed, [name], noise.shape)()[0]) for name, noise in noises.items())
+        return iter(noises.items())
+
+    monkeypatch.setattr(module, "generate", generate)
+    for user in (quality, sweep):
+        monkeypatch.setattr(user, "features", lambda pictures: torch.rand(len(pictures), 2, dtype=torch.float64))
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, ["--output", tmp_path / "s.json", "--side", 8, "--count", 2,
+                                                                  "--faces", tmp_path / "faces", *flags, tmp_path / "UNet.pt"])])
+    module.main()
+    assert seen and all((start - fresh).abs().max() > 0.1 for start, fresh in seen)
 
 
 @pytest.mark.parametrize("flags, said", [

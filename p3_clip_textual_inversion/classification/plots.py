@@ -1,6 +1,5 @@
 """What a zero-shot classification looks like: examples, confusions, calibration, the nearest pictures to pictures."""
 
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def draw_example(sheet, draw, place, data, features, outcome, row, what):
 
 
 def shorten(text, length):
-    return textwrap.shorten(text, length, placeholder="…") if len(text.split()) > 1 else text if len(text) <= length else text[:length - 1] + "…"
+    return text if len(text) <= length else text[:length - 1].rstrip() + "…"
 
 
 def similarity_order(directions):

@@ -9,7 +9,7 @@ Image and text scores are those of the course's grader, averaged over all pictur
 of the prompt without the learned word, such as "a drawing of on a blue background": whether the rest of the prompt is still obeyed.
 
 Words are drawn with the weights of low rank beside them (lora.py), if there are any; then it is told as well how far ordinary prompts' pictures move where
-such weights stay in the model, as in other programs: the mean difference in grey levels, of the model's ordinary things.
+such weights stay in the model, as in other programs: the mean difference in grey levels, of things that no prior shows.
 
 --write-baselines sets INPUT_JSON's pass marks: in the image score what the initial words' best pictures get, since a learned word must do better; in the
 text score nine tenths of what they get, or of what the examples get, if that is less: no picture of the concept could be asked for more.

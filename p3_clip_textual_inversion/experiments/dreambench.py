@@ -126,7 +126,7 @@ def draw_plain(args, config, device, model, texts):
                 save_image(picture, folder / name, made.with_own(own[name]).as_json())
 
 
-def announce(args, config, device, learned, tasks, pairs, texts):
+def announce_all(args, config, device, learned, tasks, pairs, texts):
     """Tells how much is to be done, and about how long it takes, from one step of the sampler. learned: what --learn means, of `learning_of`."""
     subjects = dict.fromkeys(subject for task in (*tasks, *pairs) for subject in task.subjects)
     to_learn = [subject for subject in subjects if not file_of(args.output / "words", subject.token).exists()]
@@ -141,13 +141,13 @@ def announce(args, config, device, learned, tasks, pairs, texts):
     batch = min(config.batch_size, args.num_images * len(texts))
     prompts = [texts[i % len(texts)] for i in range(batch)]
     work = work_of(parts, prompts, prompts, config)
-    measured = [measure(one, device) for _, one in work]
-    if None in measured:
+    times = [measure(one, device) for _, one in work]
+    if None in times:
         print(f"{told}; a batch does not fit into memory: no time is estimated", flush=True)
     else:
-        step, decoding = (seconds for seconds, _ in measured)
+        step, decoding = (seconds for seconds, _ in times)
         drawing = to_draw / batch * (config.num_steps * step + decoding)
-        taken = learned.steps * learned.batch_size / 2 * LEARNING  # in pictures of a guided step
+        taken = learned.steps * learned.batch_size * learned.accumulate / 2 * LEARNING  # in pictures of a guided step
         if learned.lora or learned.custom_diffusion:
             taken += learned.prior * SAMPLE_STEPS
         learning = len(to_learn) * taken * step / batch
@@ -214,7 +214,7 @@ def table(title, rows, metrics):
     return lines
 
 
-def measured(args, name, tasks, pairs, grader, eye):
+def measure_all(args, name, tasks, pairs, grader, eye):
     """(results as JSON, lines of the table) of what is drawn."""
     judges = {"clip_i": grader} | ({eye.key: eye} if eye else {})
     subjects = dict.fromkeys(subject for task in (*tasks, *pairs) for subject in task.subjects)
@@ -238,8 +238,8 @@ def measured(args, name, tasks, pairs, grader, eye):
         lines += table(f"{len(results[part]['class names, nothing learned'])} {part}", [(way, {m: v["mean"] for m, v in row.items()})
                                                                                          for way, row in summary[part].items()], metrics)
         source, published = PUBLISHED[benchmark]
-        note = f"published for {benchmark}" + (": photographs, other judges, not comparable" if args.miniature else "")
-        lines += table(note, [(way, dict(zip(("dino", "clip_i", "clip_t"), numbers))) for way, *numbers in published], ("dino", "clip_i", "clip_t"))
+        heading = f"published for {benchmark}" + (": photographs, other judges, not comparable" if args.miniature else "")
+        lines += table(heading, [(way, dict(zip(("dino", "clip_i", "clip_t"), numbers))) for way, *numbers in published], ("dino", "clip_i", "clip_t"))
         lines.append(f"  ({source}; CustomConcept101's textual alignment is {TEXT_SCALE} CLIP-T)")
     tells = {metric: telling(features) for metric, features in references.items()}
     lines.append("real pictures whose nearest other one is of the same subject: " + ", ".join(f"{METRICS[m]} {share:.0%}" for m, share in tells.items()))
@@ -323,21 +323,21 @@ def main():
     for part in ("results", "figures"):
         writable_folder(args.report / part)
     with lock(args.output, "-p3_dreambench"):
-        announce(args, config, device, learned, tasks, pairs, texts)
+        announce_all(args, config, device, learned, tasks, pairs, texts)
         inputs, pair_inputs = write_inputs(args.output / "examples", tasks, pairs)
         draw_plain(args, config, device, model, texts)
         free_memory()
         side = ("--side", args.side) if args.side else ()
-        common = (*side, "--device", args.device, "--dtype", args.dtype, "--seed", args.seed)
+        common = (*side, "--device", args.device, "--dtype", args.dtype)
         call("train", inputs, "--checkpoint", args.checkpoint, "--output", args.output / "words", "--kind", "object", "--sample-every", 0, *common,
              *shlex.split(args.learn))
         drawing = ("--sampler", config.sampler, "--steps", config.num_steps, "--guidance-weight", config.guidance_weight, "--batch-size", config.batch_size,
-                   "--num-images", args.num_images, "--embeddings", args.output / "words", *common, *["--overwrite"] * args.overwrite,
+                   "--num-images", args.num_images, "--seed", args.seed, "--embeddings", args.output / "words", *common, *["--overwrite"] * args.overwrite,
                    *shlex.split(args.draw))
         call("inference", inputs, args.output / "pictures", args.checkpoint, *drawing)
         if pairs:
             call("inference", pair_inputs, args.output / pairs[0].folder.name, args.checkpoint, *drawing, "--regions", args.regions)
-        results, lines = measured(args, name, tasks, pairs, grader, eye)
+        results, lines = measure_all(args, name, tasks, pairs, grader, eye)
     settings = {"sampler": config.sampler, "num_steps": config.num_steps, "guidance_weight": config.guidance_weight, "seed": args.seed,
                 "learn": args.learn, "draw": args.draw, "regions": args.regions, "model": model}
     write_json(args.report / "results" / "p3_dreambench.json", results | {"settings": settings})

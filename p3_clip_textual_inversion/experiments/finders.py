@@ -9,7 +9,7 @@ from ..data import example_pictures
 
 def half_crops(picture):
     """The left and right of a picture, squares of 0.55 of its side at mid-height, where a subject of two stands."""
-    side = round(0.55 * picture.width)
+    side = round(0.55 * min(picture.size))
     top = (picture.height - side) // 2
     return [picture.crop((left, top, left + side, top + side)) for left in (0, picture.width - side)]
 

@@ -91,9 +91,7 @@ def merged(parts, concepts, counts, tuned, row):
         captions = [expand(t.format(concept.token), counts) for t in row.templates[kind_of(concept)]]
         ids, hidden = parts.tokens(captions), parts.encode_text(captions).cpu()
         targets.append(hidden[parts.text_encoder.get_input_embeddings().is_new(ids).cpu()])
-    templates = row.templates["object"]
-    captions = ordinary_captions(parts.tokenizer, templates) if row.several.vocabulary else [t.format(word) for t in templates for word in row.ordinary]
-    kept = []
+    captions, kept = ordinary_captions(parts.tokenizer, row.templates["object"]), []  # of the whole vocabulary: few would hold few directions
     for some in (captions[i:i + 64] for i in range(0, len(captions), 64)):
         ids, hidden = parts.tokens(some), parts.encode_text(some).cpu()
         kept.append(hidden[ids != parts.tokenizer.pad_token_id])

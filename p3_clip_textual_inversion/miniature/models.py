@@ -190,7 +190,7 @@ class Unet:
         self.alpha_bar = diffusion.make_alpha_bar().to(device)
         self.scheduler = DDIMScheduler(**SCHEDULE)
         self.model = load_part(UNet2DConditionModel, args.start) if args.start else UNet2DConditionModel(**UNET_CONFIG)
-        self.pool, self.at, self.pool_size = None, 0, args.pool
+        self.pool, self.at, self.since, self.pool_size = None, 0, 0, args.pool
         mean, deviation, hidden = self.make(torch.Generator().manual_seed(10**6), self.valid)  # no training step's seed
         generator = torch.Generator().manual_seed(10**6)
         fresh, eps = (torch.randn(mean.shape, generator=generator).to(device) for _ in range(2))
@@ -220,7 +220,7 @@ class Unet:
         chunk = min(count, self.pool_size)
         if self.pool is None:
             parts = [self.make(generator, chunk) for _ in range(self.pool_size // chunk)]
-            self.pool, self.since = [torch.cat(column) for column in zip(*parts)], 0
+            self.pool = [torch.cat(column) for column in zip(*parts)]
         self.since += 1
         if self.since % self.reuse == 0:
             for kept, new in zip(self.pool, self.make(generator, chunk)):

@@ -178,7 +178,7 @@ def reconstruction(vae, drawings, device):
     return {"psnr": float((10 * np.log10(255**2 / error)).mean()), "pictures": len(pictures)}
 
 
-def retrieval(eye, drawings, device, count=1000):
+def retrieval(eye, drawings, count=1000):
     """Recall@1 of names among all trained ones, on new renderings in trained styles."""
     generator = torch.Generator().manual_seed(SEED)
     first = drawings.trained[torch.randperm(len(drawings.trained), generator=generator)[:count]]
@@ -221,7 +221,7 @@ def main():
     parts = load_stable_diffusion(args.sd, device)
     config = DrawConfig(num_steps=args.steps, guidance_weight=args.guidance_weight, batch_size=args.batch_size, dtype=pick_dtype(args.dtype, device))
     artist = Artist(drawings, parts, config)
-    scores = {"retrieval": {judge: retrieval(eye, drawings, device) for judge, eye in eyes.items()},
+    scores = {"retrieval": {judge: retrieval(eye, drawings) for judge, eye in eyes.items()},
               "autoencoder": reconstruction(parts.vae, drawings, device)}
     shown, rows = [], {"one subject": (single_subjects, args.singles), "two subjects": (pairs, args.pictures), "two colours": (colours, args.pictures)}
     for name, (measure, count) in rows.items():

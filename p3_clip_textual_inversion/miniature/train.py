@@ -1,4 +1,5 @@
-"""Trains the miniature's models on drawings: the autoencoder, CLIP and the second judge, then the UNet. The same command again goes on where a run stopped.
+"""Trains the miniature's models on drawings: the autoencoder, CLIP and the second judge, then the UNet. The same command again goes on where a run stopped,
+to the same numbers, but for the UNet, whose pool of pictures is filled anew.
 
     python -m p3_clip_textual_inversion.miniature.drawings render runs/emoji.npz
     python -m p3_clip_textual_inversion.miniature.train autoencoder --drawings runs/emoji.npz --output runs/vae
@@ -107,7 +108,7 @@ def train(args, folder):
     model, part.through = (torch.compile(net), torch.compile(through)) if args.compile else (net, through)
     first_line_of(accelerator, dtype, f"{args.part}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters,"
                                       + (f" going on at step {step}," if step else ""))
-    log = Log(accelerator, folder, f"training {args.part}", args, step, history)
+    log = Log(accelerator, folder, f"training {args.part}", args, args.batch_size, step, history)
     started = saved = time.perf_counter()
     keep = sorted(share for share in args.keep if share > progress_of(step, gone, args))
     with guarded("lower --batch-size"):

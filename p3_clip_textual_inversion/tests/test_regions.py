@@ -64,6 +64,15 @@ def test_each_region_is_told_of_its_thing_in_every_place():
         ((0, 0, 0.5, 1), "a <new1>"), ((0.5, 0, 1, 1), "a <new1>"), ((0, 0, 1, 0.2), "the hat")]  # a name twice: in turn; "dog" is no word of it
 
 
+@pytest.mark.parametrize("names, told", [
+    (["cat", "dog"], ["a black cat next to a cat", "a black dog next to a dog"]),
+    (["black cat", "dog"], ["a black cat next to a black cat", "a dog next to a dog"]),
+    (["cat", "black cat"], ["a black cat next to a dog"]), (["dog"], ["a black cat next to a dog"])])
+def test_a_thing_keeps_one_article_wherever_it_is_told(names, told):
+    found = plan("a black cat next to a dog", [(name, LEFT) for name in names])
+    assert [text for text, *_ in found] == told
+
+
 def test_what_the_flag_says():
     assert read_regions(None) == read_regions(["none"]) == () and read_regions(["auto"]) == AUTO and regions_of(read_regions(["learned"])) == LEARNED
     found = read_regions(["<new1>=0,0.2,0.5,1", "a=b=0.5,0,1,1"])

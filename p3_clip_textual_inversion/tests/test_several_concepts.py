@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from p3_clip_textual_inversion.concepts import read_concepts
 from p3_clip_textual_inversion.custom_diffusion import merge, read_projections, save_projections, set_projections, weights_of
-from p3_clip_textual_inversion.data import side_by_side
 from p3_clip_textual_inversion.embedding import file_of, initial_rows, save_embedding
 from p3_clip_textual_inversion.experiments import several
 from p3_clip_textual_inversion.experiments.finders import half_crops, most_typical_last, paste_side_by_side
@@ -88,12 +87,6 @@ def test_ordinary_pictures_that_stay_have_not_drifted():
 
 
 def test_pictures_side_by_side():
-    left, right = torch.full((1, 3, 16, 16), -1.0), torch.full((3, 3, 16, 16), 1.0)
-    both = side_by_side(left, right)
-    assert both.shape == (3, 3, 16, 16)
-    assert both[..., :8].eq(-1).all() and both[..., 8:].eq(1).all()
-    columns = torch.arange(16.0).expand(1, 3, 16, 16)
-    assert torch.equal(side_by_side(columns, columns + 100, crop=True)[0, 0, 5], torch.cat([torch.arange(4.0, 12), torch.arange(104.0, 112)]))
     pasted = paste_side_by_side(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), 64)
     left, right = (np.asarray(crop) for crop in half_crops(pasted))
     assert left[:, :30, 0].min() == 255 and right[2:-4, -30:, 2].min() == 255

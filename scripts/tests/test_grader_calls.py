@@ -80,12 +80,19 @@ def test_words_are_installed_by_their_model(install, tmp_path, capsys):
     install(tmp_path / "run", "--checkpoint", MINI / "stable_diffusion")
     path, = (tmp_path / "embeddings").rglob("*.safetensors")
     assert path.parent.name.startswith("miniature-") and f"installed {path}" in capsys.readouterr().out
+    torch.save({"<new2>": torch.ones(1, 192)}, tmp_path / "learned_embeds.bin")  # as diffusers' training wrote them
+    install(tmp_path / "learned_embeds.bin", "--checkpoint", MINI / "stable_diffusion")
+    assert "new2.safetensors" in capsys.readouterr().out and (path.parent / "new2.safetensors").is_file()
+    (tmp_path / "run" / "0").mkdir()
+    (tmp_path / "run" / "0" / "state.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is one concept's training; give the folder above it, which has the words"):
+        install(tmp_path / "run" / "0")
 
 
 def test_what_cannot_be_installed_ends_in_one_line(install, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     classifier = inference.CHECKPOINT.with_name("classifier_svhn.safetensors")
-    for path, said in ((tmp_path / "no", "no such file"), (tmp_path / "x.safetensors", "is not a readable safetensors"), (classifier, "is not a checkpoint"),
+    for path, said in ((tmp_path / "no", "no such file"), (tmp_path / "x.safetensors", "safetensors"), (classifier, "is not a checkpoint"),
                        (tmp_path / "weights", "has no words")):
         with pytest.raises(SystemExit, match=f"error: .*{said}") as error:
             install(path)

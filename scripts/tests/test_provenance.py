@@ -194,6 +194,11 @@ def test_a_picture_is_drawn_again_byte_for_byte(call, places, tmp_path, package)
     again.write_text("the user's")
     code, _, err = call(package, "redraw", picture, "--output", again)
     assert code == 1 and "was not drawn by this project, and is not overwritten" in err and again.read_text() == "the user's"
+    if package == P3:  # away from its folder, whose record tells where the words are
+        alone = tmp_path / "alone.png"
+        alone.write_bytes(picture.read_bytes())
+        code, out, err = call(package, "redraw", alone, "--output", tmp_path / "third.png")
+        assert code == 1 and "give it by --checkpoint" in err, out + err
     if package == P2:  # the noises moved
         (tmp_path / "noise").rename(tmp_path / "moved")
         code, _, err = call(package, "redraw", picture, "--output", tmp_path / "third.png")
