@@ -78,7 +78,7 @@ def p1_infer(size, batch, dtype):
 
     with GPU:
         net = models.UNet(models.SIZES[size]).to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    list(inference.generate(net, Diffusion(), inference.all_jobs(batch // 20), inference.DrawConfig(num_steps=3), batch, progress=False))
+    list(inference.generate(net, Diffusion(), inference.all_jobs(batch // 20), inference.DrawConfig(num_steps=3), batch, shown=False))
 
 
 def p2_net(widths=(128, 128, 256, 256, 512, 512), attention=(4,), blocks=2):
@@ -233,12 +233,8 @@ def rows():
 
 def checks():
     """[(what, bytes that torch's allocator had at most, on what, work)]"""
-    half, single, bf16 = torch.float16, torch.float32, torch.bfloat16
-    h200 = "NVIDIA H200"
+    bf16, h200 = torch.bfloat16, "NVIDIA H200"
     return [
-        ("P3 draw, UNet and VAE in fp16, batches of 4", 5.25956608e9, h200, partial(p3_infer, batch=4, dtype=half)),
-        ("P3 draw, UNet and VAE in fp16, batches of 8", 8.0818944e9, h200, partial(p3_infer, batch=8, dtype=half)),
-        ("P3 draw, UNet and VAE in fp32, batches of 4", 8.64914176e9, h200, partial(p3_infer, batch=4, dtype=single)),
         ("P2 train, 3.68 M parameters, 64x64, batches of 256, bf16", 8.31e9, h200,
          partial(p2_train, side=64, batch=256, dtype=bf16, faces=16_000, widths=(32, 64, 96, 128), attention=(3,), blocks=1)),
         ("P1 train, medium, batches of 512, bf16, with --compile, which is not counted", 2.32e9, h200,

@@ -129,7 +129,7 @@ def p3_sentences(results):
         f"{rest:.0%} of the initial words' score at least.",
         f"On the miniature the penguin comes {low['share_of_the_way']:.2f} and {lower['share_of_the_way']:.2f} of the way on two seeds (by the word alone "
         f"{penguin:.2f}); beside an apple it is found in {low['both_beside']['share']:.0%} and {lower['both_beside']['share']:.0%}.",
-        f"Programs that leave them in the model move other prompts by {moved:.1f} grey levels.",
+        f"Programs that leave them in the model move the prompts that held them by {moved:.1f} grey levels.",
         f"On the miniature two known things are both found in {known['words, regions']['both']:.0%} of pictures ({known['words']['both']:.0%} without boxes), "
         f"two words learned apart in {several['methods'][f'{apart}, regions'][pair]['both']:.0%} ({several['methods'][apart][pair]['both']:.0%}), in "
         f"{known['times']:.2f} times the time.",

@@ -30,8 +30,8 @@ def on_a_cpu(monkeypatch):
 def both():
     """(the package's parts, its rows), (the page's, its rows), each with the same word of two rows; and that word as a prompt writes it out."""
     parts, page = load_stable_diffusion(MINI_SD), minimal.load(str(MINI_SD))
-    learned = add_words(parts, {"<new1>": initial_rows(parts, "dog face", 2)})
-    words, written = minimal.add_word(page, "<new1>", "dog face", 2)
+    learned = add_words(parts, {"<new1>": initial_rows(parts, "bird", 2)})
+    words, written = minimal.add_word(page, "<new1>", "bird", 2)
     assert written == expand("<new1>", {"<new1>": 2})
     torch.testing.assert_close(words.rows, learned.rows)
     return (parts, learned), (page, words), written
@@ -76,10 +76,10 @@ def test_the_command_learns_its_rows_and_nothing_else(tmp_path, monkeypatch):
     parts, draw = minimal.load(str(MINI_SD)), minimal.draw
     models = {"text": parts.text_encoder, "unet": parts.unet, "vae": parts.vae}
     before = {f"{model} {name}": tensor.clone() for model, part in models.items() for name, tensor in part.state_dict().items()}
-    initial = initial_rows(load_stable_diffusion(MINI_SD), "dog face", 2)
+    initial = initial_rows(load_stable_diffusion(MINI_SD), "bird", 2)
     monkeypatch.setattr(minimal, "load", lambda _: parts)
     monkeypatch.setattr(minimal, "draw", lambda *args: draw(*args, num_steps=1))
-    monkeypatch.setattr(sys, "argv", ["minimal", "learn", str(MINI / "textual_inversion" / "0"), "--initial", "dog face", "--vectors", "2", "--steps", "2",
+    monkeypatch.setattr(sys, "argv", ["minimal", "learn", str(MINI / "textual_inversion" / "0"), "--initial", "bird", "--vectors", "2", "--steps", "2",
                                       "--batch-size", "2", "--output", str(tmp_path / "out")])
     torch.manual_seed(0)
     minimal.main()

@@ -179,9 +179,9 @@ def test_an_autoencoder_that_overflows_in_half_precision_goes_on_in_float32(tiny
     half.vae.half()
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.allclose(half.decode(x), exact.decode(x), atol=0.02) and half.vae.dtype == torch.float16 and not capsys.readouterr().out
+        assert torch.allclose(half.decode(x), exact.decode(x), atol=0.02) and half.vae.dtype == torch.float16 and not capsys.readouterr().err
         assert torch.allclose(half.decode(1e5 * x), exact.decode(1e5 * x), atol=0.02) and half.vae.dtype == torch.float32
-    assert "the autoencoder is not finite in fp16" in capsys.readouterr().out
+    assert "the autoencoder is not finite in fp16" in capsys.readouterr().err
 
 
 def test_sources_that_are_not_there(tmp_path):
