@@ -47,14 +47,12 @@ class Custom:
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRA with pivotal tuning, where it differs from `Learning`. prior_waits: whether ordinary pictures come when the weights begin to learn; before, no
-    gradient comes of them, but the word sees half as many of its own at a time."""
+    """LoRA with pivotal tuning, where it differs from `Learning`."""
     lora: int  # the rank
     steps: int
     lr_lora: float
     pivot: float  # share of the steps in which the word learns alone
     hold: float  # share of what ordinary captions say that the weights do not hear; 0: they hear all
-    prior_waits: bool
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,8 @@ class Several:
 
 @dataclass(frozen=True)
 class Defaults:
+    """prior_waits: whether ordinary pictures come when LoRA's weights begin to learn; before, no gradient comes of them, but the word sees half as many of
+    its own at a time."""
     key: str  # begins the name of the folder of its installed words
     name: str
     side: int  # of its pictures, in pixels
@@ -82,6 +82,7 @@ class Defaults:
     learning: Learning
     custom: Custom
     low_rank: LowRank
+    prior_waits: bool
     several: Several
     judge: str  # the CLIP that grades its pictures
     judge_weights: str | None = None
@@ -103,8 +104,8 @@ MINIATURE = Defaults(
         lr_projections=1e-4, prior=48),
     custom=Custom(steps=500, batch_size=8, lr=3e-3, min_snr_gamma=5.0, pull=0.0),  # measured by its forerunner
     low_rank=LowRank(  # measured on a penguin: on an earlier miniature, where three seeds of these went 0.85 to 0.91 of the way; on this one
-        lora=8, steps=400, lr_lora=4e-3, pivot=0.3, hold=0.9999,  # 0.86, 0.85; ordinary prompts move by 2.8 grey levels: p3_words.json, p3_lora.json
-        prior_waits=False),  # where they wait, 0.74, and one subject beside an apple is found in 39 % of 64 pictures
+        lora=8, steps=400, lr_lora=4e-3, pivot=0.3, hold=0.9999),  # 0.86, 0.85; ordinary prompts move by 2.8 grey levels: p3_words.json, p3_lora.json
+    prior_waits=False,  # where they wait, 0.74, and one subject beside an apple is found in 39 % of 64 pictures
     several=Several(
         input=DATA / "mini" / "textual_inversion" / "several.json", ordinary="red apple", ordinary_pictures=DATA / "mini" / "clip_zeroshot",
         other_styles=("twemoji", "openmoji", "fluent emoji flat", "emojione", "noto v1"),
@@ -145,8 +146,8 @@ SD_V1 = Defaults(
     low_rank=LowRank(
         steps=2000, pivot=0.5,  # lora-diffusion's examples of pivotal tuning (Ryu 2022): 1,000 steps for the word, 1,000 for the weights
         lora=4, lr_lora=4e-4,  # likewise 1e-4 for each of four pictures (--scale_lr); their rank is 1 to 4, of more layers
-        hold=0.0,  # published trainings have none
-        prior_waits=True),  # likewise: there the word learns by its own pictures alone
+        hold=0.0),  # published trainings have none
+    prior_waits=True,  # likewise: there the word learns by its own pictures alone
     several=Several(
         input=DATA / "textual_inversion" / "input.json", ordinary="cat", ordinary_pictures=DATA / "clip_zeroshot",
         other_styles=("a photograph", "a pencil drawing", "a cartoon", "Vincent van Gogh", "pixel art"),

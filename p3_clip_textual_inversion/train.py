@@ -148,7 +148,7 @@ def train(run, parts, sources, concepts, config, args, row, drawing, accelerator
     log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, config.batch_size * config.accumulate, run.step, run.history)
     strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
     every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
-    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and row.low_rank.prior_waits else 0
+    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and row.prior_waits else 0
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
     while not last:
         strength = strengths[run.step]
