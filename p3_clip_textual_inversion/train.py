@@ -44,7 +44,8 @@ LOG_EVERY, SAMPLE_STEPS = 20, 20  # the latter of the sampler, for samples and f
 MOST = {"vectors": 73, "crops": 1000, "prior": 100_000, "steps": 10**7, "lora": 1024}  # what a prompt of CLIP and a memory hold
 VALIDATIONS = 15  # how often in a run
 ADVICE = "lower --batch-size (--accumulate makes up for it) or --side, or give --gradient-checkpointing"
-NEEDS = {"lr_projections": ["--custom-diffusion"], "lr_lora": ["--lora"], "pivot": ["--lora"], "hold": ["--lora"], "prior": ["--custom-diffusion", "--lora"]}
+NEEDS = {"lr_projections": ["--custom-diffusion"], "lr_lora": ["--lora"], "pivot": ["--lora"], "hold": ["--lora"], "prior_waits": ["--lora"],
+         "prior": ["--custom-diffusion", "--lora"]}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class TrainConfig:
     pivot: float = setting(None, f"share of the steps in which the word learns alone, before those do {of_model('low_rank', 'pivot')}", type=float)
     hold: float = setting(None, "share of what ordinary captions say that those do not hear, which keeps ordinary prompts; 0: they hear all "
                           + of_model("low_rank", "hold"), type=float)
+    prior_waits: int = setting(None, "1: ordinary pictures come when low-rank weights begin to learn; 0: from the first step, which leaves the word half as "
+                               f"many of its own at a time {of_model('low_rank', 'prior_waits')}", type=int, choices=[0, 1])
     prior: int = setting(None, f"ordinary pictures that hold projections or low-rank weights in place; 0 for none {of_model('learning', 'prior')}", type=int)
     crops: int = setting(8, "variations of each picture: crops up to 15 %% closer, half of them flipped")
     side: int | None = setting(None, "of the pictures, in pixels (default: the model's own)", type=int)
@@ -148,7 +151,7 @@ def train(run, parts, sources, concepts, config, args, row, drawing, accelerator
     log = Log(accelerator, folder, f"learning {run.settings['tokens']}", args, config.batch_size * config.accumulate, run.step, run.history)
     strengths = [min(1, (config.steps - at) / max(config.decay * config.steps, 1)) for at in range(config.steps)]  # of learning and of the pull alike
     every = max(config.steps // VALIDATIONS, 1) if args.validate_every is None else args.validate_every
-    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and row.prior_waits else 0
+    alone, waiting = [source for source in sources if not source.ordinary], config.pivot * config.steps if config.lora and config.prior_waits else 0
     last = run.step >= config.steps or is_flat(run.history, args.stop_when_flat)
     while not last:
         strength = strengths[run.step]

@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 import types
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,13 +297,12 @@ def test_a_word_begins_with_a_vector_for_each_token_of_its_initial_words(call, p
     assert [len(read_embedding(tmp_path / "run" / f"new{i}.safetensors")[1]) for i in (1, 2)] == [1, len(initial)]
 
 
-@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("waits", [0, 1])
 def test_ordinary_pictures_wait_for_the_weights_that_they_hold(call, monkeypatch, concepts_json, tiny_sd, tmp_path, waits):
     seen, draw = [], draw_batch
-    monkeypatch.setattr(f"{PACKAGE}.train.row_of", lambda _: replace(MINIATURE, prior_waits=waits))
     monkeypatch.setattr(f"{PACKAGE}.train.draw_batch", lambda sources, *a: seen.append(any(source.ordinary for source in sources)) or draw(sources, *a))
     code, _, err = call(f"{PACKAGE}.train", *train_arguments(concepts_json, tiny_sd, tmp_path, steps=4), "--concepts", "0", "--lora", "2", "--pivot", "0.5",
-                        "--hold", "0", "--prior", "1")
+                        "--hold", "0", "--prior", "1", "--prior-waits", waits)
     assert code == 0, err
     assert seen == [not waits, not waits, True, True]
 
