@@ -1,5 +1,4 @@
-"""The most memory that each command needs on a GPU at its real size, counted without one: report/results/memory.json, and the tables of README.md and
-scripts/README.md.
+"""The most memory that each command needs on a GPU at its real size, counted without one: report/results/memory.json, and two pages' tables.
 
 torch runs the project's own code with tensors that have a shape, a type and the device "cuda", but no numbers (FakeTensorMode); `Counter` adds up their
 storages while they live: weights, gradients, the optimiser's state, averages, what autograd keeps, and what comes and goes between. Not in it: CUDA's own

@@ -1,5 +1,4 @@
-"""Trains the miniature's models on drawings: the autoencoder, CLIP and the second judge, then the UNet. The same command again goes on where a run stopped,
-to the same numbers, but for the UNet, whose pool of pictures is filled anew.
+"""Trains the miniature's models on drawings: the autoencoder, CLIP and the second judge, then the UNet. The same command again goes on where a run stopped.
 
     python -m p3_clip_textual_inversion.miniature.drawings render runs/emoji.npz
     python -m p3_clip_textual_inversion.miniature.train autoencoder --drawings runs/emoji.npz --output runs/vae
@@ -7,8 +6,9 @@ to the same numbers, but for the UNet, whose pool of pictures is filled anew.
     python -m p3_clip_textual_inversion.miniature.train judge       --drawings runs/emoji.npz --output runs/judge --seed 1
     python -m p3_clip_textual_inversion.miniature.train unet        --drawings runs/emoji.npz --output runs/sd --clip runs/clip --vae runs/vae
 
-Pictures are composed on the device, never the same twice. With --seconds a training ends by the clock, its learning rate falling by the share of the time
-that is gone: for a GPU that is lent for minutes. A row of results and the command of each: README.md beside this file.
+A run that goes on ends with the same numbers, but for the UNet's, whose pool of pictures is filled anew. They are composed on the device, never the same
+twice. With --seconds a training ends by the clock, its learning rate falling by the share of the time that is gone: for a GPU that is lent for minutes. A row
+of results and the command of each: README.md beside this file.
 """
 
 import argparse
