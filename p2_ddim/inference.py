@@ -146,7 +146,7 @@ def draw_settings(args, eta=0.0):
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--{error}") from None  # each begins with what it is about
-    if config.num_steps > NUM_TIMESTEPS // 3 and (first := config.steps().t[0]) < 0.8 * NUM_TIMESTEPS:
+    if config.num_steps > NUM_TIMESTEPS // 4 and (first := config.steps().t[0]) < 0.8 * NUM_TIMESTEPS:
         note(f"--steps {config.num_steps} of the {config.spacing} spacing begin at t = {first}, where noise alone is not expected; "
              f"--spacing trailing always begins at {NUM_TIMESTEPS - 1}")
     device = pick_device(args.device)

@@ -155,7 +155,7 @@ def settings_of(args):
     check_flags(args, ("batch_size",), lambda value: value >= 1, "at least 1")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, not {args.steps}")
-    if args.sampler == "ddim" and 1 < args.steps < 1000 and (first := 1000 // args.steps * (args.steps - 1) + 1) < 800:
+    if args.sampler == "ddim" and 250 < args.steps < 1000 and (first := 1000 // args.steps * (args.steps - 1) + 1) < 800:
         note(f"--steps {args.steps} of ddim begin at t = {first}, where the model expects part of a picture already; 250 or 500 begin above 990")
     check_flags(args, ("guidance_weight",), math.isfinite, "a finite number")
     check_flags(args, ("side",), lambda value: value is None or value >= 1, "at least 1")

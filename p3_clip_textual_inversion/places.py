@@ -21,6 +21,7 @@ BETWEEN = re.compile(rf"\s+({'|'.join(sorted(RELATIONS, key=len, reverse=True))}
 PLACED = re.compile(rf"\s+(?:on|at|to|in)\s+the\s+({'|'.join(PLACES)})(?:\s+side|\s+half)?\b(?!\s+of\b)", re.IGNORECASE)
 AND = re.compile(r",?\s+and\s+", re.IGNORECASE)  # both are there, and nothing tells where
 LISTED = re.compile(r"\s*(?:,|&|,?\s+and)\s*", re.IGNORECASE)  # likewise; what wears, holds or stands in another thing has no place of its own
+SPECIFIC = r"(?:an?|the)\s+"
 ARTICLE = re.compile(r"(?:an?|the|one|my)\s+\w", re.IGNORECASE)
 END = re.compile(  # where the words of a thing begin or end
     r"\s+(?:of|on|in|at|against|from|by|to|for|over|with|and|near|behind|beneath|inside|atop|amid|among|around|through|along|across|between)\s+|[,.;:]",
@@ -71,13 +72,19 @@ def regions_of(content):
 def check_regions(regions, prompts):
     """A `UserError` for a region of what is in none of the prompts (learned words not written out)."""
     for name, _ in regions if regions not in (AUTO, LEARNED) else ():
-        if not any(places_of(name, prompt) for prompt in prompts):
+        if not any(own_places(name, regions, prompt) for prompt in prompts):
             raise UserError(f"--regions: {name!r} is in none of the prompts, such as {prompts[0]!r}; give a learned word or another thing of a prompt")
 
 
 def places_of(name, prompt):
     """The (start, end) of a thing's words in a prompt, with their article, wherever they stand."""
-    return [match.span() for match in re.finditer(rf"(?:\b(?:an?|the)\s+)?(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE)]
+    return [match.span() for match in re.finditer(rf"(?:\b{SPECIFIC})?(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE)]
+
+
+def own_places(name, regions, prompt):
+    """`places_of` a thing of --regions, but those within another one's, as cat's in "a black cat" where that has a region itself."""
+    others = [span for other, _ in regions for span in places_of(other, prompt)]
+    return [(s, e) for s, e in places_of(name, prompt) if not any(start <= s and e <= end and (s, e) != (start, end) for start, end in others)]
 
 
 def plan(prompt, regions, words=()):
@@ -87,9 +94,8 @@ def plan(prompt, regions, words=()):
         spans = things_told(prompt, words, apart=2 if regions == LEARNED else 0)
     else:
         seen, spans = {}, []
-        everywhere = [span for name, _ in regions for span in places_of(name, prompt)]
-        for name, box in regions:  # a name that comes several times: its places in turn; not those within another's, as cat in black cat
-            found = [(s, e) for s, e in places_of(name, prompt) if not any(start <= s and e <= end and (s, e) != (start, end) for start, end in everywhere)]
+        for name, box in regions:  # a name that comes several times: its places in turn
+            found = own_places(name, regions, prompt)
             if (k := seen.setdefault(name, 0)) < len(found):
                 spans.append((*found[k], box))
             seen[name] += 1
@@ -108,7 +114,7 @@ def with_thing(prompt, spans, thing):
 
 def split_article(thing):
     """("a ", "cat") of "a cat"; ("", "cat") of "cat"."""
-    end = match.end() if (match := re.match(r"(?:an?|the)\s+", thing, re.IGNORECASE)) else 0
+    end = match.end() if (match := re.match(SPECIFIC, thing, re.IGNORECASE)) else 0
     return thing[:end], thing[end:]
 
 

@@ -40,9 +40,11 @@ def main():
             source /= "model.safetensors"
         if (source / "UNet.pt").is_file() or source.name == "UNet.pt":
             fail(f"{source} is a face network of P2, which is not installed: p2_infer.sh and hw2_2.sh take its path")
-        if (source / "state.pt").is_file() and list(source.parent.glob("*.safetensors")):
-            fail(f"{source} is one concept's training; give the folder above it, which has the words: {source.parent}")
         if (source / "state.pt").is_file():
+            from p3_clip_textual_inversion.embedding import models_of
+
+            if models_of(source.parent):
+                fail(f"{source} is one concept's training; give the folder above it, which has the words: {source.parent}")
             fail(f"{source} is a training that has not ended: the command that began it goes on with it")
         if source.is_file() and is_digit_model(source):
             from p1_cfg_ddpm import files, inference

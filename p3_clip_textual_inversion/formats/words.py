@@ -59,6 +59,8 @@ def read_words(path):
             raise UserError(f"{path} holds {word or name or 'a tensor'} as {rows.dtype} {tuple(rows.shape)}; expected finite floating point [vectors, dim]")
         first = re.sub(r"_\d+$", "", word)  # <new1>_1, <new1>_2, ... are the further vectors of <new1>
         word = first if first in found else word
+        if word in found and rows.shape[1] != found[word].shape[1]:
+            raise UserError(f"{path} holds {word or 'a word'} in vectors of {found[word].shape[1]} and of {rows.shape[1]} numbers; expected one length")
         found[word] = torch.cat([found[word], rows.detach().float()]) if word in found else rows.detach().float()
     initial = next((content[key] for key in INITIAL if isinstance(content, dict) and isinstance(content.get(key), str)), None)
     told = isinstance(content, dict) and any(key in content for key in ("delta", "difference"))

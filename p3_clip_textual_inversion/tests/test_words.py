@@ -102,7 +102,8 @@ def test_two_files_of_one_word(tmp_path, capsys):
     ({"<new1>": torch.ones(1, 8, dtype=torch.int8)}, "int8"), ({"<new1>": torch.ones(1, 8, dtype=torch.complex64)}, "complex64"),
     ({"<new1>": torch.ones(1, 8, dtype=torch.bool)}, "bool"), (ROW / 0, "finite"), ({"tokens": ["<a>", "<b>"], "embeddings": ROW}, "2 tokens and 1 embeddings"),
     (torch.ones(1).expand(4, 10**9), "too small"), ({"string_to_param": {}}, "0 tensors"), ({"clip_g": ROW}, "XL"), (torch.ones(0, 8), r"\(0, 8\)"),
-    ({f"<{i}>": ROW for i in range(300)}, "300 tensors"), (torch.eye(8).to_sparse(), "expected finite floating point")])
+    ({f"<{i}>": ROW for i in range(300)}, "300 tensors"), (torch.eye(8).to_sparse(), "expected finite floating point"),
+    ({"<new1>": ROW, "<new1>_1": torch.ones(1, 8 + ROW.shape[1])}, "<new1> in vectors of .* expected one length")])
 def test_what_is_no_word_is_said(tmp_path, content, said):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=said) as caught:

@@ -87,6 +87,12 @@ def test_words_are_installed_by_their_model(install, tmp_path, capsys):
     (tmp_path / "run" / "0" / "state.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="is one concept's training; give the folder above it, which has the words"):
         install(tmp_path / "run" / "0")
+    runs = tmp_path / "runs"
+    (runs / "p1").mkdir(parents=True)
+    (runs / "p1" / "state.pt").write_bytes(b"")
+    (runs / "classifier_svhn.safetensors").write_bytes(inference.CHECKPOINT.with_name("classifier_svhn.safetensors").read_bytes())
+    with pytest.raises(SystemExit, match="is a training that has not ended"):  # no words are beside it
+        install(runs / "p1")
 
 
 def test_what_cannot_be_installed_ends_in_one_line(install, tmp_path):

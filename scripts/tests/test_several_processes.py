@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,31 @@ def test_a_process_that_dies_leaves_a_message_and_no_half_result(folder, tmp_pat
     message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(message) == 1 and "another process has failed" in message[0] and "the same command goes on" in message[0], done.stderr
     assert not [path for path in (folder / "dead" / "p1").iterdir() if path.suffix in (".pt", ".safetensors", ".part")]
+
+
+FAILING = """import os, sys
+from p1_cfg_ddpm.device import meet, processes
+from p1_cfg_ddpm.files import UserError, run
+def draw():
+    with processes() as share:
+        if share[0] == int(sys.argv[1]):
+            raise UserError("this one fails")
+        meet(share)
+        print("wrote all")
+run(draw)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_drawing_is_told_as_done_when_all_are(failing, tmp_path):
+    """One that has failed is told at once, whichever it is, without a launcher that stops the others."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [subprocess.Popen([sys.executable, tmp_path / "failing.py", str(failing)], env=where | {"RANK": str(rank)}, cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    said = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [1, 1] and not any(out for out, _ in said)
+    assert "this one fails" in said[failing][1] and "is done, but another has failed" in said[1 - failing][1]
